@@ -1,0 +1,46 @@
+"""Files that are either whole or absent: everything ratlip writes goes through here."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it takes the place of `path`, on any error it is removed.
+
+    What is written to the temporary path may be a file or a folder. A reader sees the old content or the new,
+    never a part: the last step is one rename.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    draft = holder / path.name
+    try:
+        yield draft
+        if draft.is_dir() and path.is_dir():
+            path.rename(holder / "replaced")  # a folder cannot be renamed onto a folder that is not empty
+        os.replace(draft, path)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write `text` (UTF-8) to `path`, whole or not at all."""
+    with atomic_path(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as readable JSON to `path`, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=False, default=str) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read JSON from `path`."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
