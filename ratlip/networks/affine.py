@@ -1,0 +1,87 @@
+"""Affine transformations that carry the text into the feature maps: CAT, RAT and RAT as published.
+
+All of them compute Affine(x | h) = gamma(h) * x + beta(h), one gamma and one beta for each channel, and
+differ in the condition h alone:
+
+* CAT: h = (noise, sentence), the same for every layer.
+* RAT (the paper): h_t = the t-th hidden state of one LSTM that runs over the layers (`Recurrence`).
+* RAT as published: each layer has its own LSTM, whose time axis is the batch (`OfficialRecurrentAffine`).
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def _scale_or_shift(condition_size: int, channels: int, start: float) -> nn.Sequential:
+    """linear -> ReLU -> linear whose output is `start` whatever the condition, until it is trained."""
+    mlp = nn.Sequential(nn.Linear(condition_size, channels), nn.ReLU(), nn.Linear(channels, channels))
+    nn.init.zeros_(mlp[-1].weight)
+    nn.init.constant_(mlp[-1].bias, start)
+    return mlp
+
+
+class ConditionalAffine(nn.Module):
+    """Affine(x | h) = gamma(h) * x + beta(h); gamma, beta: linear, ReLU, linear (paper, Method 1).
+
+    With h = (noise, sentence) this is CAT; with h = h_t of a `Recurrence` it is the affine of RAT. Starts
+    as the identity: the last layers have weight 0 and bias 1 (gamma) or 0 (beta).
+    """
+
+    def __init__(self, condition_size: int, channels: int):
+        super().__init__()
+        self.gamma = _scale_or_shift(condition_size, channels, start=1.0)
+        self.beta = _scale_or_shift(condition_size, channels, start=0.0)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x (B,C,H,W), condition (B,D) or (1,D) for one shared by the batch -> (B,C,H,W)."""
+        gamma, beta = self.gamma(condition), self.beta(condition)
+        return torch.addcmul(beta[:, :, None, None], gamma[:, :, None, None], x)
+
+
+class OfficialRecurrentAffine(ConditionalAffine):
+    """RAT as the published code computes it (official.md, rows 1 and 2); kept for its checkpoints.
+
+    The conditions of a batch, (B,D), go as (1,B,D) to an LSTM of the layer's own: the batch is the time
+    axis. So a single last state sets gamma and beta for every sample of the batch, made from all of
+    them, the last most, and nothing is handed from layer to layer.
+    """
+
+    def __init__(self, condition_size: int, hidden_size: int, channels: int):
+        super().__init__(hidden_size, channels)
+        self.lstm = nn.LSTM(condition_size, hidden_size, batch_first=True)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x (B,C,H,W), condition (B,D) -> (B,C,H,W), all samples with the same scale and shift."""
+        _, (state, _) = self.lstm(condition[None])
+        return super().forward(x, state[0])
+
+
+class Recurrence(nn.Module):
+    """The LSTM that connects the fusion blocks (paper, Method 1): one cell, one step before each affine.
+
+    (h_0, c_0) = linear(noise)
+    (h_t, c_t) = LSTM(sentence, h_{t-1}, c_{t-1}),   t = 1 .. steps
+
+    The text enters at every step and the feature maps at none, so all states are known before the first
+    convolution, and the product of sentence and input weights is the same at all steps: made once.
+    """
+
+    def __init__(self, *, sentence_size: int, noise_size: int, hidden_size: int, steps: int):
+        super().__init__()
+        self.steps = steps
+        self.initial = nn.Linear(noise_size, 2 * hidden_size)
+        self.cell = nn.LSTMCell(sentence_size, hidden_size)
+
+    def forward(self, noise: Tensor, sentence: Tensor) -> list[Tensor]:
+        """noise (B,Z), sentence (B,E) -> the hidden states h_1 .. h_steps, each (B,H)."""
+        cell = self.cell
+        h, c = self.initial(noise).chunk(2, dim=1)
+        text = nn.functional.linear(sentence, cell.weight_ih, cell.bias_ih)
+        states = []
+        for _ in range(self.steps):
+            gates = text + nn.functional.linear(h, cell.weight_hh, cell.bias_hh)
+            write, keep, new, read = gates.chunk(4, dim=1)  # i, f, g, o in PyTorch's order
+            c = keep.sigmoid() * c + write.sigmoid() * new.tanh()
+            h = read.sigmoid() * c.tanh()
+            states.append(h)
+        return states

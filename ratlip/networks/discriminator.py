@@ -1,0 +1,85 @@
+"""The discriminator: judges frozen CLIP features of several depths against a sentence (paper, Method 3)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """shortcut(x) + gamma * res(x) [+ beta * feature], gamma and beta starting at 0 (official.md).
+
+    res: conv3x3, LeakyReLU 0.2, conv3x3, LeakyReLU 0.2, no bias. The shortcut is a 1x1 convolution where
+    channels differ. `unused_shortcut` builds one where they are equal too, as the published code does,
+    which then never uses it: official.md, row 11.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, feature: bool, unused_shortcut: bool):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1))
+        self.beta = nn.Parameter(torch.zeros(1)) if feature else None
+        self.residual = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            nn.LeakyReLU(0.2),
+        )
+        self.mixes = in_channels != out_channels
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if self.mixes or unused_shortcut else None
+
+    def forward(self, x: Tensor, feature: Tensor | None = None) -> Tensor:
+        """x (B,C_in,g,g), feature (B,C_out,g,g) for blocks that take one -> (B,C_out,g,g)."""
+        shortcut = self.shortcut(x) if self.mixes else x
+        h = torch.addcmul(shortcut, self.gamma, self.residual(x))
+        return h if feature is None else torch.addcmul(h, self.beta, feature)
+
+
+class Discriminator(nn.Module):
+    """Scores how real CLIP features look and how well they fit a sentence (official.md, Discriminator).
+
+    x = f_0;  x = x + gamma_i * res_i(x) + beta_i * f_i, i = 1 ..;  x = shortcut(x) + gamma * res(x);
+    logit = conv(LeakyReLU 0.2(conv(concat(x, sentence at every position)))), both without padding and bias.
+
+    grid, clip_width, sentence_size: of the CLIP model (7, 768, 512 for ViT-B/32).
+    feature_blocks: the CLIP blocks the features come from; here only their number counts.
+    unused_shortcuts: build the 1x1 convolutions that the published code builds and never uses.
+    """
+
+    def __init__(self, *, grid: int, clip_width: int, sentence_size: int,
+                 feature_blocks: Sequence[int] = (1, 4, 8), d_channels: int = 512,
+                 logit_channels: int = 128, unused_shortcuts: bool = False):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ResidualBlock(clip_width, clip_width, feature=True, unused_shortcut=unused_shortcuts)
+            for _ in feature_blocks[1:]
+        )
+        self.main = ResidualBlock(clip_width, d_channels, feature=False, unused_shortcut=unused_shortcuts)
+        # The two kernels together shrink the grid to one position: 7 -> 4 -> 1.
+        first = (grid + 1) // 2
+        self.logit = nn.Sequential(
+            nn.Conv2d(d_channels + sentence_size, logit_channels, first, bias=False),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(logit_channels, 1, grid - first + 1, bias=False),
+        )
+
+    def forward(self, features: Tensor, *sentences: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """features (B,K,C,g,g), sentence (B,E) -> logits (B,), unbounded, larger is more real.
+
+        Given several sentence batches, returns as many logit tensors: the features are worked through once.
+        """
+        first, *others = features.unbind(dim=1)
+        if len(others) != len(self.blocks):
+            raise ValueError(
+                f"features come from {features.shape[1]} CLIP blocks, the discriminator was built for "
+                f"{len(self.blocks) + 1}: tap as many blocks as its feature_blocks has"
+            )
+        x = first
+        for block, feature in zip(self.blocks, others, strict=True):
+            x = block(x, feature)
+        x = self.main(x)
+        logits = tuple(self._judge(x, sentence) for sentence in sentences)
+        return logits[0] if len(logits) == 1 else logits
+
+    def _judge(self, x: Tensor, sentence: Tensor) -> Tensor:
+        everywhere = sentence[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        return self.logit(torch.cat((x, everywhere), dim=1)).flatten()

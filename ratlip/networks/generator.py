@@ -1,0 +1,234 @@
+"""The generator: a code is fused with the text, passed through the frozen CLIP, and synthesised.
+
+    noise -> code -> Mapper (fusion blocks, frozen CLIP) -> synthesis blocks -> RGB
+
+Source: official.md "Generator" for the layers, paper Method 1 to 3 for the recurrence, the attention and
+the bridge through CLIP. Sizes follow from the CLIP model's grid and from the image size.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ratlip.networks.affine import ConditionalAffine, OfficialRecurrentAffine, Recurrence
+from ratlip.networks.attention import ConvShuffle
+
+CONDITIONINGS = ("cat", "rat", "rat-official")
+SCOPES = ("mapper", "generator")
+ATTENTIONS = ("shuffle", "norm", "none")
+AFFINES = 4  # of one block: two fuses of two affines
+
+AffineFactory = Callable[[int], nn.Module]  # channels -> affine
+ConvFactory = Callable[[int, int], nn.Module]  # channels in, channels out -> second convolution of a fuse
+
+
+class Fuse(nn.Module):
+    """affine, LeakyReLU 0.2, affine, LeakyReLU 0.2: the text enters the feature map."""
+
+    def __init__(self, channels: int, affine: AffineFactory):
+        super().__init__()
+        self.affine0 = affine(channels)
+        self.affine1 = affine(channels)
+
+    def forward(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
+        """x (B,C,H,W), two conditions (B,D) -> (B,C,H,W)."""
+        first, second = conditions
+        x = F.leaky_relu(self.affine0(x, first), 0.2)
+        return F.leaky_relu(self.affine1(x, second), 0.2)
+
+
+class FusionBlock(nn.Module):
+    """A block of the mapper: x + [conv3x3 C -> C/2, fuse, conv C/2 -> C, fuse](x)."""
+
+    def __init__(self, channels: int, affine: AffineFactory, conv: ConvFactory):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels // 2, 3, padding=1)
+        self.fuse1 = Fuse(channels // 2, affine)
+        self.conv2 = conv(channels // 2, channels)
+        self.fuse2 = Fuse(channels, affine)
+
+    def forward(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
+        """x (B,C,g,g), four conditions (B,D) -> (B,C,g,g)."""
+        h = self.fuse1(self.conv1(x), conditions[:2])
+        return x + self.fuse2(self.conv2(h), conditions[2:])
+
+
+class SynthesisBlock(nn.Module):
+    """Resize by nearest to `size`, then shortcut(x) + [fuse, conv, fuse, conv](x)."""
+
+    def __init__(self, in_channels: int, out_channels: int, size: int,
+                 affine: AffineFactory, conv: ConvFactory):
+        super().__init__()
+        self.size = size
+        self.fuse1 = Fuse(in_channels, affine)
+        self.conv1 = conv(in_channels, out_channels)
+        self.fuse2 = Fuse(out_channels, affine)
+        self.conv2 = conv(out_channels, out_channels)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
+        """x (B,C_in,s,s), four conditions (B,D) -> (B,C_out,size,size)."""
+        # Resizing by nearest only copies positions, and neither the first fuse nor the 1x1 shortcut mixes
+        # them: made before the resizing, they give the same numbers from a quarter of the positions.
+        h = self.conv1(self._resize(self.fuse1(x, conditions[:2])))
+        h = self.conv2(self.fuse2(h, conditions[2:]))
+        return self._resize(self.shortcut(x)) + h
+
+    def _resize(self, x: Tensor) -> Tensor:
+        return x if x.shape[-1] == self.size else F.interpolate(x, size=(self.size, self.size))
+
+
+class Mapper(nn.Module):
+    """Fusion blocks, then the bridge through the frozen CLIP with learned prompts (paper, Method 3).
+
+    f = conv5x5(fusion blocks(code));  output = conv5x5(f + scale * CLIP(f, prompts)),
+    prompts = linear(noise, sentence): one token for each CLIP block in `prompt_blocks`.
+    """
+
+    def __init__(self, clip, *, channels: int, out_channels: int, blocks: int, condition_size: int,
+                 prompt_blocks: Sequence[int], scale: float, affine: AffineFactory, conv: ConvFactory):
+        super().__init__()
+        self._clip = _Aside(clip)
+        self.prompt_blocks = tuple(prompt_blocks)
+        self.scale = scale
+        self.fusion_blocks = nn.ModuleList(FusionBlock(channels, affine, conv) for _ in range(blocks))
+        self.to_clip = nn.Conv2d(channels, clip.width, 5, padding=2)
+        self.prompts = nn.Linear(condition_size, len(self.prompt_blocks) * clip.width)
+        self.from_clip = nn.Conv2d(clip.width, out_channels, 5, padding=2)
+
+    def forward(self, code: Tensor, condition: Tensor, conditions: Sequence[Tensor]) -> Tensor:
+        """code (B,C,g,g), condition (B,D), one of `conditions` for each affine -> (B,C_out,g,g)."""
+        x = code
+        for i, block in enumerate(self.fusion_blocks):
+            x = block(x, conditions[AFFINES * i : AFFINES * (i + 1)])
+        x = self.to_clip(x)
+        prompts = self.prompts(condition).view(len(x), len(self.prompt_blocks), x.shape[1])
+        mapped = self._clip.value.bridge(x, prompts, self.prompt_blocks)
+        return self.from_clip(x + self.scale * mapped)
+
+
+class Generator(nn.Module):
+    """Text and noise to image. The defaults are the published sizes with the paper's recurrence.
+
+    clip: the frozen CLIP (`ratlip.clip.FrozenClip`); used are its `image_size`, `grid`, `width`,
+        `embed_dim` and `bridge`. It is held aside: it is no submodule, so `parameters()` and `state_dict()`
+        hold the generator's own tensors alone, copies share it, and the caller moves it to the device.
+    conditioning: "cat", "rat" (the paper) or "rat-official" (the published code); see `affine`.
+    rat_scope: "mapper" (as published) or "generator": the layers that are recurrent; others use CAT.
+    hidden_size: of the LSTM; 0 means CAT.
+    attention: "shuffle", "norm" (its convolution and norm without the attention) or "none" (plain conv3x3
+        with bias, as in GALIP).
+    image_size: side of the generated images, by default the CLIP model's.
+
+    Maps between the parts can be read by forward hooks on `code`, `mapper.fusion_blocks[i]`, `mapper` and
+    `synthesis_blocks[i]`. Raises ValueError for settings outside these choices.
+    """
+
+    def __init__(self, clip, *, image_size: int | None = None, conditioning: str = "rat",
+                 rat_scope: str = "generator", hidden_size: int = 64, attention: str = "shuffle",
+                 attention_groups: int = 8, noise_size: int = 100, base_channels: int = 64,
+                 code_channels: int = 64, mapper_blocks: int = 4,
+                 prompt_blocks: Sequence[int] = tuple(range(1, 9)), bridge_scale: float = 0.1):
+        super().__init__()
+        _check("conditioning", conditioning, CONDITIONINGS)
+        _check("rat_scope", rat_scope, SCOPES)
+        _check("attention", attention, ATTENTIONS)
+        if hidden_size == 0:
+            conditioning = "cat"
+        self.noise_size = noise_size
+        self.code_shape = (code_channels, clip.grid, clip.grid)
+        condition_size = noise_size + clip.embed_dim
+        cat = partial(ConditionalAffine, condition_size)
+        recurrent = {
+            "cat": cat,
+            "rat": partial(ConditionalAffine, hidden_size),
+            "rat-official": partial(OfficialRecurrentAffine, condition_size, hidden_size),
+        }[conditioning]
+        conv = {
+            "shuffle": partial(ConvShuffle, groups=attention_groups),
+            "norm": partial(ConvShuffle, groups=0),
+            "none": partial(nn.Conv2d, kernel_size=3, padding=1),
+        }[attention]
+
+        sizes = synthesis_sizes(clip.grid, image_size or clip.image_size)
+        widths = synthesis_channels(base_channels, len(sizes))
+        self.code = nn.Linear(noise_size, code_channels * clip.grid**2)
+        self.mapper = Mapper(
+            clip, channels=code_channels, out_channels=widths[0], blocks=mapper_blocks,
+            condition_size=condition_size, prompt_blocks=prompt_blocks, scale=bridge_scale,
+            affine=recurrent, conv=conv,
+        )
+        affine = recurrent if rat_scope == "generator" else cat
+        self.synthesis_blocks = nn.ModuleList(
+            SynthesisBlock(*channels, size, affine, conv)
+            for *channels, size in zip(widths[:-1], widths[1:], sizes, strict=True)
+        )
+        self.to_rgb = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+        self.recurrence = None
+        if conditioning == "rat":
+            blocks = mapper_blocks + (len(sizes) if rat_scope == "generator" else 0)
+            self.recurrence = Recurrence(
+                sentence_size=clip.embed_dim, noise_size=noise_size, hidden_size=hidden_size,
+                steps=AFFINES * blocks,
+            )
+
+    def forward(self, noise: Tensor, sentence: Tensor) -> Tensor:
+        """noise (B,Z) standard normal, sentence (B,E) raw CLIP text embedding -> images (B,3,S,S).
+
+        The images are meant for [-1,1] but not limited to it (no tanh, as published): clamp to show them.
+        """
+        condition = torch.cat((noise, sentence), dim=1)
+        conditions = self._conditions(noise, sentence, condition)
+        mapped = AFFINES * len(self.mapper.fusion_blocks)
+        x = self.mapper(self.code(noise).unflatten(1, self.code_shape), condition, conditions[:mapped])
+        for i, block in enumerate(self.synthesis_blocks):
+            start = mapped + AFFINES * i
+            x = block(x, conditions[start : start + AFFINES])
+        return self.to_rgb(F.leaky_relu(x, 0.2))
+
+    def _conditions(self, noise: Tensor, sentence: Tensor, condition: Tensor) -> list[Tensor]:
+        """The condition of every affine, in the order of use: the states of the LSTM as far as it reaches."""
+        states = self.recurrence(noise, sentence) if self.recurrence else []
+        affines = AFFINES * (len(self.mapper.fusion_blocks) + len(self.synthesis_blocks))
+        return states + [condition] * (affines - len(states))
+
+
+def synthesis_sizes(grid: int, image_size: int) -> list[int]:
+    """Sides of the maps after each synthesis block: powers of two from `grid` up, the last `image_size`.
+
+    7, 224 -> [8, 16, 32, 64, 128, 224] (published); 8, 32 -> [8, 16, 32].
+    """
+    if image_size < grid:
+        raise ValueError(f"image_size {image_size} is smaller than the CLIP grid: choose at least {grid}")
+    sizes = [1 << (grid - 1).bit_length()]
+    while sizes[-1] < image_size:
+        sizes.append(2 * sizes[-1])
+    return [min(size, image_size) for size in sizes]
+
+
+def synthesis_channels(base: int, blocks: int) -> list[int]:
+    """Channels before the first and after each synthesis block: doubling from the end, at most 8 * base.
+
+    64, 6 -> [512, 512, 512, 512, 256, 128, 64] (published).
+    """
+    return [base * min(8, 2**i) for i in range(blocks, -1, -1)]
+
+
+class _Aside:
+    """Holds a module so that its owner does not register it; copies of the owner share it."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __deepcopy__(self, memo) -> "_Aside":
+        return self
+
+
+def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}")
