@@ -1,0 +1,70 @@
+"""The published networks with the fixtures' weights; needs the shared folder, skips without it."""
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+KINDS = ("ratlip", "galip")
+
+
+class Published:
+    """What the parity folder holds for one kind: key shapes, reference arrays, weights by the rule."""
+
+    def __init__(self, folder, kind: str):
+        spec = importlib.util.spec_from_file_location("parity_rule", folder / "rule.py")
+        self.rule = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.rule)
+        self.kind = kind
+        self.shapes = json.loads((folder / f"{kind}_keys.json").read_text())
+        self.arrays = dict(np.load(folder / f"{kind}_parity.npz"))
+
+    def model(self, salt: str = "parity") -> dict[str, dict[str, torch.Tensor]]:
+        """A checkpoint's "model" with the rule's weights."""
+        prefix = {"netG": "", "netD": "netD.", "netC": "netC."}
+        return {part: {key: self._tensor(prefix[part] + key, shape, salt) for key, shape in shapes.items()}
+                for part, shapes in self.shapes.items()}
+
+    def blank_model(self) -> dict[str, dict[str, torch.Tensor]]:
+        """A checkpoint's "model" of zeros that take no memory: for what depends on keys and shapes only."""
+        return {part: {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+                for part, shapes in self.shapes.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self.arrays[name])
+
+    def real_images(self) -> torch.Tensor:
+        return self.tensor("real_seed8").repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    def _tensor(self, key, shape, salt):
+        if key.endswith("num_batches_tracked"):
+            return torch.tensor(0)
+        return torch.from_numpy(self.rule.values(key, tuple(shape), salt))
+
+
+@pytest.fixture(scope="session")
+def parity_folder():
+    root = Path(__file__).resolve().parents[2]
+    folder = Path(os.environ.get("RATLIP_SHARED", root.parent / "shared")) / "parity"
+    if not folder.is_dir():
+        pytest.skip("no shared folder: set RATLIP_SHARED to the folder that holds parity/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip(parity_folder):
+    """The fixtures' CLIP; only its image tower is filled, the text tower is never used."""
+    import open_clip
+
+    model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
+    visual = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("visual.")}
+    Published(parity_folder, KINDS[0]).rule.fill_(visual)
+    return model
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def published(request, parity_folder):
+    return Published(parity_folder, request.param)
