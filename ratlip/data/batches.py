@@ -1,0 +1,90 @@
+"""Training batches as a pure function of (seed, step), and the way from stored pixels to a network's input.
+
+Nothing here carries state from one step to the next: epoch order, caption, crop and flip of a step follow from the
+seed and the step's number. That is why a run that was killed at any step goes on bit for bit, whatever the number of
+loader processes.
+"""
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from ratlip.errors import DataError
+
+ORDER, DRAW = 11, 12  # streams of random numbers, so that the order of an epoch and the draws of a step never share one
+
+
+class Batches(Dataset):
+    """Item `step` is that step's batch: one caption of each image drawn at random, random crop, random flip.
+
+    `split`: a prepared split. The images follow one another in epochs, each in an order of its own; a batch may
+    straddle two epochs, so none is dropped. With several processes (`rank` of `world`) each takes its part of the
+    global batch of `batch_size`.
+    """
+
+    def __init__(self, split, *, crop: int, flip: bool, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        if batch_size % world:
+            raise DataError(f"batch_size={batch_size} cannot be shared by {world} processes; make it a multiple of {world}")
+        self.split, self.crop, self.flip, self.batch_size, self.seed = split, crop, flip, batch_size, seed
+        self.part = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+        self._orders: dict[int, np.ndarray] = {}
+
+    def steps_per_epoch(self) -> int:
+        """Steps after which each image was seen once (rounded up)."""
+        return -(-len(self.split) // self.batch_size)
+
+    def _image_number(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.split))
+        if epoch not in self._orders:
+            order = np.random.default_rng([self.seed, ORDER, epoch]).permutation(len(self.split))
+            self._orders = {k: v for k, v in self._orders.items() if k >= epoch - 1} | {epoch: order}
+        return int(self._orders[epoch][place])
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        """images uint8 (B,3,crop,crop); caption int64 (B,): rows of the flattened captions; image int64 (B,)."""
+        rng = np.random.default_rng([self.seed, DRAW, step])
+        draws = rng.random((self.batch_size, 4))[self.part]
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)[self.part]
+        numbers = [self._image_number(position) for position in positions]
+        images = [self._cut(self.split.image(n), draw) for n, draw in zip(numbers, draws)]
+        first, last = self.split.caption_offsets[numbers], self.split.caption_offsets[np.array(numbers) + 1]
+        captions = first + (draws[:, 0] * (last - first)).astype(np.int64)
+        return {"images": torch.from_numpy(np.stack(images)), "caption": torch.from_numpy(captions),
+                "image": torch.tensor(numbers)}
+
+    def _cut(self, pixels: np.ndarray, draw: np.ndarray) -> np.ndarray:
+        """uint8 (H,W,3) -> a random square, mirrored or not, as (3,crop,crop)."""
+        top = int(draw[1] * (pixels.shape[0] - self.crop + 1))
+        left = int(draw[2] * (pixels.shape[1] - self.crop + 1))
+        square = pixels[top:top + self.crop, left:left + self.crop]
+        if self.flip and draw[3] < 0.5:
+            square = square[:, ::-1]
+        return square.transpose(2, 0, 1)
+
+
+def centre_crop(pixels: np.ndarray, crop: int) -> np.ndarray:
+    """uint8 (H,W,3) -> the middle square (crop,crop,3): how real images enter the scores."""
+    top, left = (pixels.shape[0] - crop) // 2, (pixels.shape[1] - crop) // 2
+    return pixels[top:top + crop, left:left + crop]
+
+
+def to_network(images: Tensor, image_size: int, resize: str = "antialias") -> Tensor:
+    """uint8 (B,3,c,c) -> float32 (B,3,S,S) in [-1,1].
+
+    `resize` "antialias": a low-pass filter first. "nearest": as published, where every eighth row and column of
+    256 px is simply left out, which the discriminator can see (official.md, difference 5).
+    """
+    x = images.to(torch.float32)
+    if images.shape[-1] != image_size:
+        x = (F.interpolate(x, size=image_size, mode="nearest") if resize == "nearest" else
+             F.interpolate(x, size=image_size, mode="bilinear", antialias=True, align_corners=False))
+    return x / 127.5 - 1
+
+
+def real_images(split, numbers, crop: int, image_size: int) -> Tensor:
+    """The images with these numbers as networks and scores see them: float32 (N,3,S,S) in [-1,1], centre crops."""
+    stack = np.stack([centre_crop(split.image(int(n)), crop).transpose(2, 0, 1) for n in numbers])
+    return to_network(torch.from_numpy(stack), image_size)
