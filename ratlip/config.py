@@ -1,0 +1,348 @@
+"""Settings: what a run is made of, checked before anything is computed, and hashed into the run's name.
+
+A profile (`profiles/*.yaml`) names a dataset, sizes and a budget. A profile may extend another one; overrides
+(`{"model.conditioning": "rat", "seed": 1}`) are laid over it. Published behaviour that ratlip corrects by default is
+one named setting each (see `docs` in the field descriptions and `profiles/*-published.yaml`).
+"""
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ratlip.errors import SettingsError
+
+Conditioning = Literal["cat", "rat", "rat-official"]
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Immutable, and a misspelt key is an error rather than a silent default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+
+
+class DataSettings(Section):
+    """Which pictures, and how they are cut. Sizes in pixels."""
+
+    dataset: Literal["synthetic", "birds", "flowers", "faces"]
+    resize: Annotated[int, Field(ge=16, le=1024, description="shorter side of the stored images")]
+    crop: Annotated[int, Field(ge=16, le=1024, description="side of the random square cut from them at each visit")]
+    flip: bool = Field(True, description="mirror half of the images at random (not where captions say left and right)")
+    train_images: PositiveInt = Field(4096, description="synthetic only: size of the training split")
+    test_images: PositiveInt = Field(512, description="synthetic only: size of the test split")
+    human_captions_only: bool = Field(False, description="flowers only: leave out images with a template caption")
+    tiny: bool = Field(True, description="faces only: our CelebA-tiny instead of all images")
+    seed: Count = Field(0, description="of the generated set (synthetic)")
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.crop > self.resize:
+            raise ValueError(f"crop={self.crop} is larger than resize={self.resize}; choose crop <= resize")
+        if self.dataset == "synthetic" and self.flip:
+            raise ValueError("flip=true would turn 'on the left' into a lie; synthetic needs flip: false")
+        return self
+
+
+class ClipSettings(Section):
+    """Where the frozen CLIP comes from: `train` it on the captions, download it (`pretrained`) or read a `file`."""
+
+    source: Literal["train", "pretrained", "file"]
+    model: str = Field("ViT-B-32-quickgelu", description="open_clip architecture (pretrained, file)")
+    pretrained: str = Field("openai", description="open_clip weight tag (pretrained)")
+    path: Path | None = Field(None, description="local checkpoint (file)")
+    normalisation: Literal["standard", "published"] = Field(
+        "standard", description="published: pixels are mapped to [0,1] twice before CLIP's mean and std (difference 4)")
+    patch_size: PositiveInt = 4
+    width: PositiveInt = 64
+    layers: Annotated[int, Field(ge=2, le=48)] = 4
+    heads: PositiveInt = 4
+    text_width: PositiveInt = 64
+    text_layers: PositiveInt = 2
+    text_heads: PositiveInt = 2
+    embed_dim: PositiveInt = 64
+    context_length: Annotated[int, Field(ge=8, le=256)] = 24
+    steps: PositiveInt = 800
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    lr: Rate = 2e-3
+    weight_decay: Weight = 0.05
+    warmup: Count = 50
+    hard_negatives: bool = True
+    seed: Count = 0
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.source == "file" and self.path is None:
+            raise ValueError("source=file needs path: the local checkpoint to read")
+        for width, heads in (("width", "heads"), ("text_width", "text_heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(f"{width}={getattr(self, width)} must be a multiple of {heads}={getattr(self, heads)}")
+        return self
+
+
+class ModelSettings(Section):
+    """The two networks (paper, method; official.md, generator and discriminator)."""
+
+    conditioning: Conditioning = "rat"
+    rat_scope: Literal["mapper", "generator"] = Field(
+        "generator", description="which affines are recurrent: all of the generator (paper) or the mapper's (published)")
+    hidden_size: Annotated[int, Field(ge=0, le=1024)] = Field(64, description="h of the LSTM; 0 means CAT")
+    attention: Literal["shuffle", "none", "norm"] = Field(
+        "shuffle", description="none: plain convolutions (GALIP); norm: the batch norm of shuffle without its attention")
+    attention_groups: PositiveInt = 8
+    image_size: Annotated[int, Field(ge=16, le=1024)] = 224
+    noise_size: PositiveInt = 100
+    base_channels: PositiveInt = 64
+    code_channels: PositiveInt = 64
+    mapper_blocks: PositiveInt = 4
+    prompt_blocks: tuple[Count, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+    bridge_scale: float = 0.1
+    feature_blocks: tuple[Count, ...] = (1, 4, 8)
+    d_channels: PositiveInt = 512
+    logit_channels: PositiveInt = 128
+    unused_shortcuts: bool = Field(False, description="published: build the discriminator's dead 1x1 convolutions")
+
+    @model_validator(mode="after")
+    def _fits(self):
+        for name in ("prompt_blocks", "feature_blocks"):
+            blocks = getattr(self, name)
+            if len(set(blocks)) != len(blocks):
+                raise ValueError(f"{name}={list(blocks)} names a block twice")
+        if not self.feature_blocks:
+            raise ValueError("feature_blocks is empty; the discriminator needs one CLIP block at least")
+        if self.conditioning == "rat-official" and self.rat_scope == "generator":
+            raise ValueError("conditioning=rat-official exists in the mapper only; set rat_scope: mapper")
+        if self.attention == "shuffle":
+            step = 2 * self.attention_groups
+            for name in ("base_channels", "code_channels"):
+                if getattr(self, name) % step:
+                    raise ValueError(f"{name}={getattr(self, name)} must be a multiple of {step} = 2 x attention_groups")
+        if self.code_channels % 2:
+            raise ValueError(f"code_channels={self.code_channels} must be even")
+        return self
+
+    @property
+    def arm(self) -> str:
+        """Short name of the ablation arm, e.g. `rat-h64-shuffle`, `rat-mapper-h16-shuffle`, `cat-none`."""
+        if self.conditioning == "cat" or self.hidden_size == 0:
+            return f"cat-{self.attention}"
+        scope = "-mapper" if self.conditioning == "rat" and self.rat_scope == "mapper" else ""
+        return f"{self.conditioning}{scope}-h{self.hidden_size}-{self.attention}"
+
+
+class TrainingSettings(Section):
+    """Optimisation. The budget is `steps` or `epochs`, not both."""
+
+    steps: PositiveInt | None = None
+    epochs: PositiveInt | None = None
+    batch_size: PositiveInt = 16
+    lr_g: Rate = 1e-4
+    lr_d: Rate = 4e-4
+    betas: tuple[float, float] = (0.0, 0.9)
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged generator; 0 = none")
+    similarity_weight: Weight = 4.0
+    penalty_weight: Weight = 2.0
+    penalty_power: Weight = 6.0
+    mismatch: Literal["roll", "similar", "published"] = Field(
+        "roll", description="roll: the neighbour's sentence in the batch; similar: another caption close to the true one; "
+                            "published: roll even in a batch of one, where it is the true sentence (difference 7)")
+    real_resize: Literal["antialias", "nearest"] = Field(
+        "antialias", description="how crops become image_size; nearest as published (difference 5)")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    log_every: PositiveInt = 25
+    sample_every: PositiveInt = 500
+    checkpoint_every: PositiveInt = 500
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give the budget as steps or as epochs: exactly one of them")
+        if self.batch_size == 1 and self.mismatch == "roll":
+            raise ValueError("batch_size=1 has no other sentence to mismatch with; use 2 or more "
+                             "(mismatch: published reruns what the published code does there)")
+        return self
+
+
+class EvaluationSettings(Section):
+    """How a finished run is scored."""
+
+    images: PositiveInt = Field(512, description="images generated for the scores")
+    batch_size: PositiveInt = 64
+    grid_captions: PositiveInt = Field(8, description="captions shown in the sample grid")
+    grid_images: PositiveInt = Field(4, description="images a caption in the sample grid")
+    judge_steps: Count = Field(600, description="training steps of the attribute classifier (synthetic only)")
+
+
+def _digest(content: dict) -> str:
+    """8 hex digits that change when, and only when, a value in `content` does."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+class Settings(Section):
+    """Everything a run depends on."""
+
+    profile: str
+    summary: str = ""
+    seed: Count = 0
+    data: DataSettings
+    clip: ClipSettings
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _fits(self):
+        size, clip, model = self.model.image_size, self.clip, self.model
+        if clip.source == "train":
+            if size % clip.patch_size or not 4 <= size // clip.patch_size <= 32:
+                raise ValueError(f"model.image_size={size} and clip.patch_size={clip.patch_size}: the patch must divide "
+                                 "the image into a grid of 4 to 32 patches a side")
+            layers = clip.layers
+            for name in ("prompt_blocks", "feature_blocks"):
+                if max(getattr(model, name), default=0) >= layers:
+                    raise ValueError(f"model.{name}={list(getattr(model, name))}: the CLIP has blocks 0 to {layers - 1} "
+                                     f"(clip.layers={layers})")
+        return self
+
+    @property
+    def data_hash(self) -> str:
+        """Identity of the prepared data (the crop, the flip and other sections' settings do not touch it)."""
+        used = {"synthetic": ("train_images", "test_images", "seed"), "flowers": ("human_captions_only",),
+                "faces": ("tiny",), "birds": ()}[self.data.dataset]
+        content = {name: getattr(self.data, name) for name in ("dataset", "resize", *used)}
+        return _digest(content)
+
+    @property
+    def clip_hash(self) -> str:
+        """Identity of the CLIP and of the caption embeddings that it gives for the prepared data."""
+        content = {"data": self.data_hash, "crop": self.data.crop, "flip": self.data.flip,
+                   "image_size": self.model.image_size, **self.clip.model_dump(mode="json", exclude={"normalisation"})}
+        return _digest(content)
+
+    @property
+    def judge_hash(self) -> str:
+        """Identity of the attribute classifier (generated set only)."""
+        return _digest({"data": self.data_hash, "crop": self.data.crop, "image_size": self.model.image_size,
+                        "steps": self.evaluation.judge_steps})
+
+    @property
+    def run_hash(self) -> str:
+        """Identity of a run: every setting that changes its weights (how often it logs or saves does not)."""
+        content = self.model_dump(mode="json", exclude={"profile": True, "summary": True, "evaluation": True,
+                                                        "training": {"log_every", "sample_every", "checkpoint_every"}})
+        return _digest(content)
+
+    @property
+    def run_name(self) -> str:
+        """Folder name of the run: arm, seed, identity."""
+        return f"{self.model.arm}-seed{self.seed}-{self.run_hash}"
+
+    def to_yaml(self) -> str:
+        """The settings as YAML that `load_settings` reads back to the same identity."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def profile_names() -> list[str]:
+    """The profiles that come with ratlip."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("ratlip.profiles").iterdir()
+                  if p.name.endswith(".yaml"))
+
+
+def _read_profile(profile: str | Path) -> tuple[str, dict]:
+    path = Path(profile)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise SettingsError(f"{path}: no such profile file; give a path that exists or one of {', '.join(profile_names())}")
+        name, text = str(path), path.read_text(encoding="utf-8")
+    elif profile in profile_names():
+        name, text = f"profile {profile}", (resources.files("ratlip.profiles") / f"{profile}.yaml").read_text("utf-8")
+    else:
+        near = difflib.get_close_matches(str(profile), profile_names(), n=1)
+        raise SettingsError(f"there is no profile {str(profile)!r}{f'; did you mean {near[0]!r}?' if near else ''} "
+                            f"Profiles: {', '.join(profile_names())}; or give the path of a .yaml file.")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{name}: not readable as YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"{name}: should be a mapping of sections (data, clip, model, training), not {type(content).__name__}")
+    parent = content.pop("extends", None)
+    if parent:
+        content = merge(_read_profile(parent)[1], content)
+    if path.suffix in (".yaml", ".yml"):
+        content.setdefault("profile", path.stem)
+    else:
+        content["profile"] = str(profile)
+    return name, content
+
+
+def merge(base: dict, over: dict) -> dict:
+    """`over` laid on `base`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def load_settings(profile: str | Path, overrides: dict[str, Any] | None = None) -> Settings:
+    """Read a profile by name or path and lay dotted overrides over it (`{"model.hidden_size": 16}`).
+
+    An override of None is no override. Raises SettingsError that lists every wrong field with its value and what
+    would be allowed.
+    """
+    name, content = _read_profile(profile)
+    for dotted, value in (overrides or {}).items():
+        if value is None:
+            continue
+        nested: Any = value
+        for part in reversed(dotted.split(".")):
+            nested = {part: nested}
+        if dotted == "training.epochs":
+            content = merge(content, {"training": {"steps": None}})
+        elif dotted == "training.steps":
+            content = merge(content, {"training": {"epochs": None}})
+        content = merge(content, nested)
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise SettingsError(_explain(name, error)) from None
+
+
+def _fields_at(location: tuple) -> list[str]:
+    model: Any = Settings
+    for part in location:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        model = field.annotation if field else None
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _explain(name: str, error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        location = tuple(part for part in problem["loc"])
+        dotted = ".".join(str(part) for part in location)
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(location[:-1])
+            near = difflib.get_close_matches(str(location[-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            lines.append(f"{dotted}: no such setting; {hint}known here: {', '.join(known)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{dotted}: missing")
+        elif problem["type"] == "value_error":
+            lines.append(f"{dotted + ': ' if dotted else ''}{problem['msg'].removeprefix('Value error, ')}")
+        else:
+            lines.append(f"{dotted}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+    return f"{name}: {len(lines)} setting(s) wrong:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+CONDITIONINGS = get_args(Conditioning)
