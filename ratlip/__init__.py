@@ -1,4 +1,4 @@
-"""ratlip: the reproduction suite for RATLIP (Lin, Lu, Chen, 2024), a text-to-image GAN with CLIP in both networks."""
+"""ratlip: reproduction suite for RATLIP (Lin, Lu, Chen, 2024), a text-to-image GAN on a frozen CLIP."""
 from ratlip import compat as _compat
 
 _compat.apply()

@@ -1,10 +1,11 @@
-"""Let torchvision be imported beside a PyTorch that it was not built for: the CPU build next to a CUDA torchvision.
+"""Let torchvision be imported beside a PyTorch it was not built for: a CPU build next to a CUDA torchvision.
 
-Pip finds both under plain version numbers, so that the pair is easily had. torchvision's compiled extension then
-cannot be loaded (it wants CUDA's libraries), which torchvision itself takes calmly: all but its detection operators
-are plain Python. Its import fails all the same, for it describes two of the missing operators to PyTorch:
-`operator torchvision::nms does not exist`. Declaring those two without any implementation lets it be imported; calling
-them remains an error. Everything here that needs torchvision (open_clip, timm, torch-fidelity, grad-cam) calls none.
+Pip finds both under plain version numbers, so that the pair is easily had. torchvision's compiled extension
+then cannot be loaded (it wants CUDA's libraries), which torchvision itself takes calmly: all but its
+detection operators is plain Python. Its import fails all the same, for it describes two of the missing
+operators to PyTorch: `operator torchvision::nms does not exist`. Declaring those two, without any
+implementation, lets it be imported; calling them remains an error. What needs torchvision here (open_clip,
+timm, torch-fidelity, grad-cam) calls none of them.
 """
 import importlib.util
 import sys
@@ -23,12 +24,14 @@ _libraries: list[torch.library.Library] = []  # a declaration lives as long as t
 def apply(package: str = "torchvision") -> bool:
     """Declare torchvision's `nms` and `qnms` where its import would fail without them.
 
-    Call it before the first import of torchvision. Returns True where it has declared them, False where there was
-    nothing to do: PyTorch with CUDA, no torchvision, a torchvision whose own extension loads, a second call, or
-    another system than Linux (elsewhere pip finds only matching builds). `package` names the Python package and its
-    operator namespace (another one in tests).
+    Call it before the first import of torchvision. Returns True where it has declared them, False where there
+    was nothing to do: PyTorch with CUDA, no torchvision, a torchvision whose own extension loads, a second
+    call, or another system than Linux (elsewhere pip finds only matching builds). `package` names the
+    Python package and its operator namespace (another one in tests).
     """
-    if sys.platform != "linux" or torch.version.cuda is not None or hasattr(getattr(torch.ops, package), "nms"):
+    if sys.platform != "linux" or torch.version.cuda is not None:
+        return False
+    if hasattr(getattr(torch.ops, package), "nms"):
         return False
     spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
     if spec is None or _extension_loads(Path(spec.origin).parent):
@@ -43,9 +46,9 @@ def apply(package: str = "torchvision") -> bool:
 def _extension_loads(folder: Path) -> bool:
     """Load `folder`'s extension `_C` as torchvision is about to do itself, and tell whether that went well.
 
-    Trying is the one sure test: version numbers and file names do not tell the builds apart. Where it loads, it has
-    now defined `nms` (torchvision's load of the same file then does nothing, and a declaration of ours would clash
-    with it). Where it does not, none of it has run.
+    Trying is the one sure test: version numbers and file names do not tell the builds apart. Where it loads,
+    it has now defined `nms` (torchvision's load of the same file then does nothing, and a declaration of ours
+    would clash with it). Where it does not, none of it has run.
     """
     finder = machinery.FileFinder(str(folder), (machinery.ExtensionFileLoader, machinery.EXTENSION_SUFFIXES))
     extension = finder.find_spec("_C")

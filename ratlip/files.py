@@ -12,10 +12,11 @@ from typing import Any, Iterator
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it takes the place of `path`, on any error it is removed.
+    """Yield a temporary path beside `path`; on success it takes the place of `path`, on an error it goes.
 
     What is written to the temporary path may be a file or a folder. A reader sees the old content or the new,
-    never a part: the last step is one rename.
+    never a part: the last step is a rename (of two where a folder replaces a folder, as no system call does
+    that).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,9 +24,15 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     draft = holder / path.name
     try:
         yield draft
+        replaced = holder / "replaced"
         if draft.is_dir() and path.is_dir():
-            path.rename(holder / "replaced")  # a folder cannot be renamed onto a folder that is not empty
-        os.replace(draft, path)
+            path.rename(replaced)  # a folder cannot be renamed onto a folder that is not empty
+        try:
+            os.replace(draft, path)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
     finally:
         shutil.rmtree(holder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""ratlip.compat: torchvision can be imported beside a CPU build of PyTorch, and nothing happens anywhere else."""
+"""ratlip.compat: torchvision can be imported beside a CPU build of PyTorch; nothing happens elsewhere."""
 import itertools
 import subprocess
 import sys
@@ -13,7 +13,7 @@ names = (f"fakevision_{number}" for number in itertools.count())
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A torchvision of another name (operators cannot be undeclared), beside a CPU build of PyTorch on Linux."""
+    """A torchvision of another name (operators cannot be undeclared) beside a CPU build of PyTorch."""
     name = next(names)
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").write_text("raise AssertionError('compat must not import torchvision')")
