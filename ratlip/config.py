@@ -1,8 +1,8 @@
 """Settings: what a run is made of, checked before anything is computed, and hashed into the run's name.
 
 A profile (`profiles/*.yaml`) names a dataset, sizes and a budget. A profile may extend another one; overrides
-(`{"model.conditioning": "rat", "seed": 1}`) are laid over it. Published behaviour that ratlip corrects by default is
-one named setting each (see `docs` in the field descriptions and `profiles/*-published.yaml`).
+(`{"model.conditioning": "rat", "seed": 1}`) are laid over it. Published behaviour that ratlip corrects by
+default is one named setting each (see `docs` in the field descriptions and `profiles/*-published.yaml`).
 """
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """Immutable, and a misspelt key is an error rather than a silent default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True,
+                              allow_inf_nan=False)
 
 
 class DataSettings(Section):
@@ -36,11 +38,11 @@ class DataSettings(Section):
 
     dataset: Literal["synthetic", "birds", "flowers", "faces"]
     resize: Annotated[int, Field(ge=16, le=1024, description="shorter side of the stored images")]
-    crop: Annotated[int, Field(ge=16, le=1024, description="side of the random square cut from them at each visit")]
-    flip: bool = Field(True, description="mirror half of the images at random (not where captions say left and right)")
+    crop: Annotated[int, Field(ge=16, le=1024, description="side of the square cut at random at each visit")]
+    flip: bool = Field(True, description="mirror half of the images (not where captions say left, right)")
     train_images: PositiveInt = Field(4096, description="synthetic only: size of the training split")
     test_images: PositiveInt = Field(512, description="synthetic only: size of the test split")
-    human_captions_only: bool = Field(False, description="flowers only: leave out images with a template caption")
+    human_captions_only: bool = Field(False, description="flowers only: no template captions")
     tiny: bool = Field(True, description="faces only: our CelebA-tiny instead of all images")
     seed: Count = Field(0, description="of the generated set (synthetic)")
 
@@ -52,16 +54,23 @@ class DataSettings(Section):
             raise ValueError("flip=true would turn 'on the left' into a lie; synthetic needs flip: false")
         return self
 
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What decides what `prepare` writes: not the crop, the flip, or another dataset's options."""
+        used = {"synthetic": ("train_images", "test_images", "seed"), "flowers": ("human_captions_only",),
+                "faces": ("tiny",), "birds": ()}[self.dataset]
+        return {name: getattr(self, name) for name in ("dataset", "resize", *used)}
+
 
 class ClipSettings(Section):
-    """Where the frozen CLIP comes from: `train` it on the captions, download it (`pretrained`) or read a `file`."""
+    """Where the frozen CLIP comes from: `train`ed on the captions, downloaded (`pretrained`), or a `file`."""
 
     source: Literal["train", "pretrained", "file"]
     model: str = Field("ViT-B-32-quickgelu", description="open_clip architecture (pretrained, file)")
     pretrained: str = Field("openai", description="open_clip weight tag (pretrained)")
     path: Path | None = Field(None, description="local checkpoint (file)")
     normalisation: Literal["standard", "published"] = Field(
-        "standard", description="published: pixels are mapped to [0,1] twice before CLIP's mean and std (difference 4)")
+        "standard", description="published: pixels go to [0,1] twice before mean and std (difference 4)")
     patch_size: PositiveInt = 4
     width: PositiveInt = 64
     layers: Annotated[int, Field(ge=2, le=48)] = 4
@@ -83,9 +92,11 @@ class ClipSettings(Section):
     def _fits(self):
         if self.source == "file" and self.path is None:
             raise ValueError("source=file needs path: the local checkpoint to read")
-        for width, heads in (("width", "heads"), ("text_width", "text_heads")):
-            if getattr(self, width) % getattr(self, heads):
-                raise ValueError(f"{width}={getattr(self, width)} must be a multiple of {heads}={getattr(self, heads)}")
+        if self.width % (4 * self.heads):
+            raise ValueError(f"width={self.width} must be a multiple of {4 * self.heads} = 4 x heads")
+        if self.text_width % self.text_heads:
+            raise ValueError(f"text_width={self.text_width} must be a multiple of "
+                             f"text_heads={self.text_heads}")
         return self
 
 
@@ -94,10 +105,10 @@ class ModelSettings(Section):
 
     conditioning: Conditioning = "rat"
     rat_scope: Literal["mapper", "generator"] = Field(
-        "generator", description="which affines are recurrent: all of the generator (paper) or the mapper's (published)")
+        "generator", description="recurrent: all of the generator (paper), or the mapper's (published)")
     hidden_size: Annotated[int, Field(ge=0, le=1024)] = Field(64, description="h of the LSTM; 0 means CAT")
     attention: Literal["shuffle", "none", "norm"] = Field(
-        "shuffle", description="none: plain convolutions (GALIP); norm: the batch norm of shuffle without its attention")
+        "shuffle", description="none: plain convolutions (GALIP); norm: shuffle's batch norm, no attention")
     attention_groups: PositiveInt = 8
     image_size: Annotated[int, Field(ge=16, le=1024)] = 224
     noise_size: PositiveInt = 100
@@ -109,7 +120,9 @@ class ModelSettings(Section):
     feature_blocks: tuple[Count, ...] = (1, 4, 8)
     d_channels: PositiveInt = 512
     logit_channels: PositiveInt = 128
-    unused_shortcuts: bool = Field(False, description="published: build the discriminator's dead 1x1 convolutions")
+    gate: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="what the discriminator's residual gates start at; 0 as published")
+    unused_shortcuts: bool = Field(False, description="published: build D's dead 1x1 convolutions")
 
     @model_validator(mode="after")
     def _fits(self):
@@ -125,7 +138,8 @@ class ModelSettings(Section):
             step = 2 * self.attention_groups
             for name in ("base_channels", "code_channels"):
                 if getattr(self, name) % step:
-                    raise ValueError(f"{name}={getattr(self, name)} must be a multiple of {step} = 2 x attention_groups")
+                    raise ValueError(f"{name}={getattr(self, name)} must be a multiple of {step} = "
+                                     "2 x attention_groups")
         if self.code_channels % 2:
             raise ValueError(f"code_channels={self.code_channels} must be even")
         return self
@@ -147,14 +161,15 @@ class TrainingSettings(Section):
     batch_size: PositiveInt = 16
     lr_g: Rate = 1e-4
     lr_d: Rate = 4e-4
-    betas: tuple[float, float] = (0.0, 0.9)
-    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged generator; 0 = none")
+    betas: tuple[Decay, Decay] = (0.0, 0.9)
+    ema: Decay = Field(0.0, description="decay of the averaged generator; 0 = none")
     similarity_weight: Weight = 4.0
     penalty_weight: Weight = 2.0
     penalty_power: Weight = 6.0
     mismatch: Literal["roll", "similar", "published"] = Field(
-        "roll", description="roll: the neighbour's sentence in the batch; similar: another caption close to the true one; "
-                            "published: roll even in a batch of one, where it is the true sentence (difference 7)")
+        "roll", description="roll: the neighbour's sentence in the batch; similar: another caption close to "
+                            "the true one; published: roll even in a batch of one, where it is the true "
+                            "sentence (difference 7)")
     real_resize: Literal["antialias", "nearest"] = Field(
         "antialias", description="how crops become image_size; nearest as published (difference 5)")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
@@ -166,7 +181,7 @@ class TrainingSettings(Section):
     def _fits(self):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give the budget as steps or as epochs: exactly one of them")
-        if self.batch_size == 1 and self.mismatch == "roll":
+        if self.batch_size == 1 and self.mismatch != "published":
             raise ValueError("batch_size=1 has no other sentence to mismatch with; use 2 or more "
                              "(mismatch: published reruns what the published code does there)")
         return self
@@ -204,28 +219,30 @@ class Settings(Section):
         size, clip, model = self.model.image_size, self.clip, self.model
         if clip.source == "train":
             if size % clip.patch_size or not 4 <= size // clip.patch_size <= 32:
-                raise ValueError(f"model.image_size={size} and clip.patch_size={clip.patch_size}: the patch must divide "
-                                 "the image into a grid of 4 to 32 patches a side")
+                raise ValueError(f"model.image_size={size} and clip.patch_size={clip.patch_size}: the patch "
+                                 "must divide the image into a grid of 4 to 32 patches a side")
             layers = clip.layers
             for name in ("prompt_blocks", "feature_blocks"):
                 if max(getattr(model, name), default=0) >= layers:
-                    raise ValueError(f"model.{name}={list(getattr(model, name))}: the CLIP has blocks 0 to {layers - 1} "
-                                     f"(clip.layers={layers})")
+                    raise ValueError(f"model.{name}={list(getattr(model, name))}: the CLIP has blocks 0 to "
+                                     f"{layers - 1} (clip.layers={layers})")
         return self
 
     @property
     def data_hash(self) -> str:
         """Identity of the prepared data (the crop, the flip and other sections' settings do not touch it)."""
-        used = {"synthetic": ("train_images", "test_images", "seed"), "flowers": ("human_captions_only",),
-                "faces": ("tiny",), "birds": ()}[self.data.dataset]
-        content = {name: getattr(self.data, name) for name in ("dataset", "resize", *used)}
-        return _digest(content)
+        return _digest({"stored": self.data.stored})
 
     @property
     def clip_hash(self) -> str:
         """Identity of the CLIP and of the caption embeddings that it gives for the prepared data."""
-        content = {"data": self.data_hash, "crop": self.data.crop, "flip": self.data.flip,
-                   "image_size": self.model.image_size, **self.clip.model_dump(mode="json", exclude={"normalisation"})}
+        c, content = self.clip, {"data": self.data_hash}
+        if c.source == "train":  # not the normalisation: a small CLIP is trained with its own, as OpenAI's was
+            content |= {"crop": self.data.crop, "flip": self.data.flip, "image_size": self.model.image_size,
+                        **c.model_dump(mode="json", exclude={"model", "pretrained", "path", "normalisation"})}
+        else:
+            where = "pretrained" if c.source == "pretrained" else "path"
+            content |= c.model_dump(mode="json", include={"source", "model", where})
         return _digest(content)
 
     @property
@@ -237,8 +254,9 @@ class Settings(Section):
     @property
     def run_hash(self) -> str:
         """Identity of a run: every setting that changes its weights (how often it logs or saves does not)."""
-        content = self.model_dump(mode="json", exclude={"profile": True, "summary": True, "evaluation": True,
-                                                        "training": {"log_every", "sample_every", "checkpoint_every"}})
+        content = self.model_dump(mode="json", exclude={
+            "profile": True, "summary": True, "evaluation": True,
+            "training": {"log_every", "sample_every", "checkpoint_every"}})
         return _digest(content)
 
     @property
@@ -257,27 +275,36 @@ def profile_names() -> list[str]:
                   if p.name.endswith(".yaml"))
 
 
-def _read_profile(profile: str | Path) -> tuple[str, dict]:
+def _read_profile(profile: str | Path, chain: tuple[str, ...] = ()) -> tuple[str, dict]:
     path = Path(profile)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise SettingsError(f"{path}: no such profile file; give a path that exists or one of {', '.join(profile_names())}")
+            raise SettingsError(f"{path}: no such profile file; give a path that exists or one of "
+                                f"{', '.join(profile_names())}")
         name, text = str(path), path.read_text(encoding="utf-8")
     elif profile in profile_names():
-        name, text = f"profile {profile}", (resources.files("ratlip.profiles") / f"{profile}.yaml").read_text("utf-8")
+        name = f"profile {profile}"
+        text = (resources.files("ratlip.profiles") / f"{profile}.yaml").read_text("utf-8")
     else:
         near = difflib.get_close_matches(str(profile), profile_names(), n=1)
-        raise SettingsError(f"there is no profile {str(profile)!r}{f'; did you mean {near[0]!r}?' if near else ''} "
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise SettingsError(f"there is no profile {str(profile)!r}{hint} "
                             f"Profiles: {', '.join(profile_names())}; or give the path of a .yaml file.")
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"{name}: not readable as YAML: {error}") from None
     if not isinstance(content, dict):
-        raise SettingsError(f"{name}: should be a mapping of sections (data, clip, model, training), not {type(content).__name__}")
+        raise SettingsError(f"{name}: should be a mapping of sections (data, clip, model, training), "
+                            f"not {type(content).__name__}")
     parent = content.pop("extends", None)
     if parent:
-        content = merge(_read_profile(parent)[1], content)
+        beside = path.parent / str(parent)  # a path is meant from the file that names it
+        parent = str(beside) if beside.is_file() else str(parent)
+        if parent in chain:
+            raise SettingsError(f"{name}: extends {parent}, which extends this profile; break the circle")
+        inherited = _read_profile(parent, (*chain, parent))[1]
+        content = merge({key: value for key, value in inherited.items() if key != "profile"}, content)
     if path.suffix in (".yaml", ".yml"):
         content.setdefault("profile", path.stem)
     else:
@@ -297,21 +324,19 @@ def merge(base: dict, over: dict) -> dict:
 def load_settings(profile: str | Path, overrides: dict[str, Any] | None = None) -> Settings:
     """Read a profile by name or path and lay dotted overrides over it (`{"model.hidden_size": 16}`).
 
-    An override of None is no override. Raises SettingsError that lists every wrong field with its value and what
-    would be allowed.
+    An override of None is no override. Raises SettingsError that lists every wrong field with its value and
+    what would be allowed.
     """
-    name, content = _read_profile(profile)
-    for dotted, value in (overrides or {}).items():
-        if value is None:
-            continue
+    name, content = _read_profile(profile, (str(profile),))
+    given = {dotted: value for dotted, value in (overrides or {}).items() if value is not None}
+    for dotted, value in given.items():
         nested: Any = value
         for part in reversed(dotted.split(".")):
             nested = {part: nested}
-        if dotted == "training.epochs":
-            content = merge(content, {"training": {"steps": None}})
-        elif dotted == "training.steps":
-            content = merge(content, {"training": {"epochs": None}})
         content = merge(content, nested)
+    for budget, other in (("steps", "epochs"), ("epochs", "steps")):  # the one asked for replaces the other
+        if f"training.{budget}" in given and f"training.{other}" not in given:
+            content = merge(content, {"training": {other: None}})
     try:
         return Settings.model_validate(content)
     except ValidationError as error:
@@ -321,9 +346,9 @@ def load_settings(profile: str | Path, overrides: dict[str, Any] | None = None) 
 def _fields_at(location: tuple) -> list[str]:
     model: Any = Settings
     for part in location:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        field = getattr(model, "model_fields", {}).get(part)
         model = field.annotation if field else None
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    return list(getattr(model, "model_fields", {}))
 
 
 def _explain(name: str, error: ValidationError) -> str:

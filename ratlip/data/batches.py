@@ -1,8 +1,8 @@
 """Training batches as a pure function of (seed, step), and the way from stored pixels to a network's input.
 
-Nothing here carries state from one step to the next: epoch order, caption, crop and flip of a step follow from the
-seed and the step's number. That is why a run that was killed at any step goes on bit for bit, whatever the number of
-loader processes.
+Nothing here carries state from one step to the next: epoch order, caption, crop and flip of a step follow
+from the seed and the step's number. That is why a run that was killed at any step goes on bit for bit,
+whatever the number of loader processes.
 """
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from torch.utils.data import Dataset
 
 from ratlip.errors import DataError
 
-ORDER, DRAW = 11, 12  # streams of random numbers, so that the order of an epoch and the draws of a step never share one
+ORDER, DRAW = 11, 12  # streams of random numbers: the order of an epoch and the draws of a step share none
 
 
 class Batches(Dataset):
     """Item `step` is that step's batch: one caption of each image drawn at random, random crop, random flip.
 
-    `split`: a prepared split. The images follow one another in epochs, each in an order of its own; a batch may
-    straddle two epochs, so none is dropped. With several processes (`rank` of `world`) each takes its part of the
-    global batch of `batch_size`.
+    `split`: a prepared split. The images follow one another in epochs, each in an order of its own; a batch
+    may straddle two epochs, so none is dropped. With several processes (`rank` of `world`) each takes its
+    part of the global batch of `batch_size`.
     """
 
-    def __init__(self, split, *, crop: int, flip: bool, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+    def __init__(self, split, *, crop: int, flip: bool, batch_size: int, seed: int, rank: int = 0,
+                 world: int = 1):
         if batch_size % world:
-            raise DataError(f"batch_size={batch_size} cannot be shared by {world} processes; make it a multiple of {world}")
+            raise DataError(f"batch_size={batch_size} cannot be shared by {world} processes; "
+                            f"make it a multiple of {world}")
         self.split, self.crop, self.flip, self.batch_size, self.seed = split, crop, flip, batch_size, seed
         self.part = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self._orders: dict[int, np.ndarray] = {}
@@ -44,7 +46,7 @@ class Batches(Dataset):
         return int(self._orders[epoch][place])
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        """images uint8 (B,3,crop,crop); caption int64 (B,): rows of the flattened captions; image int64 (B,)."""
+        """images uint8 (B,3,crop,crop); caption int64 (B,): rows of `all_captions`; image int64 (B,)."""
         rng = np.random.default_rng([self.seed, DRAW, step])
         draws = rng.random((self.batch_size, 4))[self.part]
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)[self.part]
@@ -74,8 +76,8 @@ def centre_crop(pixels: np.ndarray, crop: int) -> np.ndarray:
 def to_network(images: Tensor, image_size: int, resize: str = "antialias") -> Tensor:
     """uint8 (B,3,c,c) -> float32 (B,3,S,S) in [-1,1].
 
-    `resize` "antialias": a low-pass filter first. "nearest": as published, where every eighth row and column of
-    256 px is simply left out, which the discriminator can see (official.md, difference 5).
+    `resize` "antialias": a low-pass filter first. "nearest": as published, where every eighth row and column
+    of 256 px is simply left out, which the discriminator can see (official.md, difference 5).
     """
     x = images.to(torch.float32)
     if images.shape[-1] != image_size:
@@ -85,6 +87,6 @@ def to_network(images: Tensor, image_size: int, resize: str = "antialias") -> Te
 
 
 def real_images(split, numbers, crop: int, image_size: int) -> Tensor:
-    """The images with these numbers as networks and scores see them: float32 (N,3,S,S) in [-1,1], centre crops."""
+    """Centre crops of these images as networks and scores see them: float32 (N,3,S,S) in [-1,1]."""
     stack = np.stack([centre_crop(split.image(int(n)), crop).transpose(2, 0, 1) for n in numbers])
     return to_network(torch.from_numpy(stack), image_size)

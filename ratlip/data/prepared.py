@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ratlip.data.records import SPLITS, Problems, Record, in_order, open_image
 from ratlip.errors import DataError
 from ratlip.files import atomic_path, read_json, write_json
+from ratlip.progress import bar
 
 FORMAT = 1
 BATCH_BYTES = 32 << 20  # pixels held in memory before they go to disk
@@ -69,7 +69,7 @@ def prepare(records: Iterable[Record], out: str | Path, *, resize: int, workers:
     try:
         with atomic_path(out) as draft:
             facts = _write_dataset(records, draft, resize, workers, Problems(f"{name} ({source})"),
-                                   partial(tqdm, desc=f"prepare {name}", unit="image", disable=not progress))
+                                   partial(bar, desc=f"prepare {name}", unit="image", enabled=progress))
             manifest = {
                 "format": FORMAT, "name": name, "source": source, "resize": resize, **facts,
                 "settings": settings, "hash": settings_hash(settings, resize),

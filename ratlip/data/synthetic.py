@@ -1,13 +1,14 @@
 """A generated, captioned set whose truth is known: one object, with kind, colour, size, place and background.
 
-Why it exists: on photographs nobody can say which share of a caption a generated image shows. Here every attribute
-named by a caption can be checked against the image by a classifier (`ratlip.judge`), and the object's mask is known,
-so that "where does the network look" has a right answer. It needs no download, and a laptop learns it in minutes.
+Why it exists: on photographs nobody can say which share of a caption a generated image shows. Here every
+attribute named by a caption can be checked against the image by a classifier (`ratlip.judge`), and the
+object's mask is known, so that "where does the network look" has a right answer. It needs no download, and a
+laptop learns it in minutes.
 
-Rule. An image is one combination of `OBJECTS` x `COLOURS` x `SIZES` x `PLACES` x `BACKGROUNDS` (960 of them) with
-position, scale, rotation, shade and a faint background gradient drawn at random. Every `HELD_OUT`-th combination, in
-an order shuffled by the seed, belongs to the test split: its captions are never seen in training, although each of
-its attributes is.
+Rule. An image is one combination of `OBJECTS` x `COLOURS` x `SIZES` x `PLACES` x `BACKGROUNDS` (960 of them)
+with position, scale, rotation, shade and a faint background gradient drawn at random. Every `HELD_OUT`-th
+combination, in an order shuffled by the seed, belongs to the test split: its captions are never seen in
+training, although each of its attributes is.
 """
 from __future__ import annotations
 
@@ -26,10 +27,11 @@ COLOURS = {
     "red": (214, 39, 40), "orange": (250, 140, 20), "yellow": (245, 220, 40), "green": (40, 160, 60),
     "cyan": (60, 205, 215), "blue": (40, 80, 220), "purple": (130, 50, 170), "pink": (245, 130, 190),
 }
-SIZES = {"small": 0.44, "large": 0.7}  # width of the object / width of the image
-PLACES = {"left": 0.34, "centre": 0.5, "right": 0.66}  # centre of the object / width of the image
+SIZES = {"small": 0.5, "large": 0.76}  # width of the object / width of the image
+PLACES = {"left": 0.37, "centre": 0.5, "right": 0.63}  # centre of the object / width of the image
 BACKGROUNDS = {
-    "white": (245, 245, 245), "black": (15, 15, 15), "grey": (125, 125, 125), "brown": (110, 72, 40), "navy": (18, 26, 84),
+    "white": (245, 245, 245), "black": (15, 15, 15), "grey": (125, 125, 125), "brown": (110, 72, 40),
+    "navy": (18, 26, 84),
 }
 ATTRIBUTES = {"object": OBJECTS, "colour": tuple(COLOURS), "size": tuple(SIZES), "place": tuple(PLACES),
               "background": tuple(BACKGROUNDS)}
@@ -57,7 +59,7 @@ def caption(attributes: dict[str, str], template: int = 0) -> str:
 
 
 def combinations(seed: int = 0) -> dict[str, list[dict[str, str]]]:
-    """All attribute combinations, split into `train` and `test` (one in `HELD_OUT`), in an order given by `seed`."""
+    """All attribute combinations as `train` and `test` (one in `HELD_OUT`), in an order given by `seed`."""
     every = [dict(zip(ATTRIBUTES, values)) for values in itertools.product(*ATTRIBUTES.values())]
     order = np.random.default_rng([seed, 1]).permutation(len(every))
     shuffled = [every[i] for i in order]
@@ -65,7 +67,8 @@ def combinations(seed: int = 0) -> dict[str, list[dict[str, str]]]:
     return {"test": shuffled[:cut], "train": shuffled[cut:]}
 
 
-def _outline(kind: str, centre: tuple[float, float], radius: float, angle: float) -> list[tuple[float, float]]:
+def _outline(kind: str, centre: tuple[float, float], radius: float,
+             angle: float) -> list[tuple[float, float]]:
     """Corners of the object in pixels; `angle` in radians. A ring is drawn from circles instead."""
     if kind == "square":
         corners = [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]
@@ -73,24 +76,29 @@ def _outline(kind: str, centre: tuple[float, float], radius: float, angle: float
         corners = [(0.0, -1.0), (1.05, 0.85), (-1.05, 0.85)]
     else:  # cross: a plus of two bars
         w = 0.32
-        corners = [(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w)]
+        corners = [(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w),
+                   (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w)]
     cos, sin = math.cos(angle), math.sin(angle)
-    return [(centre[0] + radius * (x * cos - y * sin), centre[1] + radius * (x * sin + y * cos)) for x, y in corners]
+    return [(centre[0] + radius * (x * cos - y * sin), centre[1] + radius * (x * sin + y * cos))
+            for x, y in corners]
 
 
-def render(attributes: dict[str, str], image_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def render(attributes: dict[str, str], image_size: int,
+           rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw one image: uint8 (S, S, 3), and the object's mask: bool (S, S)."""
     big = image_size * OVERSAMPLING
     radius = big * SIZES[attributes["size"]] / 2 * rng.uniform(0.94, 1.06)
-    centre = (big * (PLACES[attributes["place"]] + rng.uniform(-0.03, 0.03)), big * (0.5 + rng.uniform(-0.05, 0.05)))
+    centre = (big * (PLACES[attributes["place"]] + rng.uniform(-0.03, 0.03)),
+              big * (0.5 + rng.uniform(-0.03, 0.03)))
     mask = Image.new("L", (big, big), 0)
     draw = ImageDraw.Draw(mask)
     if attributes["object"] == "ring":
         for r, value in ((radius, 255), (0.5 * radius, 0)):
             draw.ellipse([centre[0] - r, centre[1] - r, centre[0] + r, centre[1] + r], fill=value)
     else:
-        draw.polygon(_outline(attributes["object"], centre, radius, rng.uniform(-0.1, 0.1)), fill=255)
-    cover = np.asarray(mask.resize((image_size, image_size), Image.Resampling.BOX), dtype=np.float64)[..., None] / 255
+        draw.polygon(_outline(attributes["object"], centre, radius, rng.uniform(-0.06, 0.06)), fill=255)
+    small = mask.resize((image_size, image_size), Image.Resampling.BOX)
+    cover = np.asarray(small, dtype=np.float64)[..., None] / 255
 
     shade = np.clip(np.array(COLOURS[attributes["colour"]]) + rng.uniform(-12, 12, 3), 0, 255)
     ground = np.array(BACKGROUNDS[attributes["background"]]) + rng.uniform(-8, 8)
@@ -101,14 +109,15 @@ def render(attributes: dict[str, str], image_size: int, rng: np.random.Generator
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8), cover[..., 0] > 0.5
 
 
-def records(image_size: int = 32, train_images: int = 4096, test_images: int = 512, seed: int = 0) -> Iterator[Record]:
-    """Yield the set, image after image (each is drawn from its own seed, so a longer set begins like a shorter one).
+def records(image_size: int = 32, train_images: int = 4096, test_images: int = 512,
+            seed: int = 0) -> Iterator[Record]:
+    """Yield the set, image after image, each from a seed of its own: a longer set begins like a shorter one.
 
-    Raises SettingsError where the sizes make no set: images under 16 px, or fewer test images than combinations
-    would leave some captions without a picture.
+    Raises SettingsError for images under 16 px.
     """
     if image_size < 16:
-        raise SettingsError(f"data.resize={image_size}: the generated set needs at least 16 px to show an object")
+        raise SettingsError(f"data.resize={image_size}: the generated set needs at least 16 px to show "
+                            "an object")
     split = combinations(seed)
     for name, count in (("train", train_images), ("test", test_images)):
         for i in range(count):
@@ -116,5 +125,6 @@ def records(image_size: int = 32, train_images: int = 4096, test_images: int = 5
             rng = np.random.default_rng([seed, 2 if name == "train" else 3, i])
             pixels, mask = render(attributes, image_size, rng)
             captions = tuple(caption(attributes, t) for t in range(len(TEMPLATES)))
-            yield Record(key=f"{name}/{i:06d}", split=name, captions=captions, label=OBJECTS.index(attributes["object"]),
-                         pixels=pixels, attributes=dict(attributes), mask=mask)
+            yield Record(key=f"{name}/{i:06d}", split=name, captions=captions,
+                         label=OBJECTS.index(attributes["object"]), pixels=pixels,
+                         attributes=dict(attributes), mask=mask)
