@@ -67,14 +67,7 @@ def discriminator_loss(
     real_features, fake_features: CLIP features (B,K,C,g,g) of real and generated images; sentence (B,E)
     the matching raw text embeddings; mismatched (B,E) those of other images (as published: the batch rolled
     by one, `sentence.roll(-1, 0)`). No gradient reaches the arguments, only the discriminator.
-
-    Raises ValueError for a batch of one whose mismatched sentence is the matching one (official.md, row 7).
     """
-    if len(sentence) == 1 and torch.equal(mismatched, sentence):
-        raise ValueError(
-            "the mismatched sentence of a batch of one is the matching sentence: "
-            "use a batch size of at least 2, or pass a sentence of another image"
-        )
     real_features = real_features.detach().requires_grad_()
     sentence = sentence.detach().requires_grad_()
     real_logits, mismatched_logits = discriminator(real_features, sentence, mismatched.detach())

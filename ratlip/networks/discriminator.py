@@ -7,17 +7,18 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """shortcut(x) + gamma * res(x) [+ beta * feature], gamma and beta starting at 0 (official.md).
+    """shortcut(x) + gamma * res(x) [+ beta * feature], gamma and beta starting at `gate` (0: official.md).
 
     res: conv3x3, LeakyReLU 0.2, conv3x3, LeakyReLU 0.2, no bias. The shortcut is a 1x1 convolution where
     channels differ. `unused_shortcut` builds one where they are equal too, as the published code does,
     which then never uses it: official.md, row 11.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, feature: bool, unused_shortcut: bool):
+    def __init__(self, in_channels: int, out_channels: int, *, feature: bool, unused_shortcut: bool,
+                 gate: float = 0.0):
         super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1))
-        self.beta = nn.Parameter(torch.zeros(1)) if feature else None
+        self.gamma = nn.Parameter(torch.full((1,), gate))
+        self.beta = nn.Parameter(torch.full((1,), gate)) if feature else None
         self.residual = nn.Sequential(
             nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
             nn.LeakyReLU(0.2),
@@ -42,18 +43,23 @@ class Discriminator(nn.Module):
 
     grid, clip_width, sentence_size: of the CLIP model (7, 768, 512 for ViT-B/32).
     feature_blocks: the CLIP blocks the features come from; here only their number counts.
+    gate: what gamma and beta of all blocks start at; 0 as published. A training of minutes does not open gates
+        that start shut, and the discriminator then judges by the first features alone.
     unused_shortcuts: build the 1x1 convolutions that the published code builds and never uses.
     """
 
     def __init__(self, *, grid: int, clip_width: int, sentence_size: int,
                  feature_blocks: Sequence[int] = (1, 4, 8), d_channels: int = 512,
-                 logit_channels: int = 128, unused_shortcuts: bool = False):
+                 logit_channels: int = 128, unused_shortcuts: bool = False,
+                 gate: float = 0.0):
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResidualBlock(clip_width, clip_width, feature=True, unused_shortcut=unused_shortcuts)
+            ResidualBlock(clip_width, clip_width, feature=True, unused_shortcut=unused_shortcuts,
+                          gate=gate)
             for _ in feature_blocks[1:]
         )
-        self.main = ResidualBlock(clip_width, d_channels, feature=False, unused_shortcut=unused_shortcuts)
+        self.main = ResidualBlock(clip_width, d_channels, feature=False, unused_shortcut=unused_shortcuts,
+                                  gate=gate)
         # The two kernels together shrink the grid to one position: 7 -> 4 -> 1.
         first = (grid + 1) // 2
         self.logit = nn.Sequential(

@@ -1,0 +1,50 @@
+"""Fixtures for all tests: one thread, the shared real data where it is, and one small finished run."""
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and parity fixtures, beside the checkout or where RATLIP_SHARED points."""
+    folder = Path(os.environ.get("RATLIP_SHARED") or ROOT.parent / "shared")
+    if not (folder / "data").is_dir():
+        pytest.skip("the shared data are not here (set RATLIP_SHARED to their folder)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory) -> SimpleNamespace:
+    """The profile `smoke` up to the scores: `space` (Workspace), `settings`, `run` (folder), `scores`.
+
+    Tests read it; one that writes takes a folder of its own (`tmp_path`).
+    """
+    from ratlip.config import load_settings
+    from ratlip.pipeline import Workspace
+
+    settings = load_settings("smoke")
+    space = Workspace.of(settings, tmp_path_factory.mktemp("smoke"), progress=False)
+    run = space.train(accelerator="cpu")
+    return SimpleNamespace(space=space, settings=settings, run=run, scores=space.evaluate())
+
+
+@pytest.fixture
+def ratlip(capsys, monkeypatch):
+    """`ratlip(*arguments)` -> (exit status, what it printed, what it said on stderr), in this process."""
+    from ratlip import cli
+
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["ratlip", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        printed = capsys.readouterr()
+        return caught.value.code or 0, printed.out, printed.err
+
+    return call
