@@ -1,0 +1,176 @@
+"""`ratlip`: a thin command line over `ratlip.pipeline` and `ratlip.generation`."""
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from ratlip.config import Settings, load_settings, profile_names
+from ratlip.errors import RatlipError, SettingsError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="The reproduction suite for RATLIP: prepare data, train, score, generate. "
+                       "The notebooks do the same with explanations (`make lab`).")
+console = Console(highlight=False, emoji=False)
+
+Profile = Annotated[str, typer.Option("--profile", "-p", help="a profile (`ratlip profiles`) or .yaml file")]
+Data = Annotated[Optional[Path], typer.Option("--data", help="root of the dataset (not for demo, smoke)")]
+Out = Annotated[Optional[Path], typer.Option("--out", help="where everything goes [outputs/<profile>]")]
+Set = Annotated[Optional[list[str]], typer.Option(
+    "--set", "-s", metavar="KEY=VALUE",
+    help="override a setting, e.g. -s model.conditioning=cat -s seed=1; repeatable")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+
+
+def read_overrides(pairs: list[str] | None) -> dict:
+    """`["seed=1", "model.hidden_size=16"]` -> {"seed": 1, ...}; values are read as YAML."""
+    overrides = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise SettingsError(f"--set {pair}: should be KEY=VALUE, e.g. --set model.hidden_size=16")
+        try:
+            overrides[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"--set {pair}: {value!r} is no YAML value ({error})") from error
+        if not value.strip():
+            raise SettingsError(f"--set {pair}: has no value; to keep a setting, leave the option out")
+    return overrides
+
+
+def say(*lines: str) -> None:
+    """Print lines as they are: a path must not be broken where the terminal ends."""
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _workspace(profile: str, out: Path | None, pairs: list[str] | None, quiet: bool = False):
+    from ratlip.pipeline import Workspace  # takes seconds: `--help` and `profiles` should not wait
+
+    return Workspace.of(load_settings(profile, read_overrides(pairs)), out, progress=not quiet)
+
+
+@app.command()
+def profiles(name: Annotated[Optional[str], typer.Argument(help="show all settings of it")] = None) -> None:
+    """List the profiles, or show every setting of one."""
+    if name:
+        say(load_settings(name).to_yaml().rstrip())
+        return
+    table = Table("profile", "data", "px", "CLIP", "what it is")
+    for each in profile_names():
+        s: Settings = load_settings(each)
+        source = "trained here" if s.clip.source == "train" else f"{s.clip.model} {s.clip.pretrained}"
+        table.add_row(each, s.data.dataset, str(s.model.image_size), source, s.summary)
+    console.print(table)
+
+
+@app.command()
+def download(dataset: Annotated[str, typer.Argument(help="birds, flowers or faces")],
+             to: Annotated[Path, typer.Option("--to", help="dataset root to fill")],
+             quiet: Quiet = False) -> None:
+    """Fetch what has a stable public address (resuming, with checksums); say where the rest comes from."""
+    from ratlip.data import download as fetcher
+
+    missing = fetcher.download(dataset, to, progress=not quiet)
+    if missing:
+        say(f"Still missing in {to}:", *[f"  {item}" for item in missing], fetcher.instructions(dataset))
+    else:
+        say(f"{to}: complete. Next: ratlip prepare --profile ... --data {to}")
+
+
+@app.command()
+def prepare(profile: Profile = "demo", data: Data = None, out: Out = None, settings: Set = None,
+            quiet: Quiet = False) -> None:
+    """Check a dataset root, resize its images once, write them with their captions as one Arrow dataset."""
+    prepared = _workspace(profile, out, settings, quiet).prepare(data)
+    say(f"{prepared.folder}: {len(prepared.train)} training and {len(prepared.test)} test images")
+
+
+@app.command()
+def clip(profile: Profile = "demo", out: Out = None, settings: Set = None, quiet: Quiet = False) -> None:
+    """Train or load the frozen CLIP, embed all captions, and report how well it finds the right caption."""
+    from ratlip.retrieval import retrieval
+
+    space = _workspace(profile, out, settings, quiet)
+    space.sentences()
+    found = retrieval(space.clip, space.prepared.test, distractors=space.prepared.train)["image_to_text"]
+    say(f"{space.clip.name}: R@1 {found['R@1']:.1%} (chance {found['chance_R@1']:.1%}), "
+        f"R@10 {found['R@10']:.1%}, median rank {found['median_rank']:.0f} "
+        f"on {len(space.prepared.test)} test images")
+
+
+@app.command()
+def train(profile: Profile = "demo", out: Out = None, settings: Set = None,
+          accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
+          devices: Annotated[int, typer.Option(help="number of processes, one device each")] = 1,
+          workers: Annotated[int, typer.Option(help="loader processes")] = 0, quiet: Quiet = False) -> None:
+    """Train one run, or go on where it was stopped."""
+    space = _workspace(profile, out, settings, quiet)
+    folder = space.train(accelerator=accelerator, devices=devices, workers=workers)
+    say(f"{folder}")
+
+
+@app.command()
+def evaluate(profile: Profile = "demo", out: Out = None, settings: Set = None, quiet: Quiet = False) -> None:
+    """Score a complete run, next to real images; writes scores.json into the run folder."""
+    scores = _workspace(profile, out, settings, quiet).evaluate()
+    real = scores["real"]
+    table = Table("score", "generated", "real",
+                  title=f"{scores['run']}, {scores['images']} images, {scores['extractor']}")
+    names = {"clip_similarity": "CLIP similarity", "frechet_distance": f"FD ({scores['extractor']})"}
+    for key, name in names.items():
+        table.add_row(name, f"{scores[key]:.3f}", f"{real[key]:.3f}")
+    for name, share in scores.get("judge", {}).items():
+        table.add_row(f"{name} right", f"{share:.1%}", f"{real['judge'][name]:.1%}")
+    console.print(table)
+
+
+@app.command()
+def generate(captions: Annotated[list[str], typer.Argument(help="one caption or more, each in quotes")],
+             run: Annotated[Path, typer.Option("--run", help="a run folder, e.g. outputs/demo/runs/...")],
+             n: Annotated[int, typer.Option("--n", "-n", min=1, help="images a caption")] = 8,
+             seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+             output: Annotated[Path, typer.Option(
+                 "--output", "-o", help="PNG, or a folder for single images")] = Path("grid.png"),
+             clip_folder: Annotated[Optional[Path], typer.Option(
+                 help="where the run's CLIP is, if not beside the run")] = None,
+             device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto") -> None:
+    """Draw your own captions with a trained run."""
+    from ratlip.figures import caption_grid, save_images
+    from ratlip.generation import Run
+
+    if output.suffix not in ("", ".png", ".pdf", ".svg", ".jpg"):
+        raise SettingsError(f"--output {output}: give a .png (or .pdf, .svg, .jpg) for one sheet, or a "
+                            "folder name without a dot for single images")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        images = Run(run, device=device, clip_folder=clip_folder).generate(captions, n, seed)
+    for warning in caught:
+        if "no effect" in str(warning.message):
+            Console(stderr=True).print(f"note: {warning.message}", markup=False)
+    if output.suffix:
+        caption_grid(images, captions, output)
+    else:
+        names = [f"{c:02d}-{i:03d}" for c in range(len(captions)) for i in range(n)]
+        save_images(images.flatten(0, 1), output, names)
+    say(f"{output}")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message and exit status 2, not a traceback."""
+    try:
+        app()
+    except RatlipError as error:
+        stderr = Console(stderr=True, highlight=False, emoji=False)
+        stderr.print(f"ratlip: {error}", markup=False, style="red", soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

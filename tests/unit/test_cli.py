@@ -1,0 +1,141 @@
+"""The command line: it does what the library does, and a mistake is one message and status 2."""
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from PIL import Image
+
+from ratlip.cli import app, read_overrides
+from ratlip.config import load_settings, profile_names
+from ratlip.errors import SettingsError
+
+COMMANDS = ["profiles", "download", "prepare", "clip", "train", "evaluate", "generate"]
+RED = "a large red ring on the left on a white background"
+
+
+def test_the_commands_are_these():
+    assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself(ratlip, command):
+    status, out, _ = ratlip(command, "--help")
+    assert status == 0 and "Usage" in out and command in out
+
+
+def test_help_does_not_wait_for_torch():
+    """`--help`, `profiles` and a misspelt setting answer before anything heavy is imported."""
+    code = ("import sys; from ratlip import cli; sys.argv = ['ratlip', 'profiles']\n"
+            "try: cli.main()\nexcept SystemExit: pass\n"
+            "heavy = ('open_clip', 'lightning_fabric', 'matplotlib', 'datasets')\n"
+            "print([name for name in heavy if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_profiles_are_listed_and_shown(ratlip):
+    status, out, _ = ratlip("profiles")
+    assert status == 0 and all(name in out for name in profile_names())
+    status, out, _ = ratlip("profiles", "cub")
+    assert status == 0
+    assert yaml.safe_load(out) == yaml.safe_load(load_settings("cub").to_yaml())  # long lines are not broken
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["profiles", "smok"], "did you mean 'smoke'"),
+    (["prepare", "-p", "nothing.yaml"], "no such profile file"),
+    (["train", "-p", "smoke", "-s", "model.hiden_size=3"], "did you mean 'hidden_size'"),
+    (["train", "-p", "smoke", "-s", "seed"], "should be KEY=VALUE"),
+    (["train", "-p", "smoke", "-s", "=3"], "should be KEY=VALUE"),
+    (["train", "-p", "smoke", "-s", "seed="], "has no value"),
+    (["train", "-p", "smoke", "-s", "model.prompt_blocks=[1"], "is no YAML value"),
+    (["prepare", "-p", "birds-small"], "needs the birds dataset"),
+    (["prepare", "-p", "birds-small", "--data", "no such folder"], "no such folder"),
+    (["clip", "-p", "birds-small"], "run `ratlip prepare"),
+    (["evaluate", "-p", "smoke"], "not trained to its last step"),
+    (["generate", RED, "--run", "no such run"], "has no config.yaml"),
+    (["download", "cats", "--to", "here"], "cats"),
+])
+def test_a_mistake_is_one_message_and_status_two(ratlip, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = ratlip(*arguments)
+    assert status == 2
+    assert said in err and err.startswith("ratlip: ") and "Traceback" not in err
+    assert out == ""
+
+
+@pytest.mark.parametrize("arguments", [
+    ["train", "--nonsense"], ["generate", RED], ["generate", RED, "--run", "x", "-n", "0"], ["nonsense"]])
+def test_a_wrong_option_is_status_two(ratlip, arguments):
+    status, _, err = ratlip(*arguments)
+    assert status == 2 and "Traceback" not in err
+
+
+def test_overrides_are_read_as_yaml():
+    assert read_overrides(["seed=1", "model.prompt_blocks=[1, 2]", "clip.path=a=b.pt",
+                           "data.flip=false"]) == {
+        "seed": 1, "model.prompt_blocks": [1, 2], "clip.path": "a=b.pt", "data.flip": False}
+    assert read_overrides(None) == {}
+    with pytest.raises(SettingsError):
+        read_overrides(["seed"])
+
+
+def test_prepare_on_the_generated_set(ratlip, tmp_path):
+    status, out, _ = ratlip("prepare", "-p", "smoke", "--out", tmp_path / ("long name " * 9), "-q")
+    assert status == 0
+    line, = out.splitlines()  # a long path stays in one piece
+    assert line.endswith(": 192 training and 48 test images")
+    folder = tmp_path / ("long name " * 9) / f"prepared-{load_settings('smoke').data_hash}"
+    assert line.startswith(str(folder)) and (folder / "manifest.json").is_file()
+
+
+def test_the_stations_one_after_another(ratlip, smoke, tmp_path):
+    """From what is prepared to the scores; a second call finds everything there."""
+    out = ["-p", "smoke", "--out", shutil.copytree(smoke.space.root, tmp_path / "out",
+                                                   ignore=shutil.ignore_patterns("runs")), "-q"]
+    status, said, _ = ratlip("clip", *out)
+    assert status == 0 and "R@1" in said and "48 test images" in said
+    for _ in range(2):
+        status, said, _ = ratlip("train", *out, "--accelerator", "cpu", "-s", "training.steps=3")
+        assert status == 0
+    folder = tmp_path / "out" / "runs" / load_settings("smoke", {"training.steps": 3}).run_name
+    assert said == f"{folder}\n" and (folder / "provenance.json").is_file()
+    status, said, _ = ratlip("evaluate", *out, "-s", "training.steps=3")
+    assert status == 0 and "colour right" in said and (folder / "scores.json").is_file()
+    status, _, err = ratlip("train", *out, "-s", "seed=7", "--accelerator", "abacus")
+    assert status == 2 and "accelerator=abacus" in err
+
+
+def test_generate_writes_a_sheet(ratlip, smoke, tmp_path):
+    status, out, err = ratlip("generate", RED, "a red ring", "--run", smoke.run, "-n", "3", "-o",
+                              tmp_path / "g.png",
+                              "--device", "cpu")
+    assert status == 0 and out == f"{tmp_path / 'g.png'}\n" and err == ""
+    width, height = Image.open(tmp_path / "g.png").size
+    assert width > height > 200
+
+
+def test_generate_writes_single_images_of_the_networks_size(ratlip, smoke, tmp_path):
+    status, _, _ = ratlip("generate", RED, "a red ring", "--run", smoke.run, "-n", "3", "-o",
+                          tmp_path / "all")
+    assert status == 0
+    names = sorted(path.name for path in (tmp_path / "all").iterdir())
+    assert names == [f"{caption:02d}-{i:03d}.png" for caption in range(2) for i in range(3)]
+    assert {Image.open(path).size for path in (tmp_path / "all").iterdir()} == {(16, 16)}
+
+
+def test_generate_notes_words_without_effect(ratlip, smoke, tmp_path):
+    status, _, err = ratlip("generate", "a zebra", "--run", smoke.run, "-n", "1", "-o", tmp_path / "g.png")
+    assert status == 0 and "note: " in err and "'zebra'" in err
+
+
+@pytest.mark.parametrize("options, said", [
+    ([""], "no empty one"), ([RED, "-o", "grid.nonsense"], "--output grid.nonsense"),
+    ([RED, "--device", "abacus"], "device=abacus")])
+def test_generates_mistakes_are_messages_too(ratlip, smoke, tmp_path, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = ratlip("generate", *options, "--run", smoke.run)
+    assert status == 2 and said in err and err.startswith("ratlip: ")
+    assert not list(tmp_path.iterdir())
