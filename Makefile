@@ -1,0 +1,37 @@
+# The only door: `make` lists what it opens. Needs Python 3.10 or newer (with venv) and make, nothing else.
+PYTHON ?= python3
+REQUIREMENTS ?= env/requirements-cpu.txt
+PROFILE ?= demo
+DATA ?=
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
+SNAKEFLAGS ?=
+TESTFLAGS ?= -n $(CORES) --dist loadgroup
+
+# Jobs that the workflow and the tests start must find .venv's programs first, wherever make was called from.
+IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test lab env clean
+
+help:  ## show this list
+	@echo "make TARGET [VARIABLE=value ...]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+	@echo "variables (after a kill -9 of reproduce: SNAKEFLAGS=--unlock once):"
+	@echo "  PROFILE=$(PROFILE) DATA=$(DATA) CORES=$(CORES) PYTHON=$(PYTHON) REQUIREMENTS=$(REQUIREMENTS)"
+
+reproduce: env  ## run every notebook of PROFILE (data in DATA, generated if none) and write reports/PROFILE
+	@$(IN_VENV) .venv/bin/python -m snakemake --cores $(CORES) --rerun-incomplete --quiet all $(SNAKEFLAGS) \
+		--config profile="$(PROFILE)" data="$(DATA)"
+
+test: env  ## run the whole test suite (TESTFLAGS are pytest's options)
+	@$(IN_VENV) OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(TESTFLAGS)
+
+lab: env  ## open the notebooks in JupyterLab
+	@$(IN_VENV) .venv/bin/python -m jupyter lab notebooks/
+
+env:  ## make .venv from REQUIREMENTS, or do nothing where it is up to date
+	@sh env/venv.sh "$(PYTHON)" "$(REQUIREMENTS)"
+
+clean:  ## remove .venv and caches; outputs/ and reports/ stay
+	rm -rf .venv .venv.log .snakemake .pytest_cache .ruff_cache build *.egg-info
+	find ratlip tests notebooks env \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
