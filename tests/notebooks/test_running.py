@@ -1,0 +1,210 @@
+"""How notebooks are executed, tidied, kept and planned (`ratlip.notebooks`), and their order (Snakefile)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from ratlip import notebooks
+from ratlip.errors import RunError, SettingsError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write(path: Path, *sources: str) -> Path:
+    cells = [new_code_cell(source) for source in sources]
+    cells[0].metadata["tags"] = ["parameters"]
+    notebook = new_notebook(cells=[new_markdown_cell("# Why?"), *cells])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, path)
+    return path
+
+
+@pytest.mark.parametrize("inside", [".", "notebooks", "tests/notebooks"])
+def test_outputs_are_found_from_the_root_whatever_the_current_folder(monkeypatch, inside):
+    monkeypatch.chdir(ROOT / inside)
+    monkeypatch.delenv("RATLIP_OUTPUTS", raising=False)
+    assert notebooks.repository() == ROOT
+    assert notebooks.outputs_folder("demo") == ROOT / "outputs" / "demo"
+    assert notebooks.outputs_folder("mine/tiny.yaml") == ROOT / "outputs" / "tiny"
+    assert notebooks.outputs_folder("demo", "elsewhere") == ROOT / "elsewhere"
+    assert notebooks.figure_path("reports/demo", "grid.png") == ROOT / "reports/demo/figures/grid.png"
+    assert notebooks.figure_path(None, "grid.png") is None
+
+
+class TestWorkspace:
+    def test_none_and_empty_keep_what_the_profile_says(self, tmp_path):
+        plain = notebooks.workspace("smoke", tmp_path).settings
+        same = notebooks.workspace(
+            "smoke", tmp_path, settings=None, conditioning=None, seed="", steps=None
+        ).settings
+        assert same == plain
+
+    def test_parameters_reach_their_settings(self, tmp_path):
+        space = notebooks.workspace(
+            "smoke",
+            tmp_path,
+            conditioning="cat",
+            attention="none",
+            seed=3,
+            steps=5,
+            settings={"training.ema": 0.5},
+        )
+        s = space.settings
+        assert (s.model.conditioning, s.model.attention, s.seed, s.training.steps, s.training.ema) == (
+            "cat",
+            "none",
+            3,
+            5,
+            0.5,
+        )
+        assert space.root == tmp_path
+
+    @pytest.mark.parametrize(
+        "given", ["clip.steps=7 model.hidden_size=16", ["clip.steps=7", "model.hidden_size=16"]]
+    )
+    def test_further_settings_as_text_or_list(self, tmp_path, given):
+        s = notebooks.workspace("smoke", tmp_path, settings=given).settings
+        assert (s.clip.steps, s.model.hidden_size) == (7, 16)
+
+    def test_a_wrong_value_is_named(self, tmp_path):
+        with pytest.raises(SettingsError, match="model.conditioning='rta'"):
+            notebooks.workspace("smoke", tmp_path, conditioning="rta")
+
+
+class TestTidy:
+    def test_progress_bars_keep_their_last_state(self):
+        assert notebooks._last_states("\r  0%\r 50%\r100%\nnext\r\nlast\r\n") == "100%\nnext\nlast\n"
+
+    def test_a_path_is_hidden_whole_or_not_at_all(self):
+        hide = {"/home/me/runs": "<outputs>", "/home/me/": ""}
+        assert notebooks._masked("/home/me/runs/a /home/me/runs.yaml", hide) == "<outputs>/a runs.yaml"
+
+    def test_paths_papermill_and_widgets_go(self):
+        cell = new_code_cell(
+            "data = '/home/me/birds'", metadata={"tags": ["injected-parameters"], "papermill": {"x": 1}}
+        )
+        cell.outputs = [
+            new_output("stream", name="stdout", text="a\r"),
+            new_output("stream", name="stdout", text="/home/me/birds/b"),
+        ]
+        notebook = new_notebook(cells=[cell], metadata={"papermill": {"input_path": "/x"}, "widgets": {}})
+        tidied = notebooks.tidy(notebook, {"/home/me/birds": "<data>"})
+        assert tidied.cells[0].source == "data = '<data>'" and tidied.cells[0].metadata == {
+            "tags": ["injected-parameters"]
+        }
+        assert [output.text for output in tidied.cells[0].outputs] == ["<data>/b"]
+        assert set(tidied.metadata) == {"ratlip", "kernelspec", "language_info"}
+        assert notebooks.injected(tidied) == {"data": "<data>"}
+
+
+@pytest.mark.slow
+class TestExecute:
+    def test_writes_the_executed_notebook_and_says_so(self, tmp_path, capsys):
+        source = write(tmp_path / "a.ipynb", "x = 1", "import os; print(x, os.path.basename(os.getcwd()))")
+        out = notebooks.execute(source, tmp_path / "out" / "a.ipynb", {"x": 5})
+        assert nbformat.read(out, 4).cells[-1].outputs[0].text == "5 notebooks\n"
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[:2] for line in lines] == [["a", "started"], ["a", "done"]]
+
+    def test_a_failure_leaves_the_cells_so_far_under_another_name(self, tmp_path):
+        source = write(tmp_path / "a.ipynb", "x = 1", "print('so far')", "1 / 0", "print('never')")
+        with pytest.raises(
+            RunError, match=r"(?s)a stopped at the cell\n    1 / 0\n.*ZeroDivisionError.*a.failed.ipynb"
+        ):
+            notebooks.execute(source, tmp_path / "out" / "a.ipynb", {"x": 5}, talk=False)
+        assert os.listdir(tmp_path / "out") == ["a.failed.ipynb"]
+        assert "so far" in (tmp_path / "out" / "a.failed.ipynb").read_text()
+
+    def test_no_such_notebook(self, tmp_path):
+        with pytest.raises(RunError, match="no such notebook"):
+            notebooks.execute(tmp_path / "b.ipynb", tmp_path / "out.ipynb", {})
+
+
+class TestPlan:
+    @pytest.fixture
+    def changed(self, tmp_path, monkeypatch):
+        """Which notebooks a change of a profile makes run again."""
+        monkeypatch.setenv("RATLIP_OUTPUTS", str(tmp_path / "outputs"))
+        profile = tmp_path / "mine.yaml"
+
+        def after(text: str) -> list[str]:
+            profile.write_text("extends: smoke\n" + text)
+            _, files = notebooks.plan(str(profile))
+            new = [name for name, path in files.items() if path.stat().st_mtime_ns != 1]
+            for path in files.values():
+                os.utime(path, ns=(1, 1))
+            return new
+
+        return after
+
+    def test_only_what_depends_on_a_change_runs_again(self, changed):
+        assert changed("") == list(notebooks.STORY)
+        assert changed("") == []
+        assert changed("training: {steps: 9}") == ["03_train"]
+        assert changed("training: {steps: 9}\nclip: {steps: 21}") == ["02_prepare_clip", "03_train"]
+        assert changed("data: {train_images: 200}") == list(notebooks.STORY)
+
+    def test_data_that_are_needed_and_not_given(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("RATLIP_OUTPUTS", str(tmp_path))
+        with pytest.raises(SettingsError, match="make reproduce PROFILE=cub DATA=ROOT"):
+            notebooks.plan("cub")
+        with pytest.raises(SettingsError, match="no such folder"):
+            notebooks.plan("cub", str(tmp_path / "nowhere"))
+
+
+@pytest.mark.slow
+def test_snakemake_runs_the_notebooks_in_order(tmp_path):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "--cores",
+            "1",
+            "--dry-run",
+            "--forceall",
+            "--nolock",
+            "--quiet",
+            "progress",
+            "--config",
+            "profile=smoke",
+            "data=",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path, "RATLIP_OUTPUTS": str(tmp_path)},
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    order = [
+        line.split()[1].rstrip(":") for line in said.splitlines() if line.startswith(("rule ", "localrule "))
+    ]
+    assert order == ["prepare_data", "prepare_clip", "train", "all"], said
+
+
+def test_refresh_refuses_a_report_of_other_parameters(tmp_path, monkeypatch):
+    monkeypatch.setattr(notebooks, "repository", lambda: tmp_path)
+    monkeypatch.setattr(notebooks, "STORY", ("01_a",))
+    for folder in ("notebooks", "reports/demo/notebooks"):
+        (tmp_path / folder).mkdir(parents=True)
+    write(tmp_path / "notebooks/01_a.ipynb", "seed = 0", "print(seed)")
+    with pytest.raises(RunError, match="run `make reproduce PROFILE=demo` first"):
+        notebooks.refresh("demo")
+    made = nbformat.read(write(tmp_path / "reports/demo/notebooks/01_a.ipynb", "seed = 0", "print(seed)"), 4)
+    made.cells.insert(2, new_code_cell("seed = 3", metadata={"tags": ["injected-parameters"]}))
+    nbformat.write(made, tmp_path / "reports/demo/notebooks/01_a.ipynb")
+    with pytest.raises(RunError, match="was run with {'seed': 3}"):
+        notebooks.refresh("demo")
+    made.cells[2].source = 'profile = "demo"\nreport = "reports/demo"'
+    made.cells[3].outputs = [new_output("stream", name="stdout", text="0\n")]
+    nbformat.write(made, tmp_path / "reports/demo/notebooks/01_a.ipynb")
+    stored = nbformat.read(notebooks.refresh("demo")[0], 4)
+    assert [cell.source for cell in stored.cells] == ["# Why?", "seed = 0", "print(seed)"]
+    assert [cell.execution_count for cell in stored.cells[1:]] == [1, 2] and stored.cells[2].outputs
