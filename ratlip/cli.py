@@ -88,8 +88,11 @@ def download(dataset: Annotated[str, typer.Argument(help="birds, flowers or face
 def prepare(profile: Profile = "demo", data: Data = None, out: Out = None, settings: Set = None,
             quiet: Quiet = False) -> None:
     """Check a dataset root, resize its images once, write them with their captions as one Arrow dataset."""
-    prepared = _workspace(profile, out, settings, quiet).prepare(data)
-    say(f"{prepared.folder}: {len(prepared.train)} training and {len(prepared.test)} test images")
+    space = _workspace(profile, out, settings, quiet)
+    before = (space.prepared_folder / "manifest.json").is_file()
+    prepared = space.prepare(data)
+    say(f"{prepared.folder}: {len(prepared.train)} training and {len(prepared.test)} test images"
+        + (" (was already there; delete the folder to read the dataset again)" if before else ""))
 
 
 @app.command()

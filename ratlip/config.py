@@ -237,7 +237,7 @@ class Settings(Section):
     def clip_hash(self) -> str:
         """Identity of the CLIP and of the caption embeddings that it gives for the prepared data."""
         c, content = self.clip, {"data": self.data_hash}
-        if c.source == "train":  # not the normalisation: a small CLIP is trained with its own, as OpenAI's was
+        if c.source == "train":  # without the normalisation: a small CLIP is trained with the standard one
             content |= {"crop": self.data.crop, "flip": self.data.flip, "image_size": self.model.image_size,
                         **c.model_dump(mode="json", exclude={"model", "pretrained", "path", "normalisation"})}
         else:

@@ -75,7 +75,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 def test_pairs(prepared, count: int) -> tuple[np.ndarray, list[str]]:
     """Numbers (n,) of test images and one caption of each.
 
-    The split in order, again and again; image i gives its caption i, then i + 1, ..., so that all wordings occur.
+    The split in order, again and again; image i gives its caption i, then i + 1, ..., so that all wordings
+    occur.
     """
     numbers = np.arange(count) % len(prepared.test)
     rounds = np.arange(count) // len(prepared.test)
@@ -99,7 +100,7 @@ class Tally:
                 self.right.setdefault(name, []).append(hits)
 
     def scores(self, sentence: Tensor, reference: Tensor) -> dict:
-        """Mean CLIP similarity to `sentence` (N,E), Frechet distance to `reference` (M,E), the judge's shares."""
+        """CLIP similarity to `sentence` (N,E), Frechet distance to `reference` (M,E), the judge's shares."""
         embedding = torch.cat(self.embeddings)
         scores = {"clip_similarity": round(float(clip_similarity(embedding, sentence).mean()), 4),
                   "frechet_distance": round(frechet_distance(embedding, reference), 4)}
@@ -114,7 +115,7 @@ def evaluate(folder: str | Path, settings: Settings, prepared, clip: FrozenClip,
     """All scores of the run in `folder` as one dict of plain numbers; `real` holds those of real test images.
 
     Test captions in order, one image each from noise that follows from the run's seed; the reference of the
-    Frechet distance are training images, spread evenly over the split. Batch after batch: images are not kept.
+    Frechet distance are training images, spread evenly over the split. Images are not kept.
     `seconds_per_image` is the time of generating, on the device at hand.
     """
     e, crop, size = settings.evaluation, settings.data.crop, settings.model.image_size

@@ -39,7 +39,7 @@ def save_images(images: Tensor, folder: str | Path, names: Sequence[str]) -> lis
 
 
 def mosaic(images: Tensor, columns: int) -> np.ndarray:
-    """Images (N,3,H,W) in [-1,1] side by side with a white line between them: uint8 (rows*(H+1)-1, ..., 3)."""
+    """Images (N,3,H,W) in [-1,1] side by side, a white line between them: uint8 (rows*(H+1)-1, ..., 3)."""
     pixels = as_pixels(images)
     n, h, w, _ = pixels.shape
     rows = -(-n // columns)
@@ -63,7 +63,8 @@ def caption_grid(images: Tensor, captions: Sequence[str], path: str | Path | Non
     for ax in axes.flat:
         ax.set_axis_off()
     for row, (line, words) in enumerate(zip(axes, captions)):
-        line[0].text(1, 0.5, textwrap.fill(words, 30), ha="right", va="center", fontsize=9, transform=line[0].transAxes)
+        line[0].text(1, 0.5, textwrap.fill(words, 30), ha="right", va="center", fontsize=9,
+                     transform=line[0].transAxes)
         pictures = [*images[row], *([real[row]] if real is not None else [])]
         for ax, picture in zip(line[1:], pictures):
             ax.imshow(as_pixels(picture), interpolation="nearest")
@@ -75,10 +76,12 @@ def caption_grid(images: Tensor, captions: Sequence[str], path: str | Path | Non
     return save(figure, path)
 
 
-def picture_sheet(images: Tensor, columns: int = 12, path: str | Path | None = None, title: str = "") -> Figure:
+def picture_sheet(images: Tensor, columns: int = 12, path: str | Path | None = None,
+                  title: str = "") -> Figure:
     """Images (N,3,H,W) in [-1,1] as one sheet."""
     sheet = mosaic(images, columns)
-    figure = Figure(figsize=(columns * 0.75, sheet.shape[0] / sheet.shape[1] * columns * 0.75 + 0.3), layout="constrained")
+    width = columns * 0.75
+    figure = Figure(figsize=(width, sheet.shape[0] / sheet.shape[1] * width + 0.3), layout="constrained")
     ax = figure.subplots()
     ax.imshow(sheet, interpolation="nearest")
     ax.set_axis_off()
@@ -116,7 +119,8 @@ def bars(values: dict[str, float], chance: dict[str, float] | None = None, title
         x = chance[name] if crossed else values[name]
         ax.text(x + 0.01, i, f"{values[name]:.0%}", va="center", fontsize=9)
         if chance:
-            ax.plot([chance[name]] * 2, [i - 0.4, i + 0.4], color="#D55E00", linewidth=2, label="chance" if i == 0 else None)
+            ax.plot([chance[name]] * 2, [i - 0.4, i + 0.4], color="#D55E00", linewidth=2,
+                    label="chance" if i == 0 else None)
     ax.set_xlim(0, 1.12)
     ax.xaxis.set_major_formatter("{x:.0%}")
     ax.set_title(title, fontsize=10)

@@ -228,7 +228,8 @@ def mismatch(captions: Tensor, sentences: Tensor, groups: Tensor, mode: str, see
     ValueError there.
     """
     if len(captions) == 1 and mode != "published":
-        raise ValueError("a batch of one holds no other sentence to mismatch with: use a batch size of at least 2")
+        raise ValueError("a batch of one holds no other sentence to mismatch with: "
+                         "use a batch size of at least 2")
     sentence = sentences[captions]
     rolled = sentence.roll(-1, dims=0)
     if mode != "similar":
