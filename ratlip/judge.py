@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ratlip.data.batches import real_images
 from ratlip.data.synthetic import ATTRIBUTES
-from ratlip.errors import DataError
+from ratlip.errors import DataError, WeightsError
 from ratlip.files import atomic_path, read_json, write_json
 from ratlip.progress import bar
 
@@ -76,7 +76,11 @@ def load_judge(prepared, folder: str | Path, *, crop: int, image_size: int, step
                 "steps": steps, "seed": seed}
     judge = Judge(image_size)
     if (folder / "judge.json").is_file() and read_json(folder / "judge.json")["identity"] == identity:
-        judge.load_state_dict(torch.load(folder / "judge.pt", weights_only=True))
+        try:
+            judge.load_state_dict(torch.load(folder / "judge.pt", weights_only=True))
+        except Exception as error:  # a torn file raises a dozen classes
+            raise WeightsError(f"{folder / 'judge.pt'}: not readable ({type(error).__name__}); "
+                               "delete the folder and the judge is trained anew") from error
         return judge.eval()
     _fit(judge, prepared.train, crop=crop, image_size=image_size, steps=steps, seed=seed, progress=progress)
     accuracy = judge_shares(judge, real_images(prepared.test, range(len(prepared.test)), crop, image_size),

@@ -240,9 +240,10 @@ def mismatch(captions: Tensor, sentences: Tensor, groups: Tensor, mode: str, see
     choice = torch.from_numpy(rng.integers(0, 4, (len(captions), 1))).to(device)
     cosine = F.normalize(sentence, dim=1) @ F.normalize(sentences[pool], dim=1).T
     cosine = cosine.masked_fill(groups[captions][:, None] == groups[pool], -2)
-    near = pool[cosine.topk(4, dim=1).indices.gather(1, choice).squeeze(1)]
+    similarity, places = cosine.topk(4, dim=1)
+    near, found = pool[places.gather(1, choice)].squeeze(1), similarity.gather(1, choice) > -2
     even = torch.arange(len(captions), device=device)[:, None] % 2 == 0
-    return torch.where(even, sentences[near], rolled)
+    return torch.where(even & found, sentences[near], rolled)
 
 
 class Session:

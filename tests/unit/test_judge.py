@@ -7,7 +7,7 @@ import torch
 from ratlip.config import load_settings
 from ratlip.data.batches import real_images
 from ratlip.data.synthetic import ATTRIBUTES
-from ratlip.errors import DataError
+from ratlip.errors import DataError, WeightsError
 from ratlip.judge import Judge, attribute_targets, chance, judge_right, judge_shares, load_judge
 from ratlip.pipeline import Workspace
 
@@ -50,6 +50,14 @@ def test_it_is_trained_once_and_then_read(space, monkeypatch):
     assert not again.training
     for key, value in first.state_dict().items():
         assert torch.equal(value, again.state_dict()[key])
+
+
+def test_a_damaged_file_says_what_to_do(space, tmp_path):
+    options = dict(crop=16, image_size=16, steps=2, progress=False)
+    load_judge(space.prepared, tmp_path / "j", **options)
+    (tmp_path / "j" / "judge.pt").write_bytes(b"torn")
+    with pytest.raises(WeightsError, match="judge.pt.*delete the folder"):
+        load_judge(space.prepared, tmp_path / "j", **options)
 
 
 def test_other_steps_train_another_judge(space, tmp_path):

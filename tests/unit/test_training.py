@@ -368,6 +368,17 @@ def test_roll_takes_the_neighbours_sentence():
         training.mismatch(torch.tensor([4]), sentences, groups, "roll", seed=0, step=0)
 
 
+def test_similar_never_takes_a_true_caption_for_want_of_others():
+    """All but one caption are true of the same image: mostly, the pool holds no 4 others to draw from."""
+    groups = torch.zeros(400, dtype=torch.long)
+    groups[0] = 1
+    sentences = torch.eye(400)
+    captions = torch.tensor([5, 0, 6, 0])
+    for step in range(20):
+        wrong = training.mismatch(captions, sentences, groups, "similar", seed=0, step=step).argmax(dim=1)
+        assert wrong[::2].tolist() == [0, 0]  # the neighbour's, or the only other one there is
+
+
 def test_similar_takes_close_captions_of_other_images():
     """30 groups of 10 captions around a centre each: near ones of the own group are true, and never taken."""
     torch.manual_seed(0)
