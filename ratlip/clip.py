@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -220,15 +221,20 @@ def _downloaded_model(model: str, tag: str) -> nn.Module:
         twin = model.removesuffix("-quickgelu") if model.endswith("-quickgelu") else f"{model}-quickgelu"
         raise WeightsError(f"clip.model={model}: the weights {tag} were trained with the other kind of GELU "
                            f"and would give wrong features; set clip.model: {twin}")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # without network, the client logs some forty lines before it gives up
     try:
         return open_clip.create_model(model, pretrained=tag)
     except Exception as error:  # urllib, the Hugging Face client and open_clip raise a dozen classes of them
         repository, _, file = known.get("hf_hub", "").rpartition("/")
         hub = f"{file or HF_SAFE_WEIGHTS_NAME} of {repository} on huggingface.co"
         raise WeightsError(
-            f"CLIP weights {model}/{tag} are not here and could not be downloaded ({_brief(error)}): "
-            f"fetch {hub if repository else known['url']} where there is network, copy it here and set "
-            f"clip.source: file and clip.path; or use the profile demo, which needs no download") from error
+            f"CLIP weights {model}/{tag} are not here and could not be downloaded: fetch "
+            f"{hub if repository else known['url']} where there is network, copy it here and set "
+            f"clip.source: file and clip.path: FILE; or use the profile demo, which needs no download "
+            f"({type(error).__name__}: {_brief(error)[:120]})") from error
+    finally:
+        logging.disable(disabled)
 
 
 def _model_from_file(model: str, path: Path) -> nn.Module:
