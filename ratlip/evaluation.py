@@ -9,6 +9,7 @@
 """
 from __future__ import annotations
 
+import copy
 import time
 from pathlib import Path
 
@@ -116,13 +117,16 @@ def evaluate(folder: str | Path, settings: Settings, prepared, clip: FrozenClip,
 
     Test captions in order, one image each from noise that follows from the run's seed; the reference of the
     Frechet distance are training images, spread evenly over the split. Images are not kept.
-    `seconds_per_image` is the time of generating, on the device at hand.
+    `seconds_per_image` is the time of generating, on the device at hand. CLIP scores with its own, standard
+    normalisation whatever the run was trained with, so that runs can be compared.
     """
     e, crop, size = settings.evaluation, settings.data.crop, settings.model.image_size
     numbers, captions = test_pairs(prepared, e.images)
     sentence = clip.embed_text(captions).cpu()
     noise = noise_for(settings.seed, TEST_NOISE, len(captions), settings.model.noise_size)
     generator = load_generator(folder, settings, clip)
+    clip = copy.copy(clip)
+    clip.normalisation = "standard"
 
     fake, real, seconds = Tally(clip, judge), Tally(clip, judge), 0.0
     batches = torch.arange(len(numbers)).split(e.batch_size)
