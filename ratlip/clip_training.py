@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ratlip.clip import FrozenClip, build_small_clip, load_clip, normalise
+from ratlip.data.batches import to_network
 from ratlip.errors import DataError, RunError, WeightsError
 from ratlip.files import atomic_path, read_json, write_json, write_text
 from ratlip.progress import bar as progress_bar
@@ -154,10 +155,7 @@ def _crops(split, chosen: np.ndarray, crop: int, image_size: int, flip: bool,
         top, left = (rng.integers(side - crop + 1) for side in image.shape[:2])
         window = image[top:top + crop, left:left + crop]
         cut[place] = window[:, ::-1] if flip and rng.random() < 0.5 else window
-    images = torch.from_numpy(cut).permute(0, 3, 1, 2).float() / 127.5 - 1
-    if crop != image_size:
-        images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
-    return images
+    return to_network(torch.from_numpy(cut).permute(0, 3, 1, 2), image_size)
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -369,5 +369,3 @@ def _explain(name: str, error: ValidationError) -> str:
             lines.append(f"{dotted}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
     return f"{name}: {len(lines)} setting(s) wrong:\n" + "\n".join(f"  {line}" for line in lines)
 
-
-CONDITIONINGS = get_args(Conditioning)

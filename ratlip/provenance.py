@@ -41,11 +41,12 @@ def describe() -> dict:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    commit = _git("rev-parse", "HEAD")
     accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")) if _git("rev-parse", "HEAD") else None,
+        "commit": commit,
+        "uncommitted_changes": bool(_git("status", "--porcelain")) if commit else None,
         "python": platform.python_version(),
         "versions": versions,
         "system": platform.system(),

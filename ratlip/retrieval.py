@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ratlip.clip import FrozenClip
 from ratlip.clip_training import group_names
+from ratlip.data.batches import centre_crop, to_network
 from ratlip.files import atomic_path, read_json, write_json
 from ratlip.progress import bar as progress_bar
 
@@ -142,12 +143,8 @@ def _image_embeddings(clip: FrozenClip, split, batch_size: int, progress: bool) 
 
 def centre_square(image: np.ndarray, image_size: int) -> Tensor:
     """uint8 (H,W,3) -> the largest centred square, antialiased to (1,3,S,S) float32 in [-1,1]."""
-    side = min(image.shape[:2])
-    top, left = ((length - side) // 2 for length in image.shape[:2])
-    square = torch.tensor(image[top:top + side, left:left + side]).permute(2, 0, 1)[None].float() / 127.5 - 1
-    if side == image_size:
-        return square
-    return F.interpolate(square, (image_size, image_size), mode="bilinear", antialias=True)
+    square = torch.tensor(centre_crop(image, min(image.shape[:2])))
+    return to_network(square.permute(2, 0, 1)[None], image_size)
 
 
 def _ranking(similarity: Tensor, right: Tensor) -> dict[str, float]:

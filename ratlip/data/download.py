@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tqdm.auto import tqdm
 
 from ratlip.data import birds, faces, flowers
 from ratlip.errors import DataError
+from ratlip.progress import bar as progress_bar
 from ratlip.files import atomic_path
 
 
@@ -196,9 +196,9 @@ class ResumingDownloader:
             start = have if resumed else 0
             length = response.headers.get("Content-Length")
             total = start + int(length) if length else None
-            with open(self.part, "ab" if resumed else "wb") as file, tqdm(
+            with open(self.part, "ab" if resumed else "wb") as file, progress_bar(
                     desc=self.part.stem, total=total, initial=start, unit="B", unit_scale=True,
-                    disable=not self.progress) as bar:
+                    enabled=self.progress) as bar:
                 for chunk in response.iter_content(1 << 16):
                     file.write(chunk)
                     bar.update(len(chunk))

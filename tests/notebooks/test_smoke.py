@@ -23,29 +23,22 @@ def outputs(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("outputs")
 
 
-@pytest.mark.parametrize("name", STORY)
-def test_every_output_is_as_stored(name, outputs):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "--nbval",
-            "--nbval-current-env",
-            "-p",
-            "no:xdist",
-            "-p",
-            "no:cacheprovider",
-            "-q",
-            "--color=no",
-            f"tests/notebooks/smoke/{name}.ipynb",
-        ],
-        cwd=ROOT,
+def nbval(*arguments: str, cwd: Path, outputs: Path) -> subprocess.CompletedProcess:
+    """Run every cell of a notebook and compare what it prints with what is stored."""
+    options = "--nbval --nbval-current-env -p no:xdist -p no:cacheprovider -q --color=no".split()
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *arguments],
+        cwd=cwd,
         env=environment(RATLIP_OUTPUTS=str(outputs)),
         capture_output=True,
         text=True,
         timeout=600,
     )
+
+
+@pytest.mark.parametrize("name", STORY)
+def test_every_output_is_as_stored(name, outputs):
+    done = nbval(f"tests/notebooks/smoke/{name}.ipynb", cwd=ROOT, outputs=outputs)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "passed" in done.stdout and "skipped" not in done.stdout
 
@@ -57,27 +50,5 @@ def test_a_wrong_output_is_noticed(tmp_path, outputs):
     wrong.write_text(
         text.replace("192 training and 48 test images", "191 training and 48 test images"), encoding="utf-8"
     )
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "--nbval",
-            "--nbval-current-env",
-            "-p",
-            "no:xdist",
-            "-p",
-            "no:cacheprovider",
-            "-q",
-            "--color=no",
-            "--rootdir",
-            str(tmp_path),
-            str(wrong),
-        ],
-        cwd=tmp_path,
-        env=environment(RATLIP_OUTPUTS=str(outputs)),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = nbval("--rootdir", str(tmp_path), str(wrong), cwd=tmp_path, outputs=outputs)
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout[-6000:]
