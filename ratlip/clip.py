@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ratlip.errors import WeightsError
 from ratlip.files import read_json
+from ratlip.frozen import lean_tower
 from ratlip.vocabulary import Vocabulary
 
 NORMALISATIONS = ("standard", "published")
@@ -58,6 +59,7 @@ class FrozenClip(nn.Module):
         if normalisation not in NORMALISATIONS:
             raise ValueError(f"normalisation must be one of {NORMALISATIONS}, not {normalisation!r}")
         self.model = model.requires_grad_(False)
+        lean_tower(visual)
         self.tokenizer = tokenizer
         self.name = name
         self.normalisation = normalisation

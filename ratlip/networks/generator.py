@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ratlip.networks.affine import ConditionalAffine, OfficialRecurrentAffine, Recurrence
-from ratlip.networks.attention import ConvShuffle
+from ratlip.networks.attention import Conv3x3, ConvShuffle
 
 CONDITIONINGS = ("cat", "rat", "rat-official")
 SCOPES = ("mapper", "generator")
@@ -22,7 +22,7 @@ ATTENTIONS = ("shuffle", "norm", "none")
 AFFINES = 4  # of one block: two fuses of two affines
 
 AffineFactory = Callable[[int], nn.Module]  # channels -> affine
-ConvFactory = Callable[[int, int], nn.Module]  # channels in, channels out -> second convolution of a fuse
+ConvFactory = Callable[[int, int], nn.Module]  # channels in, channels out -> convolution after a fuse
 
 
 class Fuse(nn.Module):
@@ -36,8 +36,8 @@ class Fuse(nn.Module):
     def forward(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
         """x (B,C,H,W), two conditions (B,D) -> (B,C,H,W)."""
         first, second = conditions
-        x = F.leaky_relu(self.affine0(x, first), 0.2)
-        return F.leaky_relu(self.affine1(x, second), 0.2)
+        x = F.leaky_relu(self.affine0(x, first), 0.2, inplace=True)
+        return F.leaky_relu(self.affine1(x, second), 0.2, inplace=True)
 
 
 class FusionBlock(nn.Module):
@@ -74,7 +74,7 @@ class SynthesisBlock(nn.Module):
         """x (B,C_in,s,s), four conditions (B,D) -> (B,C_out,size,size)."""
         # Resizing by nearest only copies positions, and neither the first fuse nor the 1x1 shortcut mixes
         # them: made before the resizing, they give the same numbers from a quarter of the positions.
-        h = self.conv1(self._resize(self.fuse1(x, conditions[:2])))
+        h = self.conv1(self.fuse1(x, conditions[:2]), self.size)
         h = self.conv2(self.fuse2(h, conditions[2:]))
         return self._resize(self.shortcut(x)) + h
 
@@ -151,7 +151,7 @@ class Generator(nn.Module):
         conv = {
             "shuffle": partial(ConvShuffle, groups=attention_groups),
             "norm": partial(ConvShuffle, groups=0),
-            "none": partial(nn.Conv2d, kernel_size=3, padding=1),
+            "none": Conv3x3,
         }[attention]
 
         sizes = synthesis_sizes(clip.grid, image_size or clip.image_size)
