@@ -123,14 +123,18 @@ def train(profile: Profile = "demo", out: Out = None, settings: Set = None,
 def evaluate(profile: Profile = "demo", out: Out = None, settings: Set = None, quiet: Quiet = False) -> None:
     """Score a complete run, next to real images; writes scores.json into the run folder."""
     scores = _workspace(profile, out, settings, quiet).evaluate()
-    real = scores["real"]
+    real, labels = scores["real"], scores["labels"]
     table = Table("score", "generated", "real",
-                  title=f"{scores['run']}, {scores['images']} images, {scores['extractor']}")
-    names = {"clip_similarity": "CLIP similarity", "frechet_distance": f"FD ({scores['extractor']})"}
-    for key, name in names.items():
-        table.add_row(name, f"{scores[key]:.3f}", f"{real[key]:.3f}")
+                  title=f"{scores['run']}, {scores['images']} images (real: {real['images']}), "
+                        f"{scores['protocol']} protocol")
+    for key in ("clip_similarity", "independent_similarity", "frechet_distance", "kernel_distance",
+                "inception_score", "precision", "recall"):
+        if scores[key] is not None:
+            table.add_row(labels[key], f"{scores[key]:.4g}", f"{real[key]:.4g}")
     for name, share in scores.get("judge", {}).items():
         table.add_row(f"{name} right", f"{share:.1%}", f"{real['judge'][name]:.1%}")
+    if "judge_all" in scores:
+        table.add_row(labels["judge_all"], f"{scores['judge_all']:.1%}", f"{real['judge_all']:.1%}")
     console.print(table)
 
 
@@ -141,27 +145,30 @@ def generate(captions: Annotated[list[str], typer.Argument(help="one caption or 
              seed: Annotated[int, typer.Option(help="of the noise")] = 0,
              output: Annotated[Path, typer.Option(
                  "--output", "-o", help="PNG, or a folder for single images")] = Path("grid.png"),
+             names: Annotated[str, typer.Option(
+                 help="of single images: caption, or published (by batch: later ones overwrite)")] = "caption",
+             batch_size: Annotated[int, typer.Option(min=1, help="images drawn together")] = 64,
              clip_folder: Annotated[Optional[Path], typer.Option(
                  help="where the run's CLIP is, if not beside the run")] = None,
              device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto") -> None:
     """Draw your own captions with a trained run."""
     from ratlip.figures import caption_grid, save_images
-    from ratlip.generation import Run
+    from ratlip.generation import Run, file_names
 
+    files = file_names(len(captions), n, names, batch_size)
     if output.suffix not in ("", ".png", ".pdf", ".svg", ".jpg"):
         raise SettingsError(f"--output {output}: give a .png (or .pdf, .svg, .jpg) for one sheet, or a "
                             "folder name without a dot for single images")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        images = Run(run, device=device, clip_folder=clip_folder).generate(captions, n, seed)
+        images = Run(run, device=device, clip_folder=clip_folder).generate(captions, n, seed, batch_size)
     for warning in caught:
         if "no effect" in str(warning.message):
             Console(stderr=True).print(f"note: {warning.message}", markup=False)
     if output.suffix:
         caption_grid(images, captions, output)
     else:
-        names = [f"{c:02d}-{i:03d}" for c in range(len(captions)) for i in range(n)]
-        save_images(images.flatten(0, 1), output, names)
+        save_images(images.flatten(0, 1), output, files)
     say(f"{output}")
 
 

@@ -172,6 +172,9 @@ class TrainingSettings(Section):
                             "sentence (difference 7)")
     real_resize: Literal["antialias", "nearest"] = Field(
         "antialias", description="how crops become image_size; nearest as published (difference 5)")
+    resume: Literal["exact", "published"] = Field(
+        "exact", description="exact: as if never stopped; published: a whole epoch begins with the random "
+                             "numbers of a fresh start, and the loss scale is not restored (difference 12)")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     log_every: PositiveInt = 25
     sample_every: PositiveInt = 500
@@ -195,6 +198,29 @@ class EvaluationSettings(Section):
     grid_captions: PositiveInt = Field(8, description="captions shown in the sample grid")
     grid_images: PositiveInt = Field(4, description="images a caption in the sample grid")
     judge_steps: Count = Field(600, description="training steps of the attribute classifier (synthetic only)")
+    extractor: Literal["clip", "inception"] = Field(
+        "clip", description="features of FID, KID, IS, precision, recall: the independent CLIP's (labelled so), "
+                            "or torch-fidelity's Inception")
+    extractor_weights: Path | None = Field(
+        None, description="inception: local file of torch-fidelity's weights; none: it downloads them")
+    inception_range: Literal["standard", "published"] = Field(
+        "standard", description="published: pixels reach the extractor as if they were in [0,1] and normalised "
+                                "again (difference 6)")
+    last_batch: Literal["keep", "drop"] = Field(
+        "keep", description="drop: as published, a last batch that is not full is not counted (difference 9)")
+    clip_score_normalisation: Literal["standard", "published"] = Field(
+        "standard", description="of the CLIP score; published: pixels normalised twice (difference 4)")
+    study: tuple[PositiveInt, ...] = Field(
+        (1000, 2000, 5000, 10000, 20000, 30000), description="numbers of images of the protocol study")
+
+
+class ExperimentSettings(Section):
+    """The grid of runs behind notebooks 04 to 08 (`ratlip.experiments`)."""
+
+    steps: PositiveInt | None = Field(None, description="training steps of each run; none: as training says")
+    seeds: PositiveInt = Field(3, description="runs of each arm of the ablation and the sweep")
+    versus_seeds: PositiveInt = Field(3, description="runs of the published and the corrected form")
+    hidden_sizes: tuple[Count, ...] = Field((0, 4, 8, 16, 32, 64, 128), description="h of the sweep; 0: CAT")
 
 
 def _digest(content: dict) -> str:
@@ -213,10 +239,16 @@ class Settings(Section):
     model: ModelSettings = ModelSettings()
     training: TrainingSettings
     evaluation: EvaluationSettings = EvaluationSettings()
+    independent: ClipSettings | None = Field(
+        None, description="a second CLIP, which no generator was trained with, for scores only")
+    experiments: ExperimentSettings = ExperimentSettings()
 
     @model_validator(mode="after")
     def _fits(self):
         size, clip, model = self.model.image_size, self.clip, self.model
+        if self.independent and self._clip_hash(self.independent) == self.clip_hash:
+            raise ValueError("independent is the CLIP that the generator is trained with; give it another seed "
+                             "and width (or other pretrained weights)")
         if clip.source == "train":
             if size % clip.patch_size or not 4 <= size // clip.patch_size <= 32:
                 raise ValueError(f"model.image_size={size} and clip.patch_size={clip.patch_size}: the patch "
@@ -236,7 +268,15 @@ class Settings(Section):
     @property
     def clip_hash(self) -> str:
         """Identity of the CLIP and of the caption embeddings that it gives for the prepared data."""
-        c, content = self.clip, {"data": self.data_hash}
+        return self._clip_hash(self.clip)
+
+    @property
+    def independent_hash(self) -> str | None:
+        """Identity of the independent CLIP, which only scores; None where the profile names none."""
+        return self._clip_hash(self.independent) if self.independent else None
+
+    def _clip_hash(self, c: ClipSettings) -> str:
+        content = {"data": self.data_hash}
         if c.source == "train":  # without the normalisation: a small CLIP is trained with the standard one
             content |= {"crop": self.data.crop, "flip": self.data.flip, "image_size": self.model.image_size,
                         **c.model_dump(mode="json", exclude={"model", "pretrained", "path", "normalisation"})}
@@ -255,8 +295,12 @@ class Settings(Section):
     def run_hash(self) -> str:
         """Identity of a run: every setting that changes its weights (how often it logs or saves does not)."""
         content = self.model_dump(mode="json", exclude={
-            "profile": True, "summary": True, "evaluation": True,
+            "profile": True, "summary": True, "evaluation": True, "independent": True, "experiments": True,
             "training": {"log_every", "sample_every", "checkpoint_every"}})
+        if self.training.resume == "exact":  # as before this setting was there
+            del content["training"]["resume"]
+        if self.model.arm.startswith("cat-"):  # no LSTM: how large it would be and where is no difference
+            content["model"] |= {"conditioning": "cat", "hidden_size": 0, "rat_scope": "generator"}
         return _digest(content)
 
     @property

@@ -27,6 +27,19 @@ def _device(name: str) -> torch.device:
         raise SettingsError(f"device={name}: cannot be used here ({brief}); use auto or cpu") from error
 
 
+def file_names(captions: int, n: int, names: str = "caption", batch_size: int = 64) -> list[str]:
+    """Names of the single images, `n` for each of `captions`, in their order (without ".png").
+
+    "caption": 00-000, 00-001, ..: caption and image. "published": by the number of the batch, so that each
+    image of a batch overwrites the one before (official.md, difference 10). Else SettingsError.
+    """
+    if names == "caption":
+        return [f"{c:02d}-{i:03d}" for c in range(captions) for i in range(n)]
+    if names == "published":
+        return [f"step-{i // batch_size:04d}" for i in range(captions * n)]
+    raise SettingsError(f"names={names}: choose caption or published")
+
+
 class Run:
     """A trained run, opened for generating.
 

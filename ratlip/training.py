@@ -3,11 +3,13 @@
 A run folder holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `samples/`, `checkpoint.pt` and, when the
 last step is done, `provenance.json`. Everything random at a step is a function of (seed, step), so
 `checkpoint.pt` needs no random state, and a killed run goes on exactly as if it had never stopped (bit for
-bit on a CPU).
+bit on a CPU), unless it is told to resume as published (`training.resume`).
 """
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +32,7 @@ from ratlip.data.batches import Batches, to_network
 from ratlip.errors import RunError, SettingsError
 from ratlip.files import atomic_path, read_json, write_json, write_text
 from ratlip.losses import DiscriminatorLoss, GeneratorLoss, discriminator_loss, generator_loss
+from ratlip.memory import keep_freed_memory
 from ratlip.networks import Discriminator, Generator
 from ratlip.progress import bar
 from ratlip.provenance import describe
@@ -65,6 +68,12 @@ def noise_for(seed: int, step: int, count: int, size: int, rank: int = 0) -> Ten
     return torch.from_numpy(rng.standard_normal((count, size), dtype=np.float32))
 
 
+def adam(network: nn.Module, lr: float, betas: tuple[float, float]) -> torch.optim.Adam:
+    """Adam for all weights of a network, in one pass over them where the device has one (`fused`)."""
+    devices = {parameter.device.type for parameter in network.parameters()}
+    return torch.optim.Adam(network.parameters(), lr, betas=betas, fused=devices <= {"cpu", "cuda"})
+
+
 def averaged(generator: Generator, decay: float) -> AveragedModel:
     """Exponential moving average of the generator's weights, whose decay warms up as (1 + n) / (10 + n)."""
 
@@ -87,11 +96,13 @@ def is_complete(folder: str | Path) -> bool:
 
 
 def train(settings: Settings, prepared, clip: FrozenClip, sentences: Tensor, folder: str | Path, *,
-          accelerator: str = "auto", devices: int | str = 1, workers: int = 0, progress: bool = True) -> Path:
+          accelerator: str = "auto", devices: int | str = 1, workers: int = 0, progress: bool = True,
+          end: float | None = None) -> Path:
     """Train one run into `folder`, or go on with it, or return at once when it is complete.
 
     `prepared`: the prepared dataset; `sentences`: raw text embeddings (N,E) of all training captions, in the
-    order of `prepared.train.all_captions`. Raises RunError where the folder belongs to other settings.
+    order of `prepared.train.all_captions`. `end`: a `time.monotonic()` at which the run saves a checkpoint and
+    returns unfinished, for another sitting. Raises RunError where the folder belongs to other settings.
     """
     folder = Path(folder)
     _claim(folder, settings, prepared, clip)
@@ -103,8 +114,8 @@ def train(settings: Settings, prepared, clip: FrozenClip, sentences: Tensor, fol
     data = Batches(prepared.train, crop=settings.data.crop, flip=settings.data.flip, batch_size=t.batch_size,
                    seed=settings.seed, rank=fabric.global_rank, world=fabric.world_size)
     steps = total_steps(settings, len(prepared.train))
-    loader = DataLoader(data, batch_size=None, sampler=range(run.step, steps), num_workers=workers,
-                        pin_memory=fabric.device.type == "cuda")
+    loader = DataLoader(data, batch_size=None, sampler=range(run.draw, steps - run.begun),
+                        num_workers=workers, pin_memory=fabric.device.type == "cuda")
     log = Log(folder, run.step, enabled=fabric.is_global_zero)
     samples = SampleGrid(settings, prepared, run.clip, folder)
     meter = bar(total=steps, initial=run.step, unit="step", desc=folder.name,
@@ -122,18 +133,37 @@ def train(settings: Settings, prepared, clip: FrozenClip, sentences: Tensor, fol
             samples.save(run.best_generator(), run.step)
         if fabric.is_global_zero and (run.step % t.checkpoint_every == 0 or last):
             run.save()
+        if end is not None and time.monotonic() >= end and not last:
+            break
     meter.close()
     log.close()
-    if fabric.is_global_zero:
-        write_json(folder / "provenance.json", {
-            "run": folder.name, "seed": settings.seed, "steps": steps,
-            "training_seconds": round(run.seconds, 1),
-            "devices": f"{fabric.world_size} x {fabric.device.type}",
-            "clip": clip.name,
-            "clip_fingerprint": clip.fingerprint,
-            "data": prepared.manifest["content_sha256"], **describe()})
+    if run.step < steps:
+        if fabric.is_global_zero:
+            run.save()
+    elif fabric.is_global_zero:
+        write_json(folder / "provenance.json", _provenance(run, prepared))
     fabric.barrier()
     return folder
+
+
+def _provenance(run: Session, prepared) -> dict:
+    """Where a finished run comes from, as plain JSON values."""
+    return {"run": run.folder.name, "seed": run.settings.seed, "steps": run.step,
+            "training_seconds": round(run.seconds, 1),
+            "devices": f"{run.fabric.world_size} x {run.device.type}",
+            "peak_memory_mib": peak_memory_mib(run.device),
+            **{f"{name}_parameters": sum(p.numel() for p in run.networks[name].parameters())
+               for name in ("generator", "discriminator")},
+            "clip": run.clip.name, "clip_fingerprint": run.clip.fingerprint,
+            "data": prepared.manifest["content_sha256"], **describe()}
+
+
+def peak_memory_mib(device: torch.device) -> int:
+    """The most memory held so far: by tensors on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 def _launched(accelerator: str, devices: int | str, settings: TrainingSettings) -> Fabric:
@@ -185,7 +215,7 @@ def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[Discriminator
     real = to_network(batch["images"].to(run.device, non_blocking=True), m.image_size, t.real_resize)
     captions = batch["caption"].to(run.device)
     sentence = run.sentences[captions]
-    noise = noise_for(run.settings.seed, run.step, len(real), m.noise_size, run.rank).to(run.device)
+    noise = noise_for(run.settings.seed, run.draw, len(real), m.noise_size, run.rank).to(run.device)
 
     fake = run.generator(noise, sentence)
     with run.fabric.autocast():
@@ -193,7 +223,7 @@ def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[Discriminator
         with torch.no_grad():
             real_features, _ = run.clip.features(real, m.feature_blocks, embedding=False)
 
-    mismatched = mismatch(captions, run.sentences, run.groups, t.mismatch, run.settings.seed, run.step,
+    mismatched = mismatch(captions, run.sentences, run.groups, t.mismatch, run.settings.seed, run.draw,
                           run.rank)
     loss_d = DiscriminatorLoss(*run.critic(real_features, fake_features.detach(), sentence, mismatched))
     run.optimiser_d.zero_grad()
@@ -251,13 +281,15 @@ class Session:
 
     `networks`: the plain modules by name, as they are saved; `generator` and `critic` (the discriminator with
     its loss): the same, wrapped for precision and processes. Opens with the last checkpoint of `folder`, if
-    there is one.
+    there is one. `begun`: the step at which the random numbers begin; 0 but after a resume as published.
     """
 
     def __init__(self, fabric: Fabric, settings: Settings, prepared, clip: FrozenClip, sentences: Tensor,
                  folder: Path):
         self.fabric, self.settings, self.folder = fabric, settings, folder
         self.device, self.rank = fabric.device, fabric.global_rank
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.clip, self.sentences = clip.to(self.device), sentences.to(self.device)
         self.groups = torch.from_numpy(caption_groups(prepared.train)).to(self.device)
         t = settings.training
@@ -266,13 +298,18 @@ class Session:
         if t.ema:
             self.networks["average"] = averaged(generator, t.ema).to(self.device)
         self.generator, self.optimiser_g = fabric.setup(
-            generator, torch.optim.Adam(generator.parameters(), t.lr_g, betas=t.betas))
+            generator, adam(generator, t.lr_g, t.betas))
         self.critic, self.optimiser_d = fabric.setup(
             Critic(discriminator, t.penalty_weight, t.penalty_power),
-            torch.optim.Adam(discriminator.parameters(), t.lr_d, betas=t.betas))
+            adam(discriminator, t.lr_d, t.betas))
         self.optimisers = {"generator": self.optimiser_g, "discriminator": self.optimiser_d}
-        self.step, self._earlier, self._clock = 0, 0.0, time.monotonic()
+        self.step, self.begun, self._earlier, self._clock = 0, 0, 0.0, time.monotonic()
         self._resume()
+
+    @property
+    def draw(self) -> int:
+        """The number that names this step's random draws: batch, noise, mismatched sentences."""
+        return self.step - self.begun
 
     @property
     def seconds(self) -> float:
@@ -301,8 +338,13 @@ class Session:
             network.load_state_dict(content["networks"][name])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(content["optimisers"][name])
-        self.fabric.strategy.precision.load_state_dict(content["precision"])
         self.step, self._earlier = content["step"], content["seconds"]
+        if self.settings.training.resume == "published":
+            # Neither loss scale nor random state come back (official.md, difference 12): a whole epoch
+            # begins, with the draws of a fresh start.
+            self.begun = self.step
+        else:
+            self.fabric.strategy.precision.load_state_dict(content["precision"])
 
 
 def read_checkpoint(path: Path, device: torch.device | str) -> dict:

@@ -23,7 +23,14 @@ OTHER = {
     "model.prompt_blocks": ([2],), "model.feature_blocks": ([1, 2],), "training.lr_g": (0.5,),
     "training.lr_d": (0.5,), "training.betas": ([0.5, 0.9],), "training.ema": (0.5, 0.25),
     "training.mismatch": ("similar", "roll"), "model.gate": (0.5, 0.25), "training.real_resize": ("nearest",),
-    "training.precision": ("bf16-mixed",),
+    "training.precision": ("bf16-mixed",), "training.resume": ("published",),
+    "evaluation.extractor": ("inception",), "evaluation.extractor_weights": ("here.pt",),
+    "evaluation.inception_range": ("published",), "evaluation.last_batch": ("drop",),
+    "evaluation.clip_score_normalisation": ("published",), "evaluation.study": ([5, 6],),
+    "experiments.steps": (7,), "experiments.hidden_sizes": ([0, 4],),
+    "independent.source": ("file", "train"), "independent.path": ("elsewhere.pt",),
+    "independent.normalisation": ("published",), "independent.width": (32,), "independent.heads": (2,),
+    "independent.text_width": (32,), "independent.text_heads": (2,), "independent.lr": (0.5,),
 }
 STORED_LARGER = {"data.resize": 20, "data.crop": 18}  # so that the crop can change alone
 
@@ -55,7 +62,8 @@ def changed(base, field: str):
 @pytest.fixture(scope="module")
 def base():
     """Settings of which every field can be changed alone."""
-    return load_settings("smoke", {"data.dataset": "birds", "clip.path": "here.pt", **STORED_LARGER})
+    return load_settings("smoke", {"data.dataset": "birds", "clip.path": "here.pt",
+                                   "independent.path": "other.pt", **STORED_LARGER})
 
 
 def wrong(overrides, profile="smoke") -> str:
@@ -90,7 +98,9 @@ def test_published_profiles_differ_from_their_parents_only_in_named_differences(
         different = {f"{section}.{key}" for section in ("data", "clip", "model", "training", "evaluation")
                      for key in ours[section] if ours[section][key] != published[section][key]}
         assert different == {"clip.normalisation", "model.conditioning", "model.rat_scope",
-                             "model.unused_shortcuts", "training.real_resize", "training.mismatch"}
+                             "model.unused_shortcuts", "training.real_resize", "training.mismatch",
+                             "training.resume", "evaluation.inception_range", "evaluation.last_batch",
+                             "evaluation.clip_score_normalisation"}
 
 
 def test_extends_lays_a_file_over_its_parent_section_by_section(tmp_path):
@@ -251,7 +261,7 @@ def test_the_list_of_fields_is_complete():
 def test_the_run_changes_with_every_setting_but_those_that_leave_its_weights(base, field):
     other = changed(base, field)
     assert other != base
-    kept = field in LOGGING | LABELS or field.startswith("evaluation.")
+    kept = field in LOGGING | LABELS or field.startswith(("evaluation.", "independent.", "experiments."))
     assert (other.run_hash == base.run_hash) == kept
 
 
@@ -265,7 +275,8 @@ def moved_by(base, identity: str, leave: set = frozenset()) -> set[str]:
     ("birds", set()), ("flowers", {"human_captions_only"}), ("faces", {"tiny"}),
     ("synthetic", {"train_images", "test_images", "seed"})])
 def test_the_prepared_data_change_with_what_is_stored_and_nothing_else(dataset, used):
-    base = load_settings("smoke", {"data.dataset": dataset, "clip.path": "here.pt", **STORED_LARGER})
+    base = load_settings("smoke", {"data.dataset": dataset, "clip.path": "here.pt",
+                                   "independent.path": "other.pt", **STORED_LARGER})
     moved = moved_by(base, "data_hash", leave={"data.flip"} if dataset == "synthetic" else set())
     assert moved == {f"data.{name}" for name in ("dataset", "resize", *used)}
 
@@ -281,12 +292,12 @@ STORED = {"data.dataset", "data.resize"}
     ("file", {"clip.source", "clip.model", "clip.path"} | STORED)])
 def test_the_clip_changes_with_what_it_is_made_of_and_nothing_else(source, depends):
     base = load_settings("smoke", {"data.dataset": "birds", "clip.source": source, "clip.path": "here.pt",
-                                   **STORED_LARGER})
+                                   "independent.path": "other.pt", **STORED_LARGER})
     assert moved_by(base, "clip_hash") == depends
 
 
 def test_the_judge_changes_with_what_it_is_trained_on_and_nothing_else():
-    base = load_settings("smoke", {"clip.path": "here.pt", **STORED_LARGER})
+    base = load_settings("smoke", {"clip.path": "here.pt", "independent.path": "other.pt", **STORED_LARGER})
     assert moved_by(base, "judge_hash", leave={"data.dataset", "data.flip"}) == {
         "data.resize", "data.crop", "data.train_images", "data.test_images", "data.seed", "model.image_size",
         "evaluation.judge_steps"}
