@@ -1,6 +1,7 @@
 """The flow, one function a station: data -> CLIP -> run -> scores. Each returns at once what is there.
 
     outputs/<profile>/prepared-<hash>/   clip-<hash>/   judge-<hash>/   runs/<arm>-seed<n>-<hash>/
+                         features-<hash>/  (of real images, for the scores)
 
 Data goes one way: a station reads the folders before it and writes its own. The hash in a folder's name is
 that of the settings it depends on, so that changing one setting makes new folders of what depends on it, and
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from ratlip import clip_training, evaluation, training
 from ratlip.clip import FrozenClip, load_clip
-from ratlip.config import Settings
+from ratlip.config import ClipSettings, Settings
 from ratlip.data import birds, faces, flowers, synthetic
 from ratlip.data.prepared import Prepared, existing, load_prepared, prepare
 from ratlip.data.records import Record
@@ -84,14 +86,23 @@ class Workspace:
     @cached_property
     def clip(self) -> FrozenClip:
         """The frozen CLIP of these settings, trained at first use where the settings say so."""
+        return self._tower(self.settings.clip, self.clip_folder)
+
+    @cached_property
+    def independent(self) -> FrozenClip | None:
+        """A second CLIP, which no generator was trained with, for scores; None where the profile has none."""
         s = self.settings
-        if s.clip.source != "train":
-            clip = load_clip(s.clip)
-        else:
-            clip = clip_training.train_small_clip(
-                self.prepared, s.clip, self.clip_folder, device=best_device(), image_size=s.model.image_size,
-                crop=s.data.crop, flip=s.data.flip, progress=self.progress)
-        return clip.to(best_device())
+        return self._tower(s.independent, self.root / f"clip-{s.independent_hash}") if s.independent else None
+
+    def _tower(self, clip: ClipSettings, folder: Path) -> FrozenClip:
+        s = self.settings
+        if clip.source != "train":
+            return load_clip(clip).to(best_device())
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):  # runs may be scored side by side
+            return clip_training.train_small_clip(
+                self.prepared, clip, folder, device=best_device(), image_size=s.model.image_size,
+                crop=s.data.crop, flip=s.data.flip, progress=self.progress).to(best_device())
 
     def sentences(self, split: str = "train") -> Tensor:
         """Raw text embeddings (N,E) of a split, in the order of its `all_captions`; cached on disk."""
@@ -118,7 +129,7 @@ class Workspace:
             raise RunError(f"{self.run_folder}: not trained to its last step; run `ratlip train` with the "
                            "same settings")
         scores = evaluation.evaluate(self.run_folder, self.settings, self.prepared, self.clip, self.judge,
-                                     progress=self.progress)
+                                     independent=self.independent, home=self.root, progress=self.progress)
         write_json(self.run_folder / "scores.json", scores)
         return scores
 

@@ -18,6 +18,7 @@ CLASSES = {"train": 3, "test": 2}
 IMAGES = 20  # of each class
 OVERRIDES = {"clip.steps": 20, "clip.warmup": 5, "clip.batch_size": 16, "training.steps": 4,
              "training.batch_size": 8,
+             "independent.steps": 20, "independent.warmup": 5, "independent.batch_size": 16,
              "training.log_every": 2, "training.sample_every": 4, "training.checkpoint_every": 4,
              "evaluation.images": 50, "evaluation.grid_captions": 3, "evaluation.grid_images": 2}
 

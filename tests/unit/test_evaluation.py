@@ -1,14 +1,32 @@
 """Scores: the distance against its closed form, every image counted, the same numbers twice."""
 import copy
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
-from ratlip import evaluation, training
+from ratlip import evaluation, features, training
+from ratlip.clip import FrozenClip, build_small_clip
 from ratlip.config import load_settings
-from ratlip.errors import RunError
+from ratlip.errors import RunError, SettingsError
+from ratlip.files import read_json
+
+DISTANCES = ("frechet_distance", "kernel_distance", "kernel_distance_sd", "inception_score", "precision",
+             "recall")
+
+
+def score(smoke, home, overrides=(), judge=True, **options):
+    """Scores of the smoke run by other settings of `evaluation`, with a home for features of its own."""
+    options = {"independent": smoke.space.independent, **options}
+    return evaluation.evaluate(smoke.run, load_settings("smoke", dict(overrides)), smoke.space.prepared,
+                               smoke.space.clip, smoke.space.judge if judge else None, home=home,
+                               progress=False, **options)
+
+
+def without_time(scores):
+    return {key: value for key, value in scores.items() if key != "seconds_per_image"}
 
 
 def gaussian(mean, covariance, n=200_000, seed=0):
@@ -75,8 +93,7 @@ def test_the_batch_size_of_the_scores_does_not_change_them(smoke):
     """48 images in batches of 7: the last partial batch is counted (official.md, row 9)."""
     settings = load_settings("smoke", {"evaluation.batch_size": 7})
     other = evaluation.evaluate(smoke.run, settings, smoke.space.prepared, smoke.space.clip,
-                                smoke.space.judge,
-                                progress=False)
+                                smoke.space.judge, independent=smoke.space.independent, progress=False)
     assert other["images"] == 48
     assert other["clip_similarity"] == pytest.approx(smoke.scores["clip_similarity"], abs=2e-4)
     assert other["frechet_distance"] == pytest.approx(smoke.scores["frechet_distance"], rel=1e-3)
@@ -136,3 +153,148 @@ def test_a_run_that_is_not_complete_is_not_scored(smoke, tmp_path):
 
     with pytest.raises(RunError, match="not trained to its last step; run `ratlip train`"):
         Workspace.of(smoke.settings, tmp_path).evaluate()
+
+
+def test_every_score_of_the_generated_images_has_its_fellow_and_its_name(smoke):
+    scores, real = smoke.scores, smoke.scores["real"]
+    for key in ("clip_similarity", "independent_similarity", *DISTANCES):
+        assert np.isfinite([scores[key], real[key]]).all(), key
+        name = {"clip_similarity": smoke.space.clip}.get(key, smoke.space.independent).name
+        assert name in scores["labels"][key]
+    assert scores["labels"]["frechet_distance"] == f"FD ({smoke.space.independent.name})"
+    assert not any(word in label for label in scores["labels"].values() for word in ("FID", "KID"))
+    assert scores["extractor"] == smoke.space.independent.name != smoke.space.clip.name
+    assert set(real) <= set(scores) and real["images"] == 48 and scores["protocol"] == "standard"
+    assert 0 <= scores["judge_all"] <= min(scores["judge"].values())
+    assert without_time(read_json(smoke.run / "scores.json")) == without_time(scores)
+
+
+def test_the_similarities_are_those_of_the_two_clips(smoke, tmp_path):
+    """Computed here in one go, from the captions and images of the real test split; there in batches of 7."""
+    real = score(smoke, tmp_path, {"evaluation.batch_size": 7})["real"]
+    space, test = smoke.space, smoke.space.prepared.test
+    numbers, captions = evaluation.test_pairs(space.prepared, 48)
+    images = evaluation.real_images(test, numbers, 16, 16)
+    for key, clip in (("clip_similarity", space.clip), ("independent_similarity", space.independent)):
+        cosine = torch.cosine_similarity(clip.embed_images(images), clip.embed_text(captions)).mean()
+        assert real[key] == pytest.approx(cosine.item(), abs=1e-4)
+        assert smoke.scores["real"][key] == pytest.approx(cosine.item(), abs=1e-4)
+
+
+def test_without_an_independent_clip_the_training_clip_is_the_extractor(smoke, tmp_path):
+    scores = score(smoke, tmp_path, judge=False, independent=None)
+    assert scores["independent_similarity"] is None and scores["real"]["independent_similarity"] is None
+    assert scores["labels"]["frechet_distance"] == f"FD ({smoke.space.clip.name})"
+    assert "judge" not in scores and "judge_all" not in scores and "chance" not in scores
+
+
+def test_an_independent_clip_of_another_image_size_sees_the_images_resized(smoke, tmp_path):
+    torch.manual_seed(0)
+    vocabulary = smoke.space.clip.tokenizer
+    large = FrozenClip(build_small_clip(40, 8, 16, 2, 1, 16, 1, 1, 16, vocabulary.context_length,
+                                        len(vocabulary)), vocabulary, "another CLIP")
+    scores = score(smoke, tmp_path, independent=large)
+    assert np.isfinite([scores["independent_similarity"], scores["frechet_distance"]]).all()
+    assert scores["labels"]["frechet_distance"] == "FD (another CLIP)"
+
+
+def test_an_interrupted_evaluation_goes_on_and_gives_the_same_scores(smoke, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "RECORD_EVERY", 2)
+    plain, drawn = evaluation.generate, []
+
+    def stops(generator, noise, sentence, batch_size):
+        drawn.append(len(noise))
+        if len(drawn) == 6:
+            raise KeyboardInterrupt
+        return plain(generator, noise, sentence, batch_size)
+
+    few = {"evaluation.batch_size": 5}
+    whole = score(smoke, tmp_path / "whole", few)
+    monkeypatch.setattr(evaluation, "generate", stops)
+    with pytest.raises(KeyboardInterrupt):
+        score(smoke, tmp_path / "parts", few)
+    assert len(list(smoke.run.glob("evaluation-*/progress.json"))) == 1
+    assert without_time(score(smoke, tmp_path / "parts", few)) == without_time(whole)
+    assert sum(drawn) == 5 * 6 + 48 - 20  # 4 of the 6 batches were on record
+    assert not list(smoke.run.glob("evaluation-*"))
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_another_generator_does_not_take_what_was_left_behind(smoke, tmp_path, monkeypatch):
+    """An interrupted evaluation of other weights must not lend its images to this one."""
+    expected = score(smoke, tmp_path / "home")
+    other = shutil.copytree(smoke.run, tmp_path / "home" / "runs" / "other")
+    checkpoint = torch.load(other / "checkpoint.pt", weights_only=True)
+    for name, tensor in checkpoint["networks"]["average"].items():
+        if tensor.is_floating_point():
+            tensor.mul_(1.5)
+    torch.save(checkpoint, other / "checkpoint.pt")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluation, "_real_scores", interrupt)
+        score(smoke, tmp_path / "home")
+    left, = smoke.run.glob("evaluation-*")
+    shutil.move(left, other / left.name)
+    changed = evaluation.evaluate(other, smoke.settings, smoke.space.prepared, smoke.space.clip,
+                                  smoke.space.judge, independent=smoke.space.independent,
+                                  home=tmp_path / "home", progress=False)
+    assert changed["frechet_distance"] != expected["frechet_distance"]
+
+
+@pytest.mark.parametrize("count", [48, 240])
+def test_no_more_than_a_few_batches_of_images_live_at_once(smoke, tmp_path, monkeypatch, count):
+    alive, most = [0], [0]
+
+    def counted(make):
+        def made(*arguments):
+            images = make(*arguments)
+            alive[0] += len(images)
+            most[0] = max(most[0], alive[0])
+            weakref.finalize(images, lambda n: alive.__setitem__(0, alive[0] - n), len(images))
+            return images
+        return made
+
+    for name in ("generate", "real_images"):
+        monkeypatch.setattr(evaluation, name, counted(getattr(evaluation, name)))
+    scores = score(smoke, tmp_path, {"evaluation.batch_size": 6, "evaluation.images": count})
+    assert scores["images"] == count and 6 <= most[0] <= 12
+
+
+def test_real_images_are_read_once_for_all_runs(smoke, tmp_path, monkeypatch):
+    first = score(smoke, tmp_path)
+    monkeypatch.setattr(evaluation, "real_images", lambda *_: pytest.fail("they were there"))
+    assert without_time(score(smoke, tmp_path)) == without_time(first)
+
+
+def test_real_test_images_are_counted_once_each(smoke, tmp_path):
+    """With an image in it three times, the set would have neighbours at no distance."""
+    scores = score(smoke, tmp_path, {"evaluation.images": 150})
+    assert scores["images"] == 150 and scores["real"]["images"] == 48
+    assert scores["reference"] == "192 training images" and scores["real"] == smoke.scores["real"]
+
+
+def test_the_published_protocol_by_its_name(smoke, tmp_path):
+    test_images = len(smoke.space.prepared.test)
+    published = evaluation.protocol_settings("published", test_images)
+    assert published["evaluation.images"] == 12 * 48
+    scores = score(smoke, tmp_path, {**published, "evaluation.batch_size": 50})
+    assert scores["protocol"] == "published" and scores["images"] == 550  # 26 of 576 in the last batch
+    assert scores["labels"]["frechet_distance"].endswith(", published range)")
+    assert scores["labels"]["clip_similarity"].endswith(", published normalisation)")
+    assert abs(scores["clip_similarity"] - smoke.scores["clip_similarity"]) > 1e-4
+    assert scores["frechet_distance"] < smoke.scores["frechet_distance"]  # less contrast, smaller features
+
+
+@pytest.mark.parametrize("overrides, name", [
+    ({}, "standard"), ({"evaluation.images": 7}, "standard"), ({"evaluation.last_batch": "drop"}, "mixed"),
+    ({**evaluation.protocol_settings("published", 48), "evaluation.images": 48}, "mixed"),
+    (evaluation.protocol_settings("published", 48), "published")])
+def test_settings_of_either_protocol_have_its_name(overrides, name):
+    assert evaluation.protocol_name(load_settings("smoke", overrides).evaluation, 48) == name
+
+
+def test_a_protocol_that_counts_no_image_is_an_error_of_the_user(smoke, tmp_path):
+    with pytest.raises(SettingsError, match="last_batch=drop leaves none of evaluation.images=48"):
+        score(smoke, tmp_path, {"evaluation.last_batch": "drop", "evaluation.batch_size": 64})

@@ -1,0 +1,112 @@
+"""The store of what is read off images: goes on where it was, believes nothing damaged, has one writer."""
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from ratlip import features
+from ratlip.features import Store
+
+COLUMNS = {"square": ((2,), "float32"), "odd": ((), "bool")}
+
+
+def read(rows):
+    return {"square": np.stack([rows, rows ** 2], axis=1), "odd": rows % 2 == 1}
+
+
+def check(store, rows=50):
+    expected = read(np.arange(rows))
+    for name in COLUMNS:
+        np.testing.assert_array_equal(store[name], expected[name].astype(store[name].dtype))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path, "test", {"of": "squares"}, 50, COLUMNS)
+
+
+def test_a_store_holds_what_was_read_and_is_not_read_again(store):
+    assert store.done == 0
+    check(store.fill(read, 8, progress=False))
+    assert store.done == 50
+    store.fill(lambda rows: pytest.fail("it was there"), 8, progress=False)
+
+
+def interrupted_after(batches):
+    calls = []
+
+    def reading(rows):
+        calls.append(rows)
+        if len(calls) > batches:
+            raise KeyboardInterrupt
+        return read(rows)
+
+    return reading
+
+
+@pytest.mark.parametrize("batches, done", [(0, 0), (1, 0), (2, 16), (3, 16), (5, 32)])
+def test_an_interrupted_reading_goes_on_after_the_last_record(store, monkeypatch, batches, done):
+    monkeypatch.setattr(features, "RECORD_EVERY", 2)
+    with pytest.raises(KeyboardInterrupt):
+        store.fill(interrupted_after(batches), 8, progress=False)
+    assert store.done == done
+    seen = []
+    store.fill(lambda rows: (seen.extend(rows), read(rows))[1], 8, progress=False)
+    assert seen == list(range(done, 50))
+    check(store)
+
+
+def test_another_identity_is_another_folder(store, tmp_path):
+    store.fill(read, 8, progress=False)
+    for other in (Store(tmp_path, "test", {"of": "cubes"}, 50, COLUMNS),
+                  Store(tmp_path, "test", {"of": "squares"}, 49, COLUMNS)):
+        assert other.folder != store.folder and other.done == 0
+
+
+def torn(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize("name, harm", [
+    ("square.npy", torn), ("square.npy", lambda path: path.unlink()), ("progress.json", torn),
+    ("odd.npy", lambda path: np.save(path, np.zeros(7))),
+    ("progress.json", lambda path: path.write_text(path.read_text().replace("squares", "cubes"))),
+    ("progress.json", lambda path: path.write_text(json.dumps([50])))])
+def test_a_damaged_store_is_filled_anew(store, name, harm):
+    store.fill(read, 8, progress=False)
+    harm(store.folder / name)
+    assert store.done == 0
+    check(store.fill(read, 8, progress=False))
+
+
+def test_two_that_want_the_same_do_the_work_once(store):
+    seen = []
+
+    def slowly(rows):
+        time.sleep(0.02)
+        seen.extend(rows)
+        return read(rows)
+
+    both = [threading.Thread(target=store.fill, args=(slowly, 8), kwargs={"progress": False})
+            for _ in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    assert sorted(seen) == list(range(50))
+    check(store)
+
+
+def test_what_is_done_with_a_column_does_not_change_the_file(store):
+    store.fill(read, 8, progress=False)
+    store["square"][:] = -1
+    check(store)
+
+
+def test_blocks_are_the_rows_in_float64():
+    array = np.arange(10, dtype=np.float32).reshape(5, 2)
+    parts = list(features.blocks(array, 2))
+    assert [len(part) for part in parts] == [2, 2, 1] and parts[0].dtype == np.float64
+    np.testing.assert_array_equal(np.concatenate(parts), array)
