@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Sequence
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -16,10 +17,19 @@ from ratlip.files import atomic_path
 
 
 def save(figure: Figure, path: str | Path | None) -> Figure:
-    """Save `figure` to `path` (whole or not at all), if there is one, and hand it on."""
-    if path is not None:
-        with atomic_path(path) as draft:
-            figure.savefig(draft, dpi=150, bbox_inches="tight")
+    """Save `figure` to `path` (whole or not at all), if there is one, and hand it on.
+
+    A PNG in a report's figures/ gets an SVG beside it, for print: the same file at each call, without a date and
+    with names of its parts by a fixed salt.
+    """
+    if path is None:
+        return figure
+    path = Path(path)
+    with atomic_path(path) as draft:
+        figure.savefig(draft, dpi=150, bbox_inches="tight")
+    if path.parent.name == "figures" and path.suffix == ".png":
+        with matplotlib.rc_context({"svg.hashsalt": "ratlip"}), atomic_path(path.with_suffix(".svg")) as draft:
+            figure.savefig(draft, bbox_inches="tight", metadata={"Date": None})
     return figure
 
 

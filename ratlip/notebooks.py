@@ -23,14 +23,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import yaml
 
-from ratlip.config import Settings, load_settings
-from ratlip.errors import RatlipError, RunError, SettingsError
+from ratlip.config import load_settings
+from ratlip.errors import RatlipError, RunError
 from ratlip.files import write_text
 
-STORY = ("01_prepare_data", "02_prepare_clip", "03_train")
+STORY = (
+    "01_prepare_data",
+    "02_prepare_clip",
+    "03_train",
+    "04_ablation",
+    "05_hidden_size_sweep",
+    "06_grad_cam",
+    "07_paper_versus_code",
+    "08_figures_and_tables",
+)
 HEARTBEAT = 60  # seconds between two lines on a notebook that is still running
 LOCAL = ("profile", "data", "outputs", "report")  # parameters that say where, not what
 
@@ -95,6 +103,7 @@ def execute(notebook: str | Path, out: str | Path, parameters: dict[str, Any], t
     A line at the start, one a minute, and one at the end. On an error, the notebook as far as it came is left
     beside `out` as <name>.failed.ipynb, and RunError holds the cell and the error.
     """
+    import nbformat  # here and below: a second of imports that a kernel need not wait for
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -109,7 +118,7 @@ def execute(notebook: str | Path, out: str | Path, parameters: dict[str, Any], t
     failed.unlink(missing_ok=True)
     hide = _private(parameters)
     start = time.monotonic()
-    say = (lambda text: print(f"{notebook.stem:<18}{text}", flush=True)) if talk else (lambda text: None)
+    say = (lambda text: print(f"{notebook.stem:<22}{text}", flush=True)) if talk else (lambda text: None)
     say("started")
     with tempfile.TemporaryDirectory(prefix="ratlip-") as folder:
         draft = Path(folder) / notebook.name
@@ -133,6 +142,7 @@ def execute(notebook: str | Path, out: str | Path, parameters: dict[str, Any], t
             done.set()
             heart.join()
         finished = tidy(nbformat.read(draft, 4), hide)
+        finished.metadata["ratlip"]["seconds"] = round(time.monotonic() - start)
     write_text(out, nbformat.writes(finished) + "\n")
     say(f"done in {_clock(start)}: {shown(out)}")
     return out
@@ -157,6 +167,8 @@ def _clock(start: float) -> str:
 
 def _beat(draft: Path, done: threading.Event, say, start: float) -> None:
     """Once a minute, the last line that the running cell has printed: in a long cell, its progress bar."""
+    import nbformat
+
     while not done.wait(HEARTBEAT):
         try:
             cells = [cell for cell in nbformat.read(draft, 4).cells if cell.cell_type == "code"]
@@ -280,6 +292,8 @@ def refresh(profile: str = "demo") -> list[Path]:
     Refuses (RunError) where an executed notebook is missing, has other text than the one in notebooks/, or
     was run with other parameters than those that it holds itself.
     """
+    import nbformat
+
     fresh = {}
     for name in STORY:
         stored = repository() / "notebooks" / f"{name}.ipynb"
@@ -315,80 +329,27 @@ def refresh(profile: str = "demo") -> list[Path]:
 def smoke_references() -> list[Path]:
     """Execute the story on the profile smoke, from nothing, into tests/notebooks/smoke/, for nbval."""
     folder, before = repository() / "tests" / "notebooks" / "smoke", os.environ.get("RATLIP_OUTPUTS")
+    made = []
     with tempfile.TemporaryDirectory(prefix="ratlip-smoke-") as outputs:
         os.environ["RATLIP_OUTPUTS"] = outputs
         try:
-            return [
-                execute(
-                    repository() / "notebooks" / f"{name}.ipynb",
-                    folder / f"{name}.ipynb",
-                    {"profile": "smoke"},
-                )
-                for name in STORY
-            ]
+            for name in STORY:
+                if name == "04_ablation":
+                    smoke_runs()
+                source = repository() / "notebooks" / f"{name}.ipynb"
+                made.append(execute(source, folder / f"{name}.ipynb", {"profile": "smoke"}))
         finally:
             os.environ.pop("RATLIP_OUTPUTS") if before is None else os.environ.update(RATLIP_OUTPUTS=before)
+    return made
 
 
-# ----------------------------------------------------------------------------------------- for the Snakefile
+def smoke_runs() -> None:
+    """The grid of the profile smoke, without a notebook for each run: what notebooks 04 to 08 then find."""
+    from ratlip import experiments
+    from ratlip.pipeline import Workspace
 
-
-def plan(profile: str, data: str | None = None) -> tuple[Settings, dict[str, Path]]:
-    """The settings of a profile, and for each notebook a file of all that its result depends on.
-
-    A file is written only when its content changes, so its time of change says whether its notebook must run
-    again. It lies in outputs/, hence a fresh clone, whose reports/ came with it, runs everything. Raises
-    SettingsError for a profile that needs data and was given none.
-    """
-    settings = load_settings(profile)
-    s, folder = settings, outputs_folder(settings.profile)
-    if (
-        s.data.dataset != "synthetic"
-        and not data
-        and not (folder / f"prepared-{s.data_hash}/manifest.json").is_file()
-    ):
-        raise SettingsError(
-            f"profile {profile} needs the {s.data.dataset} dataset: give its root folder, "
-            f"make reproduce PROFILE={profile} DATA=ROOT; `ratlip download {s.data.dataset} --to ROOT` "
-            "fetches it or says where to get it. The profile demo needs no data"
-        )
-    if data and not Path(data).expanduser().is_dir():
-        raise SettingsError(
-            f"DATA={data}: there is no such folder; give the root of the {s.data.dataset} dataset"
-        )
-    depends: dict[str, dict] = {
-        "01_prepare_data": {"data": s.data.model_dump(mode="json"), "image_size": s.model.image_size},
-        "02_prepare_clip": {
-            "clip": s.clip_hash,
-            "normalisation": s.clip.normalisation,
-            "feature_blocks": s.model.feature_blocks,
-        },
-        "03_train": {"run": s.run_hash, "evaluation": s.evaluation.model_dump(mode="json")},
-    }
-    files = {}
-    for name, content in depends.items():
-        notebook = nbformat.read(repository() / "notebooks" / f"{name}.ipynb", 4)
-        text = hashlib.sha256("\0".join(cell.source for cell in notebook.cells).encode()).hexdigest()
-        files[name] = folder / "depends" / f"{name}.json"
-        wanted = json.dumps({**content, "notebook": text}, indent=2) + "\n"
-        if not files[name].is_file() or files[name].read_text() != wanted:
-            write_text(files[name], wanted)
-    return settings, files
-
-
-def up_to_date(targets: dict[str, str], depends: dict[str, Path]) -> bool:
-    """Whether every target is there and newer than what it depends on."""
-    made = {name: repository() / target for name, target in targets.items()}
-    return all(
-        made[name].is_file() and made[name].stat().st_mtime >= depends[name].stat().st_mtime for name in made
-    )
-
-
-def closing(report: Path) -> str:
-    """The last words of `make reproduce`: which files to open."""
-    found = [*sorted(report.glob("figures/*.png")), *sorted(report.glob("notebooks/[0-9][0-9]_*.ipynb"))]
-    lines = [f"  {shown(path)}" for path in found if ".failed." not in path.name]
-    return "\n".join(["Open:", *lines, "The answers are in the last cell of each notebook (`make lab`)."])
+    space = Workspace.of(load_settings("smoke"), outputs_folder("smoke"), progress=False)
+    experiments.complete(space, door="library")
 
 
 def main() -> None:

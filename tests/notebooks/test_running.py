@@ -9,7 +9,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from ratlip import notebooks
+from ratlip import experiments, notebooks, workflow
+from ratlip.config import load_settings
 from ratlip.errors import RunError, SettingsError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,27 +135,41 @@ class TestPlan:
 
         def after(text: str) -> list[str]:
             profile.write_text("extends: smoke\n" + text)
-            _, files = notebooks.plan(str(profile))
+            plan = workflow.plan(str(profile))
+            files = {**plan.notebooks, **{f"run {name}": path for name, path in plan.runs.items()}}
             new = [name for name, path in files.items() if path.stat().st_mtime_ns != 1]
             for path in files.values():
                 os.utime(path, ns=(1, 1))
-            return new
+            return ["runs" if name.startswith("run ") else name for name in new if name in plan.notebooks] + [
+                "runs" for _ in range(any(name.startswith("run ") for name in new))
+            ]
 
         return after
 
     def test_only_what_depends_on_a_change_runs_again(self, changed):
-        assert changed("") == list(notebooks.STORY)
+        late = [name for name in notebooks.STORY if name >= "04"]
+        assert changed("") == [*notebooks.STORY, "runs"]
         assert changed("") == []
-        assert changed("training: {steps: 9}") == ["03_train"]
-        assert changed("training: {steps: 9}\nclip: {steps: 21}") == ["02_prepare_clip", "03_train"]
-        assert changed("data: {train_images: 200}") == list(notebooks.STORY)
+        assert changed("training: {steps: 9}") == ["03_train", "08_figures_and_tables"]
+        assert changed("experiments: {steps: 9}") == [*late, "runs"]
+        assert changed("experiments: {steps: 9, versus_seeds: 3}") == [
+            "07_paper_versus_code",
+            "08_figures_and_tables",
+            "runs",
+        ]
+        assert changed("experiments: {steps: 9}\nevaluation: {study: [24]}") == [
+            "07_paper_versus_code",
+            "08_figures_and_tables",
+        ]
+        assert changed("experiments: {steps: 9}\nclip: {steps: 21}") == [*notebooks.STORY[1:], "runs"]
+        assert changed("data: {train_images: 200}") == [*notebooks.STORY, "runs"]
 
     def test_data_that_are_needed_and_not_given(self, monkeypatch, tmp_path):
         monkeypatch.setenv("RATLIP_OUTPUTS", str(tmp_path))
         with pytest.raises(SettingsError, match="make reproduce PROFILE=cub DATA=ROOT"):
-            notebooks.plan("cub")
+            workflow.plan("cub")
         with pytest.raises(SettingsError, match="no such folder"):
-            notebooks.plan("cub", str(tmp_path / "nowhere"))
+            workflow.plan("cub", str(tmp_path / "nowhere"))
 
 
 @pytest.mark.slow
@@ -186,7 +201,11 @@ def test_snakemake_runs_the_notebooks_in_order(tmp_path):
     order = [
         line.split()[1].rstrip(":") for line in said.splitlines() if line.startswith(("rule ", "localrule "))
     ]
-    assert order == ["prepare_data", "prepare_clip", "train", "all"], said
+    first, middle, last = order[:2], order[2:-2], order[-2:]
+    assert (first, last) == (["prepare_data", "prepare_clip"], ["report", "all"]), said
+    runs = len(experiments.unique(experiments.plan(load_settings("smoke"))))
+    assert middle.count("run") == runs and middle.count("train") == 1, said
+    assert {"ablation", "hidden_size_sweep", "grad_cam", "paper_versus_code", "figures_and_tables"} < {*middle}
 
 
 def test_refresh_refuses_a_report_of_other_parameters(tmp_path, monkeypatch):

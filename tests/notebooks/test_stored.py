@@ -20,6 +20,13 @@ EXEMPT = (
     "space.train(",
     "space.evaluate(",
     "training_seconds",
+    "experiments.complete(",
+    "explain.sweep(",
+    "cost.step_times(",
+    "cost.generation(",
+    "cost.table(",
+    "protocol.study(",
+    "bench.main(",
 )  # progress and timings
 
 
