@@ -153,3 +153,18 @@ def test_images_too_small_to_show_an_object_are_refused():
 
 def test_labels_are_the_kind_of_object(drawn):
     assert all(synthetic.OBJECTS[record.label] == record.attributes["object"] for record in drawn)
+
+
+def test_the_object_is_found_by_its_distance_from_the_background(drawn):
+    pixels = np.stack([record.pixels for record in drawn])
+    masks = synthetic.object_mask(pixels, [record.attributes["background"] for record in drawn])
+    exact = np.stack([record.mask for record in drawn])
+    union = (masks | exact).sum(axis=(1, 2))
+    overlap = (masks & exact).sum(axis=(1, 2)) / union
+    assert masks.dtype == bool and overlap.mean() > 0.96 and overlap.min() > 0.8
+
+
+def test_each_image_needs_the_name_of_its_background(drawn):
+    with pytest.raises(ValueError, match="1 images and 2 backgrounds"):
+        synthetic.object_mask(drawn[0].pixels[None], ["white", "black"])
+    assert synthetic.object_mask(np.zeros((0, 16, 16, 3), np.uint8), []).shape == (0, 16, 16)
