@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ratlip.clip import FrozenClip, build_small_clip, load_clip, normalise
-from ratlip.data.batches import to_network
+from ratlip.data.batches import random_crop, to_network
 from ratlip.errors import DataError, RunError, WeightsError
 from ratlip.files import atomic_path, read_json, write_json, write_text
 from ratlip.progress import bar as progress_bar
@@ -149,13 +149,9 @@ def _crops(split, chosen: np.ndarray, crop: int, image_size: int, flip: bool,
     """Random square crops of side `crop`, half of them mirrored if `flip`, as (B,3,S,S) float32 in [-1,1] on
     the CPU.
     """
-    cut = np.empty((len(chosen), crop, crop, 3), np.uint8)
-    for place, i in enumerate(chosen):
-        image = split.image(int(i))
-        top, left = (rng.integers(side - crop + 1) for side in image.shape[:2])
-        window = image[top:top + crop, left:left + crop]
-        cut[place] = window[:, ::-1] if flip and rng.random() < 0.5 else window
-    return to_network(torch.from_numpy(cut).permute(0, 3, 1, 2), image_size)
+    draws = rng.random((len(chosen), 3))
+    cut = [random_crop(split.image(int(i)), crop, flip, draw) for i, draw in zip(chosen, draws, strict=True)]
+    return to_network(torch.from_numpy(np.stack(cut)), image_size)
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:

@@ -34,7 +34,7 @@ RAT = {"model.conditioning": "rat", "model.rat_scope": "generator"}
 OFFICIAL = {"model.conditioning": "rat-official", "model.rat_scope": "mapper"}
 ATTENTION, NONE = {"model.attention": "shuffle"}, {"model.attention": "none"}
 PUBLISHED = {**OFFICIAL, **ATTENTION, "clip.normalisation": "published", "model.unused_shortcuts": True,
-             "training.real_resize": "nearest", "training.mismatch": "published"}
+             "training.real_resize": "nearest", "training.mismatch": "published", "training.resume": "published"}
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,6 @@ class Batches(Dataset):
         self.part = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self._orders: dict[int, np.ndarray] = {}
 
-    def steps_per_epoch(self) -> int:
-        """Steps after which each image was seen once (rounded up)."""
-        return -(-len(self.split) // self.batch_size)
-
     def _image_number(self, position: int) -> int:
         epoch, place = divmod(position, len(self.split))
         if epoch not in self._orders:
@@ -51,20 +47,24 @@ class Batches(Dataset):
         draws = rng.random((self.batch_size, 4))[self.part]
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)[self.part]
         numbers = [self._image_number(position) for position in positions]
-        images = [self._cut(self.split.image(n), draw) for n, draw in zip(numbers, draws)]
+        images = [random_crop(self.split.image(n), self.crop, self.flip, draw[1:])
+                  for n, draw in zip(numbers, draws, strict=True)]
         first, last = self.split.caption_offsets[numbers], self.split.caption_offsets[np.array(numbers) + 1]
         captions = first + (draws[:, 0] * (last - first)).astype(np.int64)
         return {"images": torch.from_numpy(np.stack(images)), "caption": torch.from_numpy(captions),
                 "image": torch.tensor(numbers)}
 
-    def _cut(self, pixels: np.ndarray, draw: np.ndarray) -> np.ndarray:
-        """uint8 (H,W,3) -> a random square, mirrored or not, as (3,crop,crop)."""
-        top = int(draw[1] * (pixels.shape[0] - self.crop + 1))
-        left = int(draw[2] * (pixels.shape[1] - self.crop + 1))
-        square = pixels[top:top + self.crop, left:left + self.crop]
-        if self.flip and draw[3] < 0.5:
-            square = square[:, ::-1]
-        return square.transpose(2, 0, 1)
+
+def random_crop(pixels: np.ndarray, crop: int, flip: bool, draw: np.ndarray) -> np.ndarray:
+    """uint8 (H,W,3) -> a square of it, mirrored or not, as (3,crop,crop).
+
+    `draw`: three numbers from [0,1), for top, left, and, with `flip`, whether it is mirrored.
+    """
+    top, left = (int(each * (side - crop + 1)) for each, side in zip(draw[:2], pixels.shape[:2], strict=True))
+    square = pixels[top:top + crop, left:left + crop]
+    if flip and draw[2] < 0.5:
+        square = square[:, ::-1]
+    return square.transpose(2, 0, 1)
 
 
 def centre_crop(pixels: np.ndarray, crop: int) -> np.ndarray:

@@ -55,7 +55,6 @@ def test_every_image_is_seen_once_an_epoch_and_none_is_dropped():
     for epoch in seen:
         assert sorted(epoch.tolist()) == list(range(10))
     assert len({tuple(epoch.tolist()) for epoch in seen}) == 4  # each in an order of its own
-    assert data.steps_per_epoch() == 3
 
 
 def test_a_batch_larger_than_the_set_is_filled_from_the_next_epochs():
