@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ratlip.errors import WeightsError
 from ratlip.files import read_json
 from ratlip.frozen import lean_tower
+from ratlip.networks.lean import checkpointed
 from ratlip.vocabulary import Vocabulary
 
 NORMALISATIONS = ("standard", "published")
@@ -62,6 +63,7 @@ class FrozenClip(nn.Module):
         lean_tower(visual)
         self.tokenizer = tokenizer
         self.name = name
+        self.checkpointing = False  # of the image tower's blocks: see `ratlip.options`
         self.normalisation = normalisation
         self.image_size: int = visual.image_size[0]
         self.grid: int = visual.grid_size[0]
@@ -107,6 +109,7 @@ class FrozenClip(nn.Module):
         if not len(blocks) or min(blocks) < 0 or max(blocks) >= self.layers:
             raise ValueError(f"blocks must be within 0..{self.layers - 1} and not empty, not {list(blocks)}")
         wanted = sorted(set(blocks))
+        self.model.visual.transformer.grad_checkpointing = self.checkpointing and torch.is_grad_enabled()
         output = self.model.visual.forward_intermediates(
             self.preprocess(images), indices=wanted, stop_early=not embedding,
             intermediates_only=not embedding)
@@ -155,9 +158,10 @@ class FrozenClip(nn.Module):
                              f"not {list(prompt_blocks)}")
         for number, block in enumerate(visual.transformer.resblocks):
             if number in prompt_of:
-                tokens = block(torch.cat([tokens, prompt_of[number]], dim=1))[:, :-1]
-            else:
-                tokens = block(tokens)
+                tokens = torch.cat([tokens, prompt_of[number]], dim=1)
+            again = self.checkpointing and torch.is_grad_enabled()
+            tokens = checkpointed(block, tokens) if again else block(tokens)
+            tokens = tokens[:, :-1] if number in prompt_of else tokens
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
 

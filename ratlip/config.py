@@ -176,6 +176,11 @@ class TrainingSettings(Section):
         "exact", description="exact: as if never stopped; published: a whole epoch begins with the random "
                              "numbers of a fresh start, and the loss scale is not restored (difference 12)")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    checkpointing: bool = Field(False, description="make maps again for the backward pass: less memory, more time")
+    compile: bool = Field(False, description="torch.compile for the generator and CLIP, never for D")
+    channels_last: bool = Field(False, description="weights of convolutions with the channels last")
+    cached_features: bool = Field(False, description="CLIP features of real images made once and kept; needs square "
+                                                     "images, crop = resize and no flip")
     log_every: PositiveInt = 25
     sample_every: PositiveInt = 500
     checkpoint_every: PositiveInt = 500
@@ -299,6 +304,9 @@ class Settings(Section):
             "training": {"log_every", "sample_every", "checkpoint_every"}})
         if self.training.resume == "exact":  # as before this setting was there
             del content["training"]["resume"]
+        for option in ("checkpointing", "compile", "channels_last", "cached_features"):
+            if not content["training"][option]:  # as before these settings were there
+                del content["training"][option]
         if self.model.arm.startswith("cat-"):  # no LSTM: how large it would be and where is no difference
             content["model"] |= {"conditioning": "cat", "hidden_size": 0, "rat_scope": "generator"}
         return _digest(content)

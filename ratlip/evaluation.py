@@ -33,6 +33,7 @@ from ratlip.features import Store, digest, weights_digest
 from ratlip.files import read_json, write_json
 from ratlip.judge import Judge, chance, judge_right
 from ratlip.losses import clip_similarity
+from ratlip.memory import keep_freed_memory
 from ratlip.progress import bar
 from ratlip.scores import frechet_distance as frechet_distance  # part of this module's interface
 from ratlip.scores import quality
@@ -71,6 +72,8 @@ def generate(generator, noise: Tensor, sentence: Tensor, batch_size: int = 64,
              progress: bool = False) -> Tensor:
     """Images (N,3,S,S) clamped to [-1,1] on the CPU for noise (N,Z) and sentences (N,E), in batches."""
     device = next(generator.parameters()).device
+    if device.type == "cpu":
+        keep_freed_memory()
     batches = list(zip(noise.split(batch_size), sentence.split(batch_size), strict=True))
     return torch.cat([generator(z.to(device), s.to(device)).clamp(-1, 1).float().cpu()
                       for z, s in bar(batches, desc="generate", unit="batch", enabled=progress)])

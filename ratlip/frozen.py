@@ -50,9 +50,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` with weights that want no gradient. x (...,C_in), weight (C_out,C_in), bias (C_out) or None."""
-    if (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and onednn_is_faster()
-            and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-            and not weight.requires_grad):
+    if (not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu") and not weight.requires_grad and onednn_is_faster()):
         flat = x.reshape(-1, x.shape[-1])
         return _FrozenLinear.apply(flat, weight, bias).unflatten(0, x.shape[:-1])
     return F.linear(x, weight, bias)

@@ -8,8 +8,9 @@ import ctypes
 import platform
 from functools import cache
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MIB = 2**20
+LARGEST = 2**31 - 1  # what mallopt takes
 
 
 @cache
@@ -18,17 +19,27 @@ def _glibc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
-def keep_freed_memory(keep: bool = True) -> bool:
-    """Let the whole process keep freed memory for its next tensors, or (False) return it as glibc does by default.
+def keep_freed_memory(largest: int = LARGEST) -> bool:
+    """Let the whole process keep freed memory for its next tensors, in pieces of up to `largest` bytes.
 
+    Larger pieces go back to the system: they are few, and kept ones lie about in parts that nothing else fits in.
     Returns whether the system could be told: glibc only, elsewhere nothing changes. No number depends on it.
     """
+    return _tell(trim=-1, mapped=max(32 * MIB, min(largest, LARGEST)))
+
+
+def return_freed_memory() -> bool:
+    """Return freed memory to the system, as glibc does by default."""
+    done = _tell(trim=64 * MIB, mapped=32 * MIB)
+    if done:
+        _glibc().malloc_trim(0)
+    return done
+
+
+def _tell(trim: int, mapped: int) -> bool:
+    """Set from how many bytes on free memory is returned (-1: never), and a piece is the system's own."""
     if _glibc() is None:
         return False
-    tell = _glibc().mallopt
-    tell(M_MMAP_MAX, 0 if keep else 65536)
-    tell(M_TRIM_THRESHOLD, -1 if keep else 64 * MIB)  # -1: never; else what glibc adapts itself to
-    tell(M_MMAP_THRESHOLD, 32 * MIB)
-    if not keep:
-        _glibc().malloc_trim(0)
+    _glibc().mallopt(M_TRIM_THRESHOLD, trim)
+    _glibc().mallopt(M_MMAP_THRESHOLD, mapped)
     return True

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from ratlip import figures
+from ratlip import figures, options
 from ratlip.clip import FrozenClip
 from ratlip.clip_training import caption_groups
 from ratlip.config import Settings, TrainingSettings
@@ -72,6 +72,12 @@ def adam(network: nn.Module, lr: float, betas: tuple[float, float]) -> torch.opt
     """Adam for all weights of a network, in one pass over them where the device has one (`fused`)."""
     devices = {parameter.device.type for parameter in network.parameters()}
     return torch.optim.Adam(network.parameters(), lr, betas=betas, fused=devices <= {"cpu", "cuda"})
+
+
+def kept_bytes(settings: Settings) -> int:
+    """Size of freed memory worth keeping in training: the maps of the last synthesis block, and a bit."""
+    m = settings.model
+    return settings.training.batch_size * m.base_channels * m.image_size**2 * 4 * 5 // 4
 
 
 def averaged(generator: Generator, decay: float) -> AveragedModel:
@@ -221,14 +227,17 @@ def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[Discriminator
     with run.fabric.autocast():
         fake_features, fake_embedding = run.clip.features(fake, m.feature_blocks)
         with torch.no_grad():
-            real_features, _ = run.clip.features(real, m.feature_blocks, embedding=False)
+            if run.real_features is not None:
+                real_features = run.real_features(real, batch["image"])
+            else:
+                real_features, _ = run.clip.features(real, m.feature_blocks, embedding=False)
 
     mismatched = mismatch(captions, run.sentences, run.groups, t.mismatch, run.settings.seed, run.draw,
                           run.rank)
     loss_d = DiscriminatorLoss(*run.critic(real_features, fake_features.detach(), sentence, mismatched))
-    run.optimiser_d.zero_grad()
     run.fabric.backward(loss_d.total)
     run.optimiser_d.step()
+    run.optimiser_d.zero_grad()  # G's step, which takes the most memory, does not need these gradients
 
     # The generator is judged by the updated discriminator, whose own weights want no gradient now.
     plain = run.networks["discriminator"].requires_grad_(False)
@@ -289,7 +298,7 @@ class Session:
         self.fabric, self.settings, self.folder = fabric, settings, folder
         self.device, self.rank = fabric.device, fabric.global_rank
         if self.device.type == "cpu":
-            keep_freed_memory()
+            keep_freed_memory(kept_bytes(settings))
         self.clip, self.sentences = clip.to(self.device), sentences.to(self.device)
         self.groups = torch.from_numpy(caption_groups(prepared.train)).to(self.device)
         t = settings.training
@@ -297,6 +306,9 @@ class Session:
         self.networks: dict[str, nn.Module] = {"generator": generator, "discriminator": discriminator}
         if t.ema:
             self.networks["average"] = averaged(generator, t.ema).to(self.device)
+        options.apply(t, generator, discriminator, self.clip)
+        self.real_features = options.RealFeatures(self.clip, settings.model.feature_blocks, prepared.train,
+                                                  settings.data) if t.cached_features else None
         self.generator, self.optimiser_g = fabric.setup(
             generator, adam(generator, t.lr_g, t.betas))
         self.critic, self.optimiser_d = fabric.setup(

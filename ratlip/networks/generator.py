@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ratlip.networks.affine import ConditionalAffine, OfficialRecurrentAffine, Recurrence
 from ratlip.networks.attention import Conv3x3, ConvShuffle
+from ratlip.networks.lean import checkpointed
 
 CONDITIONINGS = ("cat", "rat", "rat-official")
 SCOPES = ("mapper", "generator")
@@ -139,6 +140,7 @@ class Generator(nn.Module):
         _check("attention", attention, ATTENTIONS)
         if hidden_size == 0:
             conditioning = "cat"
+        self.checkpointing = False  # of synthesis blocks: see `ratlip.options`
         self.noise_size = noise_size
         self.code_shape = (code_channels, clip.grid, clip.grid)
         condition_size = noise_size + clip.embed_dim
@@ -188,7 +190,8 @@ class Generator(nn.Module):
         x = self.mapper(self.code(noise).unflatten(1, self.code_shape), condition, conditions[:mapped])
         for i, block in enumerate(self.synthesis_blocks):
             start = mapped + AFFINES * i
-            x = block(x, conditions[start : start + AFFINES])
+            four = conditions[start : start + AFFINES]
+            x = checkpointed(block, x, four) if self.checkpointing and torch.is_grad_enabled() else block(x, four)
         return self.to_rgb(F.leaky_relu(x, 0.2))
 
     def _conditions(self, noise: Tensor, sentence: Tensor, condition: Tensor) -> list[Tensor]:

@@ -5,19 +5,23 @@ for the backward pass what is small instead of what is quickly made again. They 
 can be differentiated once. Under autocast, and while a graph is traced, callers use PyTorch's operations.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # row and column of an output pixel within its source pixel
 
 
 def usable(x: Tensor) -> bool:
     """Whether the functions of this module may work on `x`: 32 or 64 bits, no autocast, not traced."""
-    return (x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
-            and not torch.compiler.is_compiling())
+    return (not torch.compiler.is_compiling() and x.dtype in (torch.float32, torch.float64)
+            and not torch.is_autocast_enabled(x.device.type))
 
 
 def resized_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Tensor:
@@ -169,3 +173,23 @@ def _shuffled(y: Tensor, x: Tensor) -> Tensor:
     """View of y (B,2*G*C,H,W), channels shuffled in two groups, as (B,2,G/2,2,C,H,W): unshuffled."""
     _, groups, two, channels = x.shape[:4]
     return y.unflatten(1, (groups // 2, two, channels, 2)).movedim(4, 1)
+
+
+def checkpointed(block: nn.Module, *arguments):
+    """`block(*arguments)`; what lies within is made again for the backward pass, not kept."""
+    return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False,
+                      context_fn=lambda: (nullcontext(), _norms_at_rest(block)))
+
+
+@contextmanager
+def _norms_at_rest(module: nn.Module) -> Iterator[None]:
+    """Batch norm's running averages do not move: a forward pass that is repeated is not a new one."""
+    norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm, _, _ in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in norms:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
