@@ -13,4 +13,6 @@ def bar(iterable=None, *, enabled: bool = True, **options) -> tqdm:
     """
     notebook = "ipykernel" in sys.modules
     options = {"dynamic_ncols": not notebook, "mininterval": 1.0, "leave": True, **options}
+    if notebook:
+        options["position"] = 0  # a bar within a bar would move the cursor, which a stored output cannot
     return tqdm(iterable, disable=not enabled, file=sys.stdout if notebook else sys.stderr, **options)

@@ -194,6 +194,7 @@ def build(profile: str, outputs: str | Path | None = None, report: str | Path | 
         .render(
             profile=name,
             about=settings.summary,
+            budget=budget(settings),
             claims=claims,
             pictures=pictures(folder),
             tables=printed_tables(folder),
@@ -219,6 +220,21 @@ def build(profile: str, outputs: str | Path | None = None, report: str | Path | 
     _check_private(page, folder)
     write_text(folder / "index.html", page)
     return folder / "index.html"
+
+
+def budget(settings: Settings) -> str:
+    """How long and how often the compared runs were trained, in a sentence."""
+    e, t = settings.experiments, settings.training
+    main = f"{t.steps:,} steps" if t.steps is not None else f"{t.epochs:,} epochs"
+    each = f"{e.steps:,} steps" if e.steps is not None else main
+    short = "" if each == main else (
+        f" The main run of notebook 3 was trained for {main}: short trainings compare how fast an arm learns, and "
+        "say nothing about where it ends."
+    )
+    return (
+        f"The compared runs were trained for {each} each, {e.seeds} seeds an arm ({e.versus_seeds} for published "
+        f"against corrected).{short}"
+    )
 
 
 def _check_private(page: str, folder: Path) -> None:
