@@ -151,17 +151,15 @@ class TestPlan:
         assert changed("") == [*notebooks.STORY, "runs"]
         assert changed("") == []
         assert changed("training: {steps: 9}") == ["03_train", "08_figures_and_tables"]
-        assert changed("experiments: {steps: 9}") == [*late, "runs"]
-        assert changed("experiments: {steps: 9, versus_seeds: 3}") == [
-            "07_paper_versus_code",
-            "08_figures_and_tables",
-            "runs",
-        ]
-        assert changed("experiments: {steps: 9}\nevaluation: {study: [24]}") == [
-            "07_paper_versus_code",
-            "08_figures_and_tables",
-        ]
-        assert changed("experiments: {steps: 9}\nclip: {steps: 21}") == [*notebooks.STORY[1:], "runs"]
+        main = "training: {steps: 9}\n"
+        assert changed(main + "experiments: {steps: 9}") == [*late, "runs"]
+        published = ["07_paper_versus_code", "08_figures_and_tables"]
+        assert changed(main + "experiments: {steps: 9, versus_seeds: 4}") == [*published, "runs"]
+        assert changed(main + "experiments: {steps: 9}") == published
+        study = "evaluation: {study: [24]}\n"
+        assert changed(main + study + "experiments: {steps: 9}") == ["08_figures_and_tables"]
+        clip = "clip: {steps: 21}\n"
+        assert changed(main + study + clip + "experiments: {steps: 9}") == [*notebooks.STORY[1:], "runs"]
         assert changed("data: {train_images: 200}") == [*notebooks.STORY, "runs"]
 
     def test_data_that_are_needed_and_not_given(self, monkeypatch, tmp_path):
