@@ -34,7 +34,7 @@ from ratlip.clip_training import ARCHITECTURE
 from ratlip.config import Settings, load_settings
 from ratlip.data.batches import Batches
 from ratlip.evaluation import embed
-from ratlip.files import write_json
+from ratlip.files import read_json, write_json
 from ratlip.memory import LARGEST, keep_freed_memory, return_freed_memory
 from ratlip.pipeline import Workspace
 from ratlip.progress import bar
@@ -298,6 +298,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="skip the two fresh processes")
     parser.add_argument("--no-progress", dest="progress", action="store_false")
     parser.add_argument("--out", type=Path, help="JSON file to write (reports/performance/NAME.json)")
+    parser.add_argument("--show", type=Path, metavar="JSON", help="only print again what was measured before")
     parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)  # what `memory` starts
     return parser.parse_args(arguments)
 
@@ -305,6 +306,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write what was measured."""
     options = _options(arguments)
+    if options.show:
+        print(report(read_json(options.show)))
+        return
     if options.threads:
         torch.set_num_threads(options.threads)
     overrides = {"training.precision": options.precision,

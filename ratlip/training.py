@@ -235,9 +235,10 @@ def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[Discriminator
     mismatched = mismatch(captions, run.sentences, run.groups, t.mismatch, run.settings.seed, run.draw,
                           run.rank)
     loss_d = DiscriminatorLoss(*run.critic(real_features, fake_features.detach(), sentence, mismatched))
+    run.optimiser_d.zero_grad()
     run.fabric.backward(loss_d.total)
     run.optimiser_d.step()
-    run.optimiser_d.zero_grad()  # G's step, which takes the most memory, does not need these gradients
+    run.optimiser_d.zero_grad()  # used up: memory for G's backward pass, which takes the most
 
     # The generator is judged by the updated discriminator, whose own weights want no gradient now.
     plain = run.networks["discriminator"].requires_grad_(False)
@@ -246,6 +247,7 @@ def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[Discriminator
     run.optimiser_g.zero_grad()
     run.fabric.backward(loss_g.total)
     run.optimiser_g.step()
+    run.optimiser_g.zero_grad()
     plain.requires_grad_(True)
     if "average" in run.networks:
         run.networks["average"].update_parameters(run.networks["generator"])
