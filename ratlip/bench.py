@@ -94,7 +94,8 @@ def world(profile: str, batch: int, folder: str | Path, overrides: dict | None =
     clip = FrozenClip(model, tokenizer, "random CLIP", settings.clip.normalisation)
     fabric = training._launched(accelerator, 1, settings.training)
     clip.to(fabric.device)
-    run = Session(fabric, settings, space.prepared, clip, clip.embed_text(captions, batch_size=32), Path(folder) / "run")
+    sentences = clip.embed_text(captions, batch_size=32)
+    run = Session(fabric, settings, space.prepared, clip, sentences, Path(folder) / "run")
     crop, flip = settings.data.crop, settings.data.flip
     return World(run, Batches(space.prepared.train, crop=crop, flip=flip, batch_size=batch, seed=0), captions, towers)
 
@@ -254,8 +255,8 @@ def report(found: dict) -> str:
         return (f"{row['plain']['median']:9.3f} s {row['ours']['median']:9.3f} s   {ratio['median']:5.2f} x "
                 f"({ratio['low']:.2f} to {ratio['high']:.2f})")
 
-    lines = [f"profile {' '.join([found['profile'], *found['settings']])}, {found['image_size']} px, batch {found['batch']}, {found['precision']}, "
-             f"{found['device']}, {found['environment']['threads']} threads",
+    lines = [f"profile {' '.join([found['profile'], *found['settings']])}, {found['image_size']} px, "
+             f"batch {found['batch']}, {found['precision']}, {found['device']}, {found['environment']['threads']} threads",
              f"{'':26s}{'plain':>11s} {'ours':>11s}   ratio (range)", f"{'training step':26s}{rate(found['step'])}"]
     lines += [f"{row['kind'] + ', batch ' + str(row['batch']):26s}{rate(row)}" for row in found["generation"]]
     if "memory" in found:
@@ -321,7 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = {"memory": memory(options)} if options.memory else {}
         here = world(options.profile, options.batch, folder, overrides, options.accelerator)
         steps = {form: here.step(form) for form in FORMS}
-        found |= {"profile": options.profile, "settings": options.settings, "batch": options.batch, "precision": options.precision,
+        found |= {"profile": options.profile, "settings": options.settings, "batch": options.batch,
+                  "precision": options.precision,
                   "image_size": here.run.settings.model.image_size, "device": here.run.device.type,
                   "environment": describe(),
                   "step": compare(here, steps, options.iterations, "training step", options.progress),

@@ -1,6 +1,5 @@
 """The networks: sizes, parameter counts, what depends on what. Parity with the published: tests/parity."""
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
