@@ -256,7 +256,8 @@ def report(found: dict) -> str:
                 f"({ratio['low']:.2f} to {ratio['high']:.2f})")
 
     lines = [f"profile {' '.join([found['profile'], *found['settings']])}, {found['image_size']} px, "
-             f"batch {found['batch']}, {found['precision']}, {found['device']}, {found['environment']['threads']} threads",
+             f"batch {found['batch']}, {found['precision']}, {found['device']}, "
+             f"{found['environment']['threads']} threads",
              f"{'':26s}{'plain':>11s} {'ours':>11s}   ratio (range)", f"{'training step':26s}{rate(found['step'])}"]
     lines += [f"{row['kind'] + ', batch ' + str(row['batch']):26s}{rate(row)}" for row in found["generation"]]
     if "memory" in found:

@@ -46,7 +46,8 @@ def write_run(folder, seed: int, similarity: float) -> None:
 @pytest.fixture
 def space(tmp_path):
     """A workspace with runs of CAT (two seeds) and RAT + SA (one seed)."""
-    space = SimpleNamespace(settings=load_settings("smoke"), root=tmp_path)
+    two = load_settings("smoke", {"experiments.seeds": 2, "experiments.versus_seeds": 2})
+    space = SimpleNamespace(settings=two, root=tmp_path)
     for run in experiments.plan(space.settings, "ablation"):
         if run.label == "CAT" or (run.label, run.seed) == ("RAT + SA", 0):
             write_run(run.folder(tmp_path), run.seed, 0.5 + 0.1 * run.seed)
