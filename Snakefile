@@ -63,7 +63,7 @@ rule prepare_clip:
 
 rule train:
     params: notebook="notebooks/03_train.ipynb"
-    input: depends("03_train"), ancient(TARGETS["02_prepare_clip"])
+    input: depends("03_train"), TARGETS["02_prepare_clip"]
     output: TARGETS["03_train"]
     priority: 2  # the longest of the single-thread jobs, so that it does not end alone
     shell: RUN + f" {{params.notebook}} --out {{output}} {IN_REPORT}"
@@ -72,7 +72,7 @@ rule train:
 # One run of the grid. Its folder's name holds the hash of its settings, so what stands in it is never out of date.
 rule run:
     params: notebook="notebooks/03_train.ipynb", given=lambda wildcards, output: PLAN.parameters[EXECUTED[str(output)]]
-    input: lambda wildcards: PLAN.runs[wildcards.run], ancient(TARGETS["02_prepare_clip"])
+    input: lambda wildcards: PLAN.runs[wildcards.run], TARGETS["02_prepare_clip"]
     output: PLAN.executed("{run}")
     wildcard_constraints: run="|".join(PLAN.runs)
     priority: 1
