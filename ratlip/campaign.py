@@ -85,16 +85,7 @@ def carry_out(stages: list[Stage], root: Path | None = None, data: str | None = 
     end = None if minutes is None else time.monotonic() + 60 * minutes
     left = []
     for stage in stages:
-        space, runs = workspace(stage, root, progress), stage.runs()
-        missing = [run for run in runs if not run.complete(space.root)]
-        if missing and (end is None or time.monotonic() < end):
-            space.prepare(data)
-            space.clip, space.judge, space.independent
-        for run in missing:
-            if end is not None and time.monotonic() >= end:
-                break
-            experiments.execute(run, space, "library", end)
-        left += [run for run in runs if not run.complete(space.root)]
+        left += experiments.train_missing(workspace(stage, root, progress), stage.runs(), "library", end, data)
     return left
 
 

@@ -6,6 +6,7 @@ open_clip architecture ("file"), or the small CLIP that `ratlip.clip_training` t
 """
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import logging
@@ -39,6 +40,13 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, mode: str = "standard")
     """
     scale, shift = (0.5, 0.5) if mode == "standard" else (0.25, 0.75)
     return (images * scale + shift - mean) / std
+
+
+def with_normalisation(clip: FrozenClip, normalisation: str) -> FrozenClip:
+    """The same CLIP (its weights are shared), told to normalise pixels in this way."""
+    other = copy.copy(clip)
+    other.normalisation = normalisation
+    return other
 
 
 class FrozenClip(nn.Module):

@@ -373,14 +373,8 @@ def merge(base: dict, over: dict) -> dict:
     return merged
 
 
-def load_settings(profile: str | Path, overrides: dict[str, Any] | None = None) -> Settings:
-    """Read a profile by name or path and lay dotted overrides over it (`{"model.hidden_size": 16}`).
-
-    An override of None is no override. Raises SettingsError that lists every wrong field with its value and
-    what would be allowed.
-    """
-    name, content = _read_profile(profile, (str(profile),))
-    given = {dotted: value for dotted, value in (overrides or {}).items() if value is not None}
+def lay(content: dict, given: dict[str, Any]) -> dict:
+    """Dotted settings (`{"model.hidden_size": 16}`) laid over those of a profile; a budget replaces the other."""
     for dotted, value in given.items():
         nested: Any = value
         for part in reversed(dotted.split(".")):
@@ -389,6 +383,17 @@ def load_settings(profile: str | Path, overrides: dict[str, Any] | None = None) 
     for budget, other in (("steps", "epochs"), ("epochs", "steps")):  # the one asked for replaces the other
         if f"training.{budget}" in given and f"training.{other}" not in given:
             content = merge(content, {"training": {other: None}})
+    return content
+
+
+def load_settings(profile: str | Path, overrides: dict[str, Any] | None = None) -> Settings:
+    """Read a profile by name or path and lay dotted overrides over it (`{"model.hidden_size": 16}`).
+
+    An override of None is no override. Raises SettingsError that lists every wrong field with its value and
+    what would be allowed.
+    """
+    name, content = _read_profile(profile, (str(profile),))
+    content = lay(content, {dotted: value for dotted, value in (overrides or {}).items() if value is not None})
     try:
         return Settings.model_validate(content)
     except ValidationError as error:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ratlip import experiments
+from ratlip.bench_parts import synchronise
 from ratlip.pipeline import best_device
 from ratlip.tables import MINE, NONE, Table
 from ratlip.training import noise_for
@@ -125,8 +126,7 @@ def generation(
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # a kernel that was started is not yet done
+    synchronise(device)
     return time.perf_counter()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ratlip.charts import COLOURS, MARKERS
-from ratlip.clip import FrozenClip
+from ratlip.clip import FrozenClip, with_normalisation
 from ratlip.config import Settings, load_settings
 from ratlip.data.batches import real_images
 from ratlip.errors import RunError
@@ -262,13 +262,6 @@ def full_size(profile: str = "cub-published", **model) -> tuple[Generator, Discr
 
 
 # ------------------------------------------------------------------------------- row 4: normalised twice
-
-
-def with_normalisation(clip: FrozenClip, normalisation: str) -> FrozenClip:
-    """The same CLIP, told to normalise pixels in this way."""
-    other = copy.copy(clip)
-    other.normalisation = normalisation
-    return other
 
 
 def real_similarity(clip: FrozenClip, prepared, settings: Settings, count: int) -> float:

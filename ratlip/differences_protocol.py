@@ -4,7 +4,6 @@ to 12). The other rows, and the table of all, are in `differences`.
 from __future__ import annotations
 
 import argparse
-import copy
 import io
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from torchvision.models.inception import Inception3
 
 from ratlip.charts import COLOURS, LINES
-from ratlip.clip import FrozenClip
+from ratlip.clip import FrozenClip, with_normalisation
 from ratlip.config import Settings, load_settings
 from ratlip.data import synthetic
 from ratlip.data.batches import Batches, real_images, to_network
@@ -110,8 +109,7 @@ def through_transform_input(images: Tensor) -> Tensor:
 
 def in_both_ranges(clip: FrozenClip, images: Tensor) -> dict[str, Tensor]:
     """Embeddings (N,E) by `clip` of images (N,3,S,S) in [-1,1], in the "standard" and "published" range."""
-    standard = copy.copy(clip)
-    standard.normalisation = "standard"
+    standard = with_normalisation(clip, "standard")
     narrow = published_range(images, clip.mean.cpu(), clip.std.cpu())
     return {"standard": embed(standard, images), "published": embed(standard, narrow)}
 

@@ -14,7 +14,6 @@ does not grow with their number, and an interrupted evaluation goes on where it 
 """
 from __future__ import annotations
 
-import copy
 import shutil
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ratlip.clip import FrozenClip
+from ratlip.clip import FrozenClip, with_normalisation
 from ratlip.config import Settings
 from ratlip.data.batches import real_images
 from ratlip.errors import RunError, SettingsError
@@ -137,9 +136,8 @@ class Instruments:
         self.extractor: Extractor = choose_extractor(settings, prepared, clip, independent)
         self.clips = {"clip_similarity": clip} | (
             {"independent_similarity": independent} if independent is not None else {})
-        self.clips = {score: copy.copy(each) for score, each in self.clips.items()}
-        for each in self.clips.values():  # whatever a run was trained with, so that runs can be compared
-            each.normalisation = settings.evaluation.clip_score_normalisation
+        way = settings.evaluation.clip_score_normalisation  # whatever a run was trained with: runs are compared
+        self.clips = {score: with_normalisation(each, way) for score, each in self.clips.items()}
         self.judge, self.attributes = judge, list(chance()) if judge is not None else []
         self.columns = {name: ((width,), "float32") for name, width in self.extractor.widths.items()}
         self.columns |= {score: ((), "float32") for score in self.clips}

@@ -21,9 +21,8 @@ from typing import Any, Iterable
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from ratlip.config import Settings, load_settings, profile_names
+from ratlip.config import Settings, lay, load_settings, profile_names
 from ratlip.errors import RatlipError, RunError
 from ratlip.files import read_json, write_text
 from ratlip.progress import bar
@@ -113,16 +112,7 @@ def unique(runs: Iterable[Experiment]) -> list[Experiment]:
 
 def overridden(settings: Settings, overrides: dict[str, Any]) -> Settings:
     """`settings` with dotted overrides laid over them, checked anew."""
-    content = settings.model_dump(mode="json")
-    for dotted, value in overrides.items():
-        *sections, name = dotted.split(".")
-        place = content
-        for section in sections:
-            place = place[section]
-        place[name] = value
-    if overrides.get("training.steps"):
-        content["training"]["epochs"] = None
-    return Settings.model_validate(content)
+    return Settings.model_validate(lay(settings.model_dump(mode="json"), overrides))
 
 
 def parameters(run: Experiment, root: Path) -> dict[str, Any]:
@@ -154,11 +144,21 @@ def complete(space, *groups: str, door: str = "papermill", minutes: float | None
     and no further one starts: the runs that are still missing are returned, for another sitting.
     """
     runs = unique(plan(space.settings, *groups))
+    return train_missing(space, runs, door, None if minutes is None else time.monotonic() + 60 * minutes)
+
+
+def train_missing(space, runs: list[Experiment], door: str = "papermill", end: float | None = None,
+                  data: str | None = None) -> list[Experiment]:
+    """Train and score what is missing of `runs` until `end`, a `time.monotonic()`; what is missing then.
+
+    `data`: the dataset's root, where the data are not prepared yet.
+    """
     missing = [run for run in runs if not run.complete(space.root)]
-    if not missing:
-        return []
-    space.prepared, space.clip, space.judge, space.independent  # made once, before any run asks for them
-    end = None if minutes is None else time.monotonic() + 60 * minutes
+    if not missing or (end is not None and time.monotonic() >= end):
+        return missing
+    if data:
+        space.prepare(data)
+    _ = space.prepared, space.clip, space.judge, space.independent  # made once, before any run asks for them
     for run in bar(missing, desc="runs", unit="run", enabled=space.progress):
         if end is not None and time.monotonic() >= end:
             break
@@ -205,9 +205,15 @@ def results(space, group: str) -> pd.DataFrame:
         raise RunError(f"{space.root / 'runs'}: {len(missing)} of {len(runs)} runs are missing ({names}); "
                        f"`make reproduce PROFILE={space.settings.profile}` makes them, or "
                        f"`python -m ratlip.experiments --profile {space.settings.profile} --run`")
+    return found(space, group)
+
+
+def found(space, group: str) -> pd.DataFrame:
+    """As `results`, of those runs of the group that are there; no row where none is."""
     order = list(arms(space.settings, group))
-    rows = [row(run, space.root) for run in sorted(runs, key=lambda run: (order.index(run.label), run.seed))]
-    return pd.DataFrame(rows)
+    runs = [run for run in plan(space.settings, group) if run.complete(space.root)]
+    runs.sort(key=lambda run: (order.index(run.label), run.seed))
+    return pd.DataFrame([row(run, space.root) for run in runs])
 
 
 def row(run: Experiment, root: Path) -> dict[str, Any]:
@@ -289,6 +295,14 @@ class Difference:
         return f"{self.mean:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
 
 
+def half_interval(values) -> float:
+    """Half the width of the 95 % t interval of the mean of `values` (n,); infinite for one value."""
+    from scipy import stats  # half a second that a run of 03_train need not wait for
+
+    n = len(values)
+    return float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else np.inf
+
+
 def paired(frame: pd.DataFrame, a: str, b: str, column: str, higher_is_better: bool = True) -> Difference:
     """Mean of a - b over the seeds that both arms have, with a 95 % t interval.
 
@@ -300,8 +314,7 @@ def paired(frame: pd.DataFrame, a: str, b: str, column: str, higher_is_better: b
         raise ValueError(f"no runs of {a if a not in wide else b!r}; there are {', '.join(wide.columns)}")
     differences = (wide[a] - wide[b]).dropna().to_numpy()
     n, mean = len(differences), float(np.mean(differences))
-    error = np.std(differences, ddof=1) / np.sqrt(n) if n > 1 else np.inf
-    reach = float(stats.t.ppf(0.975, n - 1) * error) if n > 1 else np.inf
+    reach = half_interval(differences)
     better = mean if higher_is_better else -mean
     decided = abs(mean) > reach
     verdict = ("supported" if better > 0 else "contradicted") if decided else "undecided"

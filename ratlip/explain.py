@@ -18,7 +18,6 @@ import pandas as pd
 import pytorch_grad_cam
 import torch
 from pytorch_grad_cam.base_cam import BaseCAM
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -375,7 +374,7 @@ def whole_object(frame: pd.DataFrame, label: str) -> tuple[float, str]:
     values = frame.loc[frame["label"] == label, "coverage"].dropna()
     if len(values) < 2:
         return float(values.mean()), "undecided"
-    reach = float(stats.t.ppf(0.975, len(values) - 1) * values.sem())
+    reach = experiments.half_interval(values)
     away = float(values.mean()) - WHOLE
     return away + WHOLE, "undecided" if abs(away) <= reach else "supported" if away > 0 else "contradicted"
 

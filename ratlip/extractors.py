@@ -10,7 +10,6 @@ All take 8-bit images, as torch-fidelity's do: a generated image is rounded as i
 """
 from __future__ import annotations
 
-import copy
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,8 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
-from ratlip.clip import FrozenClip
+from ratlip.clip import FrozenClip, with_normalisation
+from ratlip.data.batches import to_bytes
 from ratlip.errors import WeightsError
 
 CLASSES = 1000  # captions that serve as classes, at most
@@ -34,11 +34,6 @@ NAMES = {"frechet_distance": "FD", "kernel_distance": "KD", "kernel_distance_sd"
          "inception_score": "IS", "precision": "precision", "recall": "recall"}
 INCEPTION_NAMES = NAMES | {"frechet_distance": "FID", "kernel_distance": "KID",
                            "kernel_distance_sd": "sd of KID"}
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """Images (B,3,S,S) in [-1,1] (clamped here) -> uint8 (B,3,S,S), as they would be saved."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def fit(images: Tensor, size: int) -> Tensor:
@@ -132,8 +127,7 @@ def clip_extractor(clip: FrozenClip, captions: Sequence[str] = (),
     """A CLIP as extractor: image embeddings, not normalised, and, with `captions`, its zero-shot logits
     against them. Images of another size are resized (`fit`). The standard normalisation, whatever `clip` has.
     """
-    clip = copy.copy(clip)
-    clip.normalisation = "standard"
+    clip = with_normalisation(clip, "standard")
     classes = F.normalize(clip.embed_text(captions), dim=1) if captions else None
 
     def read(images: Tensor) -> dict[str, Tensor]:

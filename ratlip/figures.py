@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
+from ratlip.data.batches import to_bytes
 from ratlip.files import atomic_path
 
 
@@ -35,8 +36,7 @@ def save(figure: Figure, path: str | Path | None) -> Figure:
 
 def as_pixels(images: Tensor) -> np.ndarray:
     """Images (...,3,H,W) in [-1,1] (clamped here) -> uint8 (...,H,W,3)."""
-    scaled = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return scaled.movedim(-3, -1).cpu().numpy()
+    return to_bytes(images.detach().float()).movedim(-3, -1).cpu().numpy()
 
 
 def save_images(images: Tensor, folder: str | Path, names: Sequence[str]) -> list[Path]:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ratlip.clip import FrozenClip
 from ratlip.data.batches import real_images
+from ratlip.evaluation import embed
 from ratlip.progress import bar
 
 SPACES = ("independent CLIP", "pixels")
@@ -34,9 +35,7 @@ def features(images: Tensor, clip: FrozenClip, batch_size: int = 128) -> dict[st
     CLIP embeddings have length 1; pixels are averaged down to 32 px at most and scaled, so that the distance
     is the root mean square difference of values in [-1,1].
     """
-    embedded = torch.cat(
-        [clip.embed_images(part.to(clip.mean.device)).float().cpu() for part in images.split(batch_size)]
-    )
+    embedded = embed(clip, images, batch_size)
     small = images if images.shape[-1] <= THUMB else F.adaptive_avg_pool2d(images, THUMB)
     small = small.flatten(1)
     return dict(zip(SPACES, (F.normalize(embedded, dim=1), small / small.shape[1] ** 0.5), strict=True))

@@ -120,17 +120,9 @@ def published_table(score: str) -> Table:
 # ------------------------------------------------------------------------------------------------- measured
 
 
-def found(space, group: str) -> pd.DataFrame:
-    """As `experiments.results`, of those runs of the group that are there; no row where none is."""
-    order = list(experiments.arms(space.settings, group))
-    runs = [run for run in experiments.plan(space.settings, group) if run.complete(space.root)]
-    runs.sort(key=lambda run: (order.index(run.label), run.seed))
-    return pd.DataFrame([experiments.row(run, space.root) for run in runs])
-
-
 def found_groups(space) -> dict[str, pd.DataFrame]:
-    """`found` of every group that has a complete run. RunError, with the command, where none has."""
-    groups = {group: frame for group in experiments.GROUPS if len(frame := found(space, group))}
+    """`experiments.found` of every group that has a complete run. RunError, with the command, where none has."""
+    groups = {group: frame for group in experiments.GROUPS if len(frame := experiments.found(space, group))}
     if not groups:
         raise RunError(
             f"{space.root / 'runs'}: no complete run; `python -m ratlip.experiments --profile "
@@ -144,7 +136,7 @@ def measured_rows(space, group: str) -> pd.DataFrame:
 
     The last rows are the scores of real test images, which no model made. Empty where no run is complete.
     """
-    frame = found(space, group)
+    frame = experiments.found(space, group)
     if frame.empty:
         return pd.DataFrame()
     first = read_json(space.root / "runs" / frame.run[0] / "scores.json")

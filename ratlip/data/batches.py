@@ -86,6 +86,11 @@ def to_network(images: Tensor, image_size: int, resize: str = "antialias") -> Te
     return x / 127.5 - 1
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Images (B,3,S,S) in [-1,1] (clamped here) -> uint8 (B,3,S,S), as they would be saved."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def real_images(split, numbers, crop: int, image_size: int) -> Tensor:
     """Centre crops of these images as networks and scores see them: float32 (N,3,S,S) in [-1,1]."""
     stack = np.stack([centre_crop(split.image(int(n)), crop).transpose(2, 0, 1) for n in numbers])
