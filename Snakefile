@@ -1,6 +1,6 @@
 # The order of the notebooks: make reproduce [PROFILE=...] [DATA=...] runs what is missing or out of date.
 #
-# Data and CLIPs are made once, with all cores; then every run of the grid (ratlip/experiments.py) is 03_train
+# Data and CLIPs are made once, with all cores; then every run of the grid (ratlip/studies/grid.py) is 03_train
 # executed with other parameters, one thread each, as many side by side as there are cores; then notebooks 04 to
 # 08 read the run folders, and one page links everything. What a result depends on (its settings, and the text of
 # its notebook) is written to outputs/<profile>/depends/, and where that changes it is made again, and nothing
@@ -14,7 +14,7 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
-from ratlip import workflow as ratlip_workflow
+from ratlip.studies import workflow as ratlip_workflow
 from ratlip.errors import RatlipError
 
 PROFILE = config.get("profile") or "demo"

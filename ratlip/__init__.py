@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 def load(run, device: str = "auto"):
     """Open a finished or half-trained run for generating: `ratlip.load(run).generate("a red star", n=8)`.
 
-    `run` is a run folder (the one that holds `config.yaml`). See `ratlip.generation.Run`.
+    `run` is a run folder (the one that holds `config.yaml`). See `ratlip.training.generation.Run`.
     """
-    from ratlip.generation import Run
+    from ratlip.training.generation import Run
 
     return Run(run, device=device)

@@ -1,4 +1,4 @@
-"""`ratlip`: a thin command line over `ratlip.pipeline` and `ratlip.generation`."""
+"""`ratlip`: a thin command line over `ratlip.workspace` and `ratlip.training.generation`."""
 from __future__ import annotations
 
 import sys
@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from ratlip.config import Settings, load_settings, profile_names
+from ratlip.settings import Settings, load_settings, profile_names
 from ratlip.errors import RatlipError, SettingsError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -51,7 +51,7 @@ def say(*lines: str) -> None:
 
 
 def _workspace(profile: str, out: Path | None, pairs: list[str] | None, quiet: bool = False):
-    from ratlip.pipeline import Workspace  # takes seconds: `--help` and `profiles` should not wait
+    from ratlip.workspace import Workspace  # takes seconds: `--help` and `profiles` should not wait
 
     return Workspace.of(load_settings(profile, read_overrides(pairs)), out, progress=not quiet)
 
@@ -98,7 +98,7 @@ def prepare(profile: Profile = "demo", data: Data = None, out: Out = None, setti
 @app.command()
 def clip(profile: Profile = "demo", out: Out = None, settings: Set = None, quiet: Quiet = False) -> None:
     """Train or load the frozen CLIP, embed all captions, and report how well it finds the right caption."""
-    from ratlip.retrieval import retrieval
+    from ratlip.clip.retrieval import retrieval
 
     space = _workspace(profile, out, settings, quiet)
     space.sentences()
@@ -152,8 +152,8 @@ def generate(captions: Annotated[list[str], typer.Argument(help="one caption or 
                  help="where the run's CLIP is, if not beside the run")] = None,
              device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto") -> None:
     """Draw your own captions with a trained run."""
-    from ratlip.figures import caption_grid, save_images
-    from ratlip.generation import Run, file_names
+    from ratlip.plots.pictures import caption_grid, save_images
+    from ratlip.training.generation import Run, file_names
 
     files = file_names(len(captions), n, names, batch_size)
     if output.suffix not in ("", ".png", ".pdf", ".svg", ".jpg"):

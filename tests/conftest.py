@@ -25,8 +25,8 @@ def smoke(tmp_path_factory) -> SimpleNamespace:
 
     Tests read it; one that writes takes a folder of its own (`tmp_path`).
     """
-    from ratlip.config import load_settings
-    from ratlip.pipeline import Workspace
+    from ratlip.settings import load_settings
+    from ratlip.workspace import Workspace
 
     settings = load_settings("smoke")
     space = Workspace.of(settings, tmp_path_factory.mktemp("smoke"), progress=False)

@@ -1,7 +1,7 @@
 """A generated, captioned set whose truth is known: one object, with kind, colour, size, place and background.
 
 Why it exists: on photographs nobody can say which share of a caption a generated image shows. Here every
-attribute named by a caption can be checked against the image by a classifier (`ratlip.judge`), and the
+attribute named by a caption can be checked against the image by a classifier (`ratlip.scores.judge`), and the
 object's mask is known, so that "where does the network look" has a right answer. It needs no download, and a
 laptop learns it in minutes.
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ratlip.networks.lean import Moments, ShuffledGates, resized_conv3x3, usable
+from ratlip.fast.maps import Moments, ShuffledGates, resized_conv3x3, usable
 
 
 class ShuffleAttention(nn.Module):

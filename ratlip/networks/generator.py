@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ratlip.networks.affine import ConditionalAffine, OfficialRecurrentAffine, Recurrence
 from ratlip.networks.attention import Conv3x3, ConvShuffle
-from ratlip.networks.lean import checkpointed
+from ratlip.fast.maps import checkpointed
 
 CONDITIONINGS = ("cat", "rat", "rat-official")
 SCOPES = ("mapper", "generator")
@@ -140,7 +140,7 @@ class Generator(nn.Module):
         _check("attention", attention, ATTENTIONS)
         if hidden_size == 0:
             conditioning = "cat"
-        self.checkpointing = False  # of synthesis blocks: see `ratlip.options`
+        self.checkpointing = False  # of synthesis blocks: see `ratlip.fast.options`
         self.noise_size = noise_size
         self.code_shape = (code_channels, clip.grid, clip.grid)
         condition_size = noise_size + clip.embed_dim

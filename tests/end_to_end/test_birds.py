@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ratlip.config import load_settings
+from ratlip.settings import load_settings
 from ratlip.data.prepared import load_prepared
 from ratlip.data.safe_pickle import load_names
 

@@ -7,8 +7,8 @@ the margins.
 """
 import pytest
 
-from ratlip.config import load_settings
-from ratlip.pipeline import Workspace
+from ratlip.settings import load_settings
+from ratlip.workspace import Workspace
 
 pytestmark = pytest.mark.slow
 

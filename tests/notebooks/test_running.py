@@ -1,4 +1,4 @@
-"""How notebooks are executed, tidied, kept and planned (`ratlip.notebooks`), and their order (Snakefile)."""
+"""How notebooks are executed, tidied, kept and planned (`ratlip.report.notebooks`), and their order (Snakefile)."""
 
 import os
 import subprocess
@@ -9,8 +9,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from ratlip import experiments, notebooks, workflow
-from ratlip.config import load_settings
+from ratlip.studies import grid, workflow
+from ratlip.report import notebooks
+from ratlip.settings import load_settings
 from ratlip.errors import RunError, SettingsError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,7 +202,7 @@ def test_snakemake_runs_the_notebooks_in_order(tmp_path):
     ]
     first, middle, last = order[:2], order[2:-2], order[-2:]
     assert (first, last) == (["prepare_data", "prepare_clip"], ["report", "all"]), said
-    runs = len(experiments.unique(experiments.plan(load_settings("smoke"))))
+    runs = len(grid.unique(grid.plan(load_settings("smoke"))))
     assert middle.count("run") == runs and middle.count("train") == 1, said
     assert {"ablation", "hidden_size_sweep", "grad_cam", "paper_versus_code", "figures_and_tables"} < {*middle}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ratlip.notebooks import STORY
+from ratlip.report.notebooks import STORY
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("notebooks")]

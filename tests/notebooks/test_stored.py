@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ratlip import notebooks
+from ratlip.report import notebooks
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCES = ROOT / "tests" / "notebooks" / "smoke"
@@ -99,4 +99,4 @@ class TestStory:
             (cell.cell_type, cell.source, cell.metadata.get("tags"))
             for cell in notebooks.own_cells(reference)
         ]
-        assert found == expected, "run `python -m ratlip.notebooks smoke` and look at what changed"
+        assert found == expected, "run `python -m ratlip.report.notebooks smoke` and look at what changed"

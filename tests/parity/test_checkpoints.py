@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ratlip.errors import WeightsError
-from ratlip.official import CLIP_PREFIX, load_checkpoint, save_checkpoint
+from ratlip.networks.official import CLIP_PREFIX, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.shared
 

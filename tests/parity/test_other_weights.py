@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ratlip.losses import discriminator_loss
-from ratlip.official import load_checkpoint
+from ratlip.networks.losses import discriminator_loss
+from ratlip.networks.official import load_checkpoint
 
 pytestmark = pytest.mark.shared
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ratlip.losses import discriminator_loss, generator_loss
-from ratlip.official import load_checkpoint, published_names
+from ratlip.networks.losses import discriminator_loss, generator_loss
+from ratlip.networks.official import load_checkpoint, published_names
 
 pytestmark = pytest.mark.shared
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ratlip import bench
-from ratlip.bench_parts import Parts, count_operations, matrix_rate, step_in_parts
-from ratlip.bench_plain import plain_generate, plain_optimisers, plain_step
-from ratlip.frozen import FrozenAttention, FrozenLinear, frozen_linear
-from ratlip.memory import keep_freed_memory, return_freed_memory
+from ratlip.studies import bench
+from ratlip.studies.bench_parts import Parts, count_operations, matrix_rate, step_in_parts
+from ratlip.studies.bench_plain import plain_generate, plain_optimisers, plain_step
+from ratlip.fast.tower import FrozenAttention, FrozenLinear, frozen_linear
+from ratlip.fast.memory import keep_freed_memory, return_freed_memory
 from ratlip.networks import ConvShuffle, Discriminator, ShuffleAttention
 from ratlip.networks.attention import Conv3x3
-from ratlip.networks.lean import phase_kernels, resized_conv3x3
-from ratlip.training import training_step
+from ratlip.fast.maps import phase_kernels, resized_conv3x3
+from ratlip.training.loop import training_step
 
 ARMS = {
     "rat": {},
@@ -204,7 +204,7 @@ def test_frozen_linear_has_gradients_of_every_order_for_its_input():
 
 def test_second_order_gradients_of_the_penalty_against_finite_differences():
     """What torch.compile would refuse or lose: the penalty's gradient for D's weights, in double precision."""
-    from ratlip.losses import ma_gp
+    from ratlip.networks.losses import ma_gp
 
     torch.manual_seed(0)
     discriminator = Discriminator(grid=4, clip_width=6, sentence_size=5, d_channels=4, logit_channels=3,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ratlip import campaign
+from ratlip.studies import campaign
 from ratlip.errors import SettingsError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,8 +3,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ratlip import charts
-from ratlip.experiments import Difference
+from ratlip.plots import charts
+from ratlip.studies.grid import Difference
 
 FRAME = pd.DataFrame([{"label": label, "seed": seed, "h": h, "fd": 2.0 * h + seed}
                       for label, h in (("h = 0", 0), ("h = 4", 4)) for seed in (0, 1)])

@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from ratlip.cli import app, read_overrides
-from ratlip.config import load_settings, profile_names
+from ratlip.settings import load_settings, profile_names
 from ratlip.errors import SettingsError
 
 COMMANDS = ["profiles", "download", "prepare", "clip", "train", "evaluate", "generate"]

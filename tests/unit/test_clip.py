@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ratlip.clip import FrozenClip, build_small_clip, load_clip, normalise
-from ratlip.config import ClipSettings
+from ratlip.clip.frozen import FrozenClip, build_small_clip, load_clip, normalise
+from ratlip.settings import ClipSettings
 from ratlip.errors import WeightsError
-from ratlip.vocabulary import PAD, START, UNKNOWN, Vocabulary
+from ratlip.clip.vocabulary import PAD, START, UNKNOWN, Vocabulary
 
 TINY = dict(image_size=32, patch_size=8, width=32, layers=4, heads=2, text_width=16, text_layers=1,
             text_heads=2, embed_dim=12, context_length=8)

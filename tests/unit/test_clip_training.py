@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from ratlip import clip_training
-from ratlip.clip import load_clip
-from ratlip.clip_training import (
+from ratlip.clip import small
+from ratlip.clip.frozen import load_clip
+from ratlip.clip.small import (
     PairBatches,
     caption_groups,
     contrastive_loss,
@@ -19,9 +19,9 @@ from ratlip.clip_training import (
     neighbourhoods,
     train_small_clip,
 )
-from ratlip.config import ClipSettings
+from ratlip.settings import ClipSettings
 from ratlip.errors import DataError, RunError, WeightsError
-from ratlip.retrieval import centre_square, embed_captions, retrieval
+from ratlip.clip.retrieval import centre_square, embed_captions, retrieval
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 PLACES = {"left": slice(0, 6), "right": slice(10, 16)}
@@ -186,8 +186,8 @@ def test_same_seed_same_weights(tmp_path):
 
 
 def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(clip_training, "CHECKPOINT_EVERY", 4)
-    monkeypatch.setattr(clip_training, "LOG_EVERY", 2)
+    monkeypatch.setattr(small, "CHECKPOINT_EVERY", 4)
+    monkeypatch.setattr(small, "LOG_EVERY", 2)
     whole = train(tmp_path / "whole", steps=10)
     real, seen = PairBatches.__call__, []
 
@@ -214,7 +214,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypat
 
 def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
     clip = train(tmp_path)
-    monkeypatch.setattr(clip_training, "_fit", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(small, "_fit", lambda *a: pytest.fail("trained again"))
     assert train(tmp_path).fingerprint == clip.fingerprint
 
 
@@ -238,7 +238,7 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_damaged_checkpoint_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(clip_training, "save_file", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(small, "save_file", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path)
     (tmp_path / "training.pt").write_bytes(b"no checkpoint")
@@ -252,7 +252,7 @@ def test_images_smaller_than_the_crop_are_refused(tmp_path):
 
 
 def test_a_diverged_training_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(clip_training, "contrastive_loss", lambda a, *rest: a.sum() * torch.nan)
+    monkeypatch.setattr(small, "contrastive_loss", lambda a, *rest: a.sum() * torch.nan)
     with pytest.raises(RunError, match="lower clip.lr"):
         train(tmp_path)
 
@@ -262,12 +262,12 @@ def test_crop_resize_and_flip():
     split.pixels = np.zeros((2, 16, 16, 3), np.uint8)
     split.pixels[:, :, 8:] = 255
     rng = np.random.default_rng(0)
-    whole = clip_training._crops(split, np.array([0, 1]), 16, 16, False, rng)
+    whole = small._crops(split, np.array([0, 1]), 16, 16, False, rng)
     assert whole.shape == (2, 3, 16, 16) and whole[..., :8].eq(-1).all() and whole[..., 8:].eq(1).all()
     one = np.array([0])
-    corners = [clip_training._crops(split, one, 16, 8, True, rng)[0, 0, 0, 0].item() for _ in range(20)]
+    corners = [small._crops(split, one, 16, 8, True, rng)[0, 0, 0, 0].item() for _ in range(20)]
     assert set(corners) == {-1.0, 1.0}
-    assert len({clip_training._crops(split, one, 8, 8, False, rng).mean().item() for _ in range(20)}) > 3
+    assert len({small._crops(split, one, 8, 8, False, rng).mean().item() for _ in range(20)}) > 3
 
 
 # ------------------------------------------------------------------------------------------------- retrieval

@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from ratlip.config import load_settings, merge, profile_names
+from ratlip.settings import load_settings, merge, profile_names
 from ratlip.errors import SettingsError
 
 LOGGING = {"training.log_every", "training.sample_every", "training.checkpoint_every"}

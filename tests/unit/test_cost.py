@@ -1,4 +1,4 @@
-"""What generating costs (`ratlip.cost`)."""
+"""What generating costs (`ratlip.studies.cost`)."""
 
 import json
 from types import SimpleNamespace
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ratlip import cost, generation
+from ratlip.studies import cost
+from ratlip.training import generation
 
 MIB = 2**18  # float32 numbers in one MiB
 

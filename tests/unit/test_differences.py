@@ -5,16 +5,17 @@ import numpy as np
 import pytest
 import torch
 
-from ratlip import differences, training
-from ratlip import differences_protocol as protocol
-from ratlip.clip_training import caption_groups
-from ratlip.config import load_settings
+from ratlip.studies import paper_versus_code
+from ratlip.training import loop
+from ratlip.studies import paper_versus_code_protocol as protocol
+from ratlip.clip.small import caption_groups
+from ratlip.settings import load_settings
 from ratlip.data.batches import to_network
 from ratlip.errors import RunError, SettingsError
-from ratlip.experiments import overridden
-from ratlip.extractors import published_range
-from ratlip.generation import Run, file_names
-from ratlip.training import noise_for
+from ratlip.studies.grid import overridden
+from ratlip.scores.extractors import published_range
+from ratlip.training.generation import Run, file_names
+from ratlip.training.loop import noise_for
 
 ARMS = {"published": {"model.conditioning": "rat-official", "model.rat_scope": "mapper"}, "rat": {},
         "cat": {"model.conditioning": "cat"}}
@@ -26,8 +27,8 @@ def arms(smoke):
     made = {}
     for name, overrides in ARMS.items():
         settings = overridden(smoke.settings, {**overrides, "model.mapper_blocks": 2})
-        generator = training.build_networks(settings, smoke.space.clip)[0].eval()
-        made[name] = differences.with_random_affines(generator, seed=1)
+        generator = loop.build_networks(settings, smoke.space.clip)[0].eval()
+        made[name] = paper_versus_code.with_random_affines(generator, seed=1)
     return made
 
 
@@ -42,7 +43,7 @@ def pairs(smoke):
 
 
 def test_only_the_published_rat_draws_another_image_among_other_mates(arms, pairs):
-    found = {name: differences.batch_effect(each, *pairs, batch_size=4, draws=3)
+    found = {name: paper_versus_code.batch_effect(each, *pairs, batch_size=4, draws=3)
              for name, each in arms.items()}
     assert found["published"].change.min() > 1e-3
     for name in ("rat", "cat"):
@@ -51,62 +52,62 @@ def test_only_the_published_rat_draws_another_image_among_other_mates(arms, pair
 
 
 def test_the_last_mate_moves_image_0_most(arms, pairs):
-    rows = differences.position_effect(arms["published"], *pairs, batch_size=8)
+    rows = paper_versus_code.position_effect(arms["published"], *pairs, batch_size=8)
     changes = [row["change"] for row in rows]
     assert [row["position"] for row in rows] == list(range(2, 9))
     assert max(changes[-2:]) == max(changes) and changes[-1] > 2 * changes[0]
-    assert max(row["change"] for row in differences.position_effect(arms["rat"], *pairs, batch_size=4)) < 1e-4
+    assert max(row["change"] for row in paper_versus_code.position_effect(arms["rat"], *pairs, batch_size=4)) < 1e-4
 
 
 def test_the_order_of_drawing_moves_no_image_to_another_place(smoke):
     run, order = Run(smoke.run, clip_folder=smoke.space.clip_folder), torch.randperm(10)
-    straight = differences.test_images(run, smoke.space.prepared, 10)
-    mixed = differences.test_images(run, smoke.space.prepared, 10, batch_size=3, order=order)
+    straight = paper_versus_code.test_images(run, smoke.space.prepared, 10)
+    mixed = paper_versus_code.test_images(run, smoke.space.prepared, 10, batch_size=3, order=order)
     assert torch.allclose(straight, mixed, atol=1e-5) and straight[0].sub(straight[1]).abs().max() > 1e-3
 
 
 def test_compositions_are_scored_alike_for_the_paper_s_rat(smoke):
     run = Run(smoke.run, clip_folder=smoke.space.clip_folder)
     space = smoke.space
-    frame = differences.composition_scores(run, space.prepared, space.clip, space.judge, 12, (1, 5))
+    frame = paper_versus_code.composition_scores(run, space.prepared, space.clip, space.judge, 12, (1, 5))
     assert list(frame.index) == ["batches of 1", "batches of 5", "batches of 5, shuffled"]
     assert frame["CLIP similarity"].std() < 1e-5 and set(frame) == {"CLIP similarity", "all right"}
 
 
 def test_a_push_reaches_later_layers_of_the_paper_s_rat_alone(arms, pairs):
-    rat, official = (differences.reach(arms[name], *pairs) for name in ("rat", "published"))
+    rat, official = (paper_versus_code.reach(arms[name], *pairs) for name in ("rat", "published"))
     later = torch.ones_like(rat).triu(1).bool()
     assert (rat[later] > 0).all() and (rat[~later] == 0).all()
     assert len(official) == 8 and (official == 0).all()
-    assert len(differences.reach(arms["cat"], *pairs)) == 0
+    assert len(paper_versus_code.reach(arms["cat"], *pairs)) == 0
 
 
 def test_states_of_the_published_rat_are_one_for_the_batch(arms, pairs):
-    assert {each.shape[0] for each in differences.states(arms["published"], *pairs)} == {1}
-    assert {each.shape[0] for each in differences.states(arms["rat"], *pairs)} == {6}
+    assert {each.shape[0] for each in paper_versus_code.states(arms["published"], *pairs)} == {1}
+    assert {each.shape[0] for each in paper_versus_code.states(arms["rat"], *pairs)} == {6}
 
 
 @pytest.mark.parametrize("moves, layer", [
     ([0.5, 0.2, 0.01, 0.001], 4), ([0.01, 0.01], 2), ([0.5, 0.01, 0.2, 0.01], 5), ([0.5, 0.3], None)])
 def test_the_layer_at_which_states_settle(moves, layer):
-    assert differences.settled_layer(torch.tensor(moves)[:, None].expand(-1, 3)) == layer
+    assert paper_versus_code.settled_layer(torch.tensor(moves)[:, None].expand(-1, 3)) == layer
 
 
 def test_settling_is_the_relative_move(arms, pairs):
-    h = torch.stack(differences.states(arms["rat"], *pairs)).detach()
-    moves = differences.settling(arms["rat"], *pairs)
+    h = torch.stack(paper_versus_code.states(arms["rat"], *pairs)).detach()
+    moves = paper_versus_code.settling(arms["rat"], *pairs)
     assert moves.shape == (len(h) - 1, 6)
     assert torch.allclose(moves[2, 1], (h[3, 1] - h[2, 1]).norm() / h[3, 1].norm())
 
 
 def test_affines_of_the_published_size_are_counted():
-    kinds = differences.affine_kinds
+    kinds = paper_versus_code.affine_kinds
     published = {"one LSTM over the layers": 0, "an LSTM of its own": 16, "CAT": 24}
-    assert kinds(differences.full_size()[0]) == published
-    assert kinds(differences.full_size("cub")[0])["one LSTM over the layers"] == 40
-    assert kinds(differences.full_size("cub", rat_scope="mapper")[0])["one LSTM over the layers"] == 16
-    assert kinds(differences.full_size("cub", conditioning="cat")[0])["CAT"] == 40
-    assert next(differences.full_size()[0].parameters()).is_meta
+    assert kinds(paper_versus_code.full_size()[0]) == published
+    assert kinds(paper_versus_code.full_size("cub")[0])["one LSTM over the layers"] == 40
+    assert kinds(paper_versus_code.full_size("cub", rat_scope="mapper")[0])["one LSTM over the layers"] == 16
+    assert kinds(paper_versus_code.full_size("cub", conditioning="cat")[0])["CAT"] == 40
+    assert next(paper_versus_code.full_size()[0].parameters()).is_meta
 
 
 # ------------------------------------------------------------------------------------------ rows 4 to 6
@@ -115,9 +116,9 @@ def test_affines_of_the_published_size_are_counted():
 def test_what_clip_sees(smoke):
     clip = smoke.space.clip
     images = torch.rand(2, 3, clip.image_size, clip.image_size) * 2 - 1
-    twice = differences.with_normalisation(clip, "published")
-    assert torch.allclose(differences.as_clip_sees(clip, images), images, atol=1e-5)
-    assert torch.allclose(differences.as_clip_sees(twice, images), (images + 1) / 2, atol=1e-5)
+    twice = paper_versus_code.with_normalisation(clip, "published")
+    assert torch.allclose(paper_versus_code.as_clip_sees(clip, images), images, atol=1e-5)
+    assert torch.allclose(paper_versus_code.as_clip_sees(twice, images), (images + 1) / 2, atol=1e-5)
     assert clip.normalisation == "standard"
 
 
@@ -227,28 +228,28 @@ def test_names_as_published_on_the_command_line(ratlip, smoke, tmp_path):
 
 def test_parameters_that_get_no_gradient_are_the_dead_ones(smoke):
     clip = smoke.space.clip
-    with_dead = training.build_networks(overridden(smoke.settings, {"model.unused_shortcuts": True}), clip)[1]
+    with_dead = loop.build_networks(overridden(smoke.settings, {"model.unused_shortcuts": True}), clip)[1]
     idle = protocol.without_gradient(with_dead, clip)
     assert idle and all("shortcut" in name for name in idle)
     assert sum(idle.values()) == protocol.dead_parameters(with_dead)
-    assert protocol.without_gradient(training.build_networks(smoke.settings, clip)[1], clip) == {}
-    assert protocol.dead_parameters(differences.full_size()[1]) == 2 * (768 * 768 + 768)  # 1.18 million
-    assert protocol.dead_parameters(differences.full_size("cub")[1]) == 0
+    assert protocol.without_gradient(loop.build_networks(smoke.settings, clip)[1], clip) == {}
+    assert protocol.dead_parameters(paper_versus_code.full_size()[1]) == 2 * (768 * 768 + 768)  # 1.18 million
+    assert protocol.dead_parameters(paper_versus_code.full_size("cub")[1]) == 0
 
 
 # --------------------------------------------------------------------------------------------- the table
 
 
 def test_the_table_wants_every_row_measured():
-    frame = differences.table({row: f"effect {row}" for row in range(1, 13)})
+    frame = paper_versus_code.table({row: f"effect {row}" for row in range(1, 13)})
     assert list(frame.index) == list(range(1, 13)) and frame.loc[7, "measured effect"] == "effect 7"
     with pytest.raises(RunError, match="rows 3, 12 of the table"):
-        differences.table({row: "" if row == 3 else "x" for row in range(1, 12)})
+        paper_versus_code.table({row: "" if row == 3 else "x" for row in range(1, 12)})
 
 
 def named(column: int) -> list[tuple[str, str]]:
     """Settings named in a column of the table, as (section.name, value)."""
-    return [pair for row in differences.TABLE for pair in re.findall(r"(\w+\.\w+): ([\w-]+)", row[column])]
+    return [pair for row in paper_versus_code.TABLE for pair in re.findall(r"(\w+\.\w+): ([\w-]+)", row[column])]
 
 
 def test_the_table_s_settings_are_those_of_the_published_profiles():
@@ -267,10 +268,10 @@ def test_the_table_s_settings_are_those_of_the_published_profiles():
 def test_figures_are_saved(figure, tmp_path):
     draw = np.random.default_rng(0)
     made = {
-        "spread": lambda path: differences.spread_figure({"a": [0, 1], "b": [2, 2]}, "x", {"mean": 1}, path),
-        "reach": lambda path: differences.reach_figure({"none": torch.zeros(3, 3),
+        "spread": lambda path: paper_versus_code.spread_figure({"a": [0, 1], "b": [2, 2]}, "x", {"mean": 1}, path),
+        "reach": lambda path: paper_versus_code.reach_figure({"none": torch.zeros(3, 3),
                                                         "some": torch.ones(4, 4).triu(1)}, path),
-        "settling": lambda path: differences.settling_figure({"one": torch.rand(5, 4)}, path),
+        "settling": lambda path: paper_versus_code.settling_figure({"one": torch.rand(5, 4)}, path),
         "spectrum": lambda path: protocol.spectrum_figure(
             {"a": torch.rand(3, 9), "b": torch.rand(3, 9)},
             {"a": torch.from_numpy(draw.random((3, 7))), "b": torch.rand(3, 7)}, path)}[figure]

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from ratlip import evaluation, features, training
-from ratlip.clip import FrozenClip, build_small_clip
-from ratlip.config import load_settings
+from ratlip.scores import evaluation
+from ratlip import cache
+from ratlip.training import loop
+from ratlip.clip.frozen import FrozenClip, build_small_clip
+from ratlip.settings import load_settings
 from ratlip.errors import RunError, SettingsError
 from ratlip.files import read_json
 
@@ -102,7 +104,7 @@ def test_the_batch_size_of_the_scores_does_not_change_them(smoke):
 
 def test_every_caption_of_a_partial_batch_becomes_an_image(smoke):
     generator = evaluation.load_generator(smoke.run, smoke.settings, smoke.space.clip)
-    noise, sentence = training.noise_for(0, 1, 11, 8), smoke.space.sentences("test")[:11]
+    noise, sentence = loop.noise_for(0, 1, 11, 8), smoke.space.sentences("test")[:11]
     whole = evaluation.generate(generator, noise, sentence, batch_size=64)
     parts = evaluation.generate(generator, noise, sentence, batch_size=4)
     assert whole.shape == (11, 3, 16, 16) and whole.abs().max() <= 1
@@ -123,7 +125,7 @@ def test_pairs_go_through_the_split_and_then_through_the_next_captions(smoke):
 
 
 def test_the_averaged_generator_is_the_one_that_is_scored(smoke):
-    saved = training.read_checkpoint(smoke.run / "checkpoint.pt", "cpu")["networks"]
+    saved = loop.read_checkpoint(smoke.run / "checkpoint.pt", "cpu")["networks"]
     generator = evaluation.load_generator(smoke.run, smoke.settings, smoke.space.clip)
     assert not generator.training
     loaded = {key: value.cpu() for key, value in generator.state_dict().items()}
@@ -149,7 +151,7 @@ def test_a_run_of_another_clip_is_not_scored(smoke, tmp_path):
 
 
 def test_a_run_that_is_not_complete_is_not_scored(smoke, tmp_path):
-    from ratlip.pipeline import Workspace
+    from ratlip.workspace import Workspace
 
     with pytest.raises(RunError, match="not trained to its last step; run `ratlip train`"):
         Workspace.of(smoke.settings, tmp_path).evaluate()
@@ -199,7 +201,7 @@ def test_an_independent_clip_of_another_image_size_sees_the_images_resized(smoke
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same_scores(smoke, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "RECORD_EVERY", 2)
+    monkeypatch.setattr(cache, "RECORD_EVERY", 2)
     plain, drawn = evaluation.generate, []
 
     def stops(generator, noise, sentence, batch_size):

@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-from ratlip import explain, explain_charts
-from ratlip.clip import FrozenClip
+from ratlip.studies import grad_cam
+from ratlip.plots import activation_maps
+from ratlip.clip.frozen import FrozenClip
 from ratlip.data import synthetic
-from ratlip.explain import (
+from ratlip.studies.grad_cam import (
     PAPER,
     Method,
     concentration,
@@ -52,7 +53,7 @@ def one_patch_clip(clip: FrozenClip, patch: int) -> FrozenClip:
 class TestMaps:
     def test_shape_range_and_one_scale_each(self, smoke, material):
         clip = smoke.space.clip
-        for method in explain.candidates(clip):
+        for method in grad_cam.candidates(clip):
             maps = similarity_maps(clip, material.images, material.sentences, method)
             assert maps.shape == (6, 16, 16) and maps.dtype == torch.float32 and maps.device.type == "cpu"
             assert maps.min() >= 0 and maps.max() <= 1 and maps.amax((1, 2)).median() > 0.5, method
@@ -102,7 +103,7 @@ class TestMaps:
             tower = SimpleNamespace(transformer=SimpleNamespace(batch_first=first))
             clip = SimpleNamespace(grid=4, model=SimpleNamespace(visual=tower))
             given = tokens if first else tokens.transpose(0, 1)
-            assert torch.equal(explain._patches(clip)(given), grid)
+            assert torch.equal(grad_cam._patches(clip)(given), grid)
 
     def test_batches_and_lengths_of_sentences_change_nothing(self, smoke, material):
         clip = smoke.space.clip
@@ -179,9 +180,9 @@ class TestNumbers:
             assert coverage(values * factor, self.mask).item() == pytest.approx(2 / 16)
 
     def test_overlap(self):
-        assert explain.overlap(self.mask, self.mask).item() == 1
-        assert explain.overlap(self.mask, ~self.mask).item() == 0
-        assert explain.overlap(self.mask, self.mask.roll(2, 2)).item() == pytest.approx(8 / 24)
+        assert grad_cam.overlap(self.mask, self.mask).item() == 1
+        assert grad_cam.overlap(self.mask, ~self.mask).item() == 0
+        assert grad_cam.overlap(self.mask, self.mask.roll(2, 2)).item() == pytest.approx(8 / 24)
 
     def test_shapes_are_checked(self):
         with pytest.raises(ValueError, match="of the same shape"):
@@ -192,7 +193,7 @@ class TestMasks:
     def test_stored_masks_are_those_that_were_drawn(self, smoke):
         part = smoke.space.prepared.train
         numbers = [0, 7, 191]
-        masks = explain.real_masks(part, numbers, 16, 16)
+        masks = grad_cam.real_masks(part, numbers, 16, 16)
         for number, mask in zip(numbers, masks):
             rng = np.random.default_rng([smoke.settings.data.seed, 2, number])
             pixels, drawn = synthetic.render(part.attributes[number], 16, rng)
@@ -201,25 +202,25 @@ class TestMasks:
 
     def test_a_crop_cuts_image_and_mask_alike(self, smoke):
         part = smoke.space.prepared.train
-        assert torch.equal(explain.real_masks(part, [3], 12, 12)[0],
+        assert torch.equal(grad_cam.real_masks(part, [3], 12, 12)[0],
                            torch.from_numpy(part.mask(3)[2:14, 2:14].copy()))
-        assert explain.real_masks(part, [3], 12, 24).shape == (1, 24, 24)
+        assert grad_cam.real_masks(part, [3], 12, 24).shape == (1, 24, 24)
 
     def test_no_masks_for_photographs(self):
-        assert explain.real_masks(SimpleNamespace(mask=lambda n: None), [0, 1], 16, 16) is None
+        assert grad_cam.real_masks(SimpleNamespace(mask=lambda n: None), [0, 1], 16, 16) is None
 
     def test_estimate_by_colour_against_the_truth(self, smoke):
         m = real_material(smoke.space, "train", 192)
-        found = explain.overlap(explain.estimated_masks(m.images, m.backgrounds), m.masks)
+        found = grad_cam.overlap(grad_cam.estimated_masks(m.images, m.backgrounds), m.masks)
         assert found.mean() > 0.95 and found.min() > 0.6
         others = m.backgrounds[1:] + m.backgrounds[:1]
-        wrong = explain.overlap(explain.estimated_masks(m.images, others), m.masks)
+        wrong = grad_cam.overlap(grad_cam.estimated_masks(m.images, others), m.masks)
         assert wrong.mean() < 0.6
 
     def test_nothing_drawn_is_no_object(self, smoke):
         m = real_material(smoke.space, "train", 40)
         grey = torch.full((2, 3, 16, 16), 125 / 127.5 - 1)
-        masks = explain.estimated_masks(grey, ["grey", "white"])
+        masks = grad_cam.estimated_masks(grey, ["grey", "white"])
         assert masks.float().mean((1, 2)).tolist() == [0, 1]
         assert plausible(masks, m.masks).tolist() == [False, False] and plausible(m.masks, m.masks).all()
 
@@ -248,20 +249,20 @@ class TestValidation:
             right = torch.equal(sentences, m.sentences) and asked is clip
             return m.masks.float() if right else torch.ones_like(m.masks, dtype=torch.float32)
 
-        monkeypatch.setattr(explain, "similarity_maps", perfect)
+        monkeypatch.setattr(grad_cam, "similarity_maps", perfect)
         energies = validate(clip, object(), m, PAPER)
         assert (energies["map"] == 1).all() and np.allclose(energies["wrong caption"], energies["area"])
         assert margins(energies)["beaten"].all()
-        monkeypatch.setattr(explain, "similarity_maps", lambda *_: m.masks.float())
+        monkeypatch.setattr(grad_cam, "similarity_maps", lambda *_: m.masks.float())
         blind = margins(validate(clip, object(), m, PAPER))
         assert blind["beaten"].to_dict() == {"area": True, "wrong caption": False, "random weights": False,
                                              "another image": True}
-        assert not explain.compare(smoke.space.clip, m, [PAPER])["valid"].any()
+        assert not grad_cam.compare(smoke.space.clip, m, [PAPER])["valid"].any()
 
     def test_a_lead_within_two_standard_errors_is_none(self):
         lead = np.random.default_rng(0).normal(0, 1, 100)
         lead = (lead - lead.mean()) / lead.std(ddof=1)  # mean 0, standard error 0.1
-        energies = pd.DataFrame({name: 0.0 for name in explain.CONTROLS}, index=range(100))
+        energies = pd.DataFrame({name: 0.0 for name in grad_cam.CONTROLS}, index=range(100))
         for mean, beaten in ((0.19, False), (0.21, True), (-0.5, False)):
             found = margins(energies.assign(map=lead + mean))
             assert found["margin"].tolist() == pytest.approx([mean] * 4)
@@ -273,47 +274,48 @@ class TestSweep:
                           "hidden_size": [0, 0, 8, 8], "method": "m", "coverage": [0.5, 0.52, 0.9, 0.921]})
 
     def test_scores_of_a_run(self, smoke, monkeypatch):
-        from ratlip import experiments, generation
+        from ratlip.studies import grid
+        from ratlip.training import generation
 
         m = real_material(smoke.space, "test", 10)
         run = generation.Run(smoke.run, device="cpu")
-        all_of_them, few = explain.drawn(run, m), explain.drawn(run, m.first(4))
+        all_of_them, few = grad_cam.drawn(run, m), grad_cam.drawn(run, m.first(4))
         torch.testing.assert_close(all_of_them[:4], few, atol=1e-5, rtol=0)
-        monkeypatch.setattr(experiments, "open_run", lambda space, row: run)
-        monkeypatch.setattr(explain, "drawn", lambda run, material: material.images)  # as if drawn perfectly
+        monkeypatch.setattr(grid, "open_run", lambda space, row: run)
+        monkeypatch.setattr(grad_cam, "drawn", lambda run, material: material.images)  # as if drawn perfectly
         row = pd.DataFrame([{"label": "h = 8", "seed": 0, "hidden_size": 8}])
-        found = explain.sweep(smoke.space, row, m, {"paper": PAPER}).iloc[0]
-        expected = explain.map_scores(similarity_maps(smoke.space.clip, m.images, m.sentences), m.masks)
+        found = grad_cam.sweep(smoke.space, row, m, {"paper": PAPER}).iloc[0]
+        expected = grad_cam.map_scores(similarity_maps(smoke.space.clip, m.images, m.sentences), m.masks)
         assert found["found"] == 1
         for name in ("coverage", "spill", "energy", "area", "concentration"):
             assert found[name] == pytest.approx(expected[name], abs=0.05), name
         blank = m.images.clone()
         blank[3] = 1
-        monkeypatch.setattr(explain, "drawn", lambda run, material: blank)
-        less = explain.sweep(smoke.space, row, m, {"paper": PAPER}).iloc[0]
+        monkeypatch.setattr(grad_cam, "drawn", lambda run, material: blank)
+        less = grad_cam.sweep(smoke.space, row, m, {"paper": PAPER}).iloc[0]
         assert less["found"] == 0.9
         kept = torch.arange(10) != 3
         assert less["area"] == pytest.approx(m.masks[kept].double().mean().item(), abs=0.01)
-        bare = explain.Material(m.images, m.sentences, m.captions, None, None)
-        found = explain.sweep(smoke.space, row, bare, {"paper": PAPER})
+        bare = grad_cam.Material(m.images, m.sentences, m.captions, None, None)
+        found = grad_cam.sweep(smoke.space, row, bare, {"paper": PAPER})
         assert list(found)[4:] == ["coverage", "concentration"]
 
     def test_verdicts(self):
-        more = explain.against_others(self.frame, "h = 8").loc["h = 0"]
+        more = grad_cam.against_others(self.frame, "h = 8").loc["h = 0"]
         assert more["difference"] == pytest.approx(0.4005) and more["verdict"] == "supported"
-        assert explain.against_others(self.frame, "h = 0").loc["h = 8", "verdict"] == "contradicted"
-        assert explain.whole_object(self.frame, "h = 0")[1] == "contradicted"
-        assert explain.whole_object(self.frame, "h = 8") == (pytest.approx(0.9105), "undecided")
+        assert grad_cam.against_others(self.frame, "h = 0").loc["h = 8", "verdict"] == "contradicted"
+        assert grad_cam.whole_object(self.frame, "h = 0")[1] == "contradicted"
+        assert grad_cam.whole_object(self.frame, "h = 8") == (pytest.approx(0.9105), "undecided")
         none = self.frame.assign(coverage=float("nan"))
-        assert explain.against_others(none, "h = 8").loc["h = 0", "verdict"] == "undecided"
-        assert explain.whole_object(none, "h = 8")[1] == "undecided"
+        assert grad_cam.against_others(none, "h = 8").loc["h = 0", "verdict"] == "undecided"
+        assert grad_cam.whole_object(none, "h = 8")[1] == "undecided"
 
     def test_charts(self, smoke, material):
         maps = similarity_maps(smoke.space.clip, material.images, material.sentences)
-        sheet = explain_charts.overlays({"a": (material.images[:2], maps[:2])}, material.captions[:2])
-        chart = explain_charts.scores_against_h(self.frame, {"coverage": "c"}, {"m": {"coverage": 0.7}})
+        sheet = activation_maps.overlays({"a": (material.images[:2], maps[:2])}, material.captions[:2])
+        chart = activation_maps.scores_against_h(self.frame, {"coverage": "c"}, {"m": {"coverage": 0.7}})
         lines = chart.axes[0].lines
         assert isinstance(sheet, Figure) and list(lines[1].get_ydata()) == pytest.approx([0.51, 0.9105])
         table = margins(validate(smoke.space.clip, shuffled(smoke.space.clip), material, PAPER))
-        assert [tick.get_text() for tick in explain_charts.leads({"a": table}).axes[0].get_yticklabels()] == [
-            f"map - {name}" for name in explain.CONTROLS]
+        assert [tick.get_text() for tick in activation_maps.leads({"a": table}).axes[0].get_yticklabels()] == [
+            f"map - {name}" for name in grad_cam.CONTROLS]

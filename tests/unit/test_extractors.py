@@ -11,8 +11,8 @@ import ratlip  # noqa: F401, I001  (before torch-fidelity: it makes torchvision 
 import torch_fidelity
 from torch_fidelity import feature_extractor_inceptionv3 as tf_inception
 
-from ratlip import extractors, scores
-from ratlip.config import load_settings
+from ratlip.scores import extractors, metrics
+from ratlip.settings import load_settings
 from ratlip.errors import WeightsError
 
 
@@ -59,7 +59,7 @@ def test_torch_fidelity_finds_the_clip_by_its_key_and_gives_our_numbers(smoke, i
         input1=Pictures(first), input2=Pictures(second), feature_extractor=extractor.key, cuda=False,
         fid=True, kid=True, isc=True, prc=True, kid_subset_size=24, verbose=False, cache=False)
     one, two = extractor(first), extractor(second)
-    ours = scores.quality(one["features"].numpy(), one["logits"].numpy(), two["features"].numpy())
+    ours = metrics.quality(one["features"].numpy(), one["logits"].numpy(), two["features"].numpy())
     for mine, its in {"frechet_distance": "frechet_inception_distance",
                       "kernel_distance": "kernel_inception_distance_mean",
                       "kernel_distance_sd": "kernel_inception_distance_std",

@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from ratlip import features
-from ratlip.features import Store
+from ratlip import cache
+from ratlip.cache import Store
 
 COLUMNS = {"square": ((2,), "float32"), "odd": ((), "bool")}
 
@@ -48,7 +48,7 @@ def interrupted_after(batches):
 
 @pytest.mark.parametrize("batches, done", [(0, 0), (1, 0), (2, 16), (3, 16), (5, 32)])
 def test_an_interrupted_reading_goes_on_after_the_last_record(store, monkeypatch, batches, done):
-    monkeypatch.setattr(features, "RECORD_EVERY", 2)
+    monkeypatch.setattr(cache, "RECORD_EVERY", 2)
     with pytest.raises(KeyboardInterrupt):
         store.fill(interrupted_after(batches), 8, progress=False)
     assert store.done == done
@@ -107,6 +107,6 @@ def test_what_is_done_with_a_column_does_not_change_the_file(store):
 
 def test_blocks_are_the_rows_in_float64():
     array = np.arange(10, dtype=np.float32).reshape(5, 2)
-    parts = list(features.blocks(array, 2))
+    parts = list(cache.blocks(array, 2))
     assert [len(part) for part in parts] == [2, 2, 1] and parts[0].dtype == np.float64
     np.testing.assert_array_equal(np.concatenate(parts), array)

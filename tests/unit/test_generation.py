@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import ratlip
-from ratlip import evaluation, training
-from ratlip.config import load_settings
+from ratlip.scores import evaluation
+from ratlip.training import loop
+from ratlip.settings import load_settings
 from ratlip.errors import RunError, SettingsError, WeightsError
 
 RED = "a large red ring on the left on a white background"
@@ -46,12 +47,12 @@ def test_an_image_depends_on_its_batch_mates_in_the_published_code_only(smoke, c
     """official.md, rows 1 and 2. With weights off their start, where affines are blind to their condition."""
     scope = "mapper" if conditioning == "rat-official" else "generator"
     settings = load_settings("smoke", {"model.conditioning": conditioning, "model.rat_scope": scope})
-    generator = training.build_networks(settings, smoke.space.clip)[0].to(smoke.space.clip.mean.device).eval()
+    generator = loop.build_networks(settings, smoke.space.clip)[0].to(smoke.space.clip.mean.device).eval()
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    noise, sentence = training.noise_for(0, 0, 8, 8), smoke.space.sentences("test")[::60]
-    mates = torch.cat([noise[:1], training.noise_for(1, 0, 7, 8)]), torch.cat([sentence[:1],
+    noise, sentence = loop.noise_for(0, 0, 8, 8), smoke.space.sentences("test")[::60]
+    mates = torch.cat([noise[:1], loop.noise_for(1, 0, 7, 8)]), torch.cat([sentence[:1],
                                                                                sentence[1:].flip(0)])
     alone, one, other = (evaluation.generate(generator, *pair)[0]
                          for pair in ((noise[:1], sentence[:1]), (noise, sentence), mates))
@@ -84,7 +85,7 @@ def test_a_run_moved_without_its_clip_says_what_is_missing(smoke, tmp_path):
 
 
 def test_a_moved_run_draws_the_same_with_its_clip_named(smoke, opened, tmp_path):
-    from ratlip.generation import Run
+    from ratlip.training.generation import Run
 
     moved = shutil.copytree(smoke.run, tmp_path / "elsewhere" / "run")
     images = Run(moved, device="cpu", clip_folder=smoke.space.clip_folder).generate(RED, n=2)
@@ -92,8 +93,8 @@ def test_a_moved_run_draws_the_same_with_its_clip_named(smoke, opened, tmp_path)
 
 
 def test_a_clip_of_other_weights_is_refused(smoke, tmp_path):
-    from ratlip.generation import Run
-    from ratlip.pipeline import Workspace
+    from ratlip.training.generation import Run
+    from ratlip.workspace import Workspace
 
     other = Workspace.of(load_settings("smoke", {"data.seed": 1, "clip.steps": 1}), tmp_path, progress=False)
     other.clip  # noqa: B018  (trains it)

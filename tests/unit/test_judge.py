@@ -4,12 +4,12 @@ import json
 import pytest
 import torch
 
-from ratlip.config import load_settings
+from ratlip.settings import load_settings
 from ratlip.data.batches import real_images
 from ratlip.data.synthetic import ATTRIBUTES
 from ratlip.errors import DataError, WeightsError
-from ratlip.judge import Judge, attribute_targets, chance, judge_right, judge_shares, load_judge
-from ratlip.pipeline import Workspace
+from ratlip.scores.judge import Judge, attribute_targets, chance, judge_right, judge_shares, load_judge
+from ratlip.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_it_does_not_find_what_is_not_there(space):
 
 def test_it_is_trained_once_and_then_read(space, monkeypatch):
     first = space.judge
-    monkeypatch.setattr("ratlip.judge._fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("ratlip.scores.judge._fit", lambda *_, **__: pytest.fail("trained again"))
     again = load_judge(space.prepared, space.judge_folder, crop=16, image_size=16, steps=150, progress=False)
     assert not again.training
     for key, value in first.state_dict().items():

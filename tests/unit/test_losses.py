@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from ratlip.losses import clip_similarity, discriminator_loss, generator_loss, hinge, ma_gp
+from ratlip.networks.losses import clip_similarity, discriminator_loss, generator_loss, hinge, ma_gp
 from ratlip.networks import Discriminator
 
 

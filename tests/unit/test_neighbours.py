@@ -1,9 +1,9 @@
-"""Nearest training images (`ratlip.neighbours`): copies are found, new images are not called copies."""
+"""Nearest training images (`ratlip.studies.neighbours`): copies are found, new images are not called copies."""
 
 import pytest
 import torch
 
-from ratlip import neighbours
+from ratlip.studies import neighbours
 from ratlip.data.batches import real_images
 
 

@@ -4,10 +4,11 @@ from dataclasses import fields
 import pytest
 import torch
 
-from ratlip import bench, options
-from ratlip.config import load_settings
+from ratlip.studies import bench
+from ratlip.fast import options
+from ratlip.settings import load_settings
 from ratlip.errors import SettingsError
-from ratlip.training import training_step
+from ratlip.training.loop import training_step
 
 
 def stepped(folder, overrides, steps=2):

@@ -1,11 +1,15 @@
-"""Pictures of notebook 8 (`ratlip.overview`)."""
+"""Pictures of notebook 8 (`ratlip.plots.overview`)."""
 
 import pandas as pd
 import pytest
 import torch
 
-from ratlip import evaluation, generation, neighbours, notebooks, overview
-from ratlip.training import noise_for
+from ratlip.scores import evaluation
+from ratlip.training import generation
+from ratlip.studies import neighbours
+from ratlip.report import notebooks
+from ratlip.plots import overview
+from ratlip.training.loop import noise_for
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from ratlip import evaluation, extractors, protocol
-from ratlip.config import load_settings
+from ratlip.scores import evaluation, extractors
+from ratlip.studies import protocol
+from ratlip.settings import load_settings
 from ratlip.data.batches import real_images
 from ratlip.errors import RunError
-from ratlip.pipeline import Workspace
+from ratlip.workspace import Workspace
 
 KEYS = {"aspect", "variant", "images", "value", "label", "real"}
 

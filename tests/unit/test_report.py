@@ -14,8 +14,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from ratlip import notebooks, pages, report, reproducibility, tables
-from ratlip.config import load_settings
+from ratlip.report import notebooks, html, page, summary, tables
+from ratlip.settings import load_settings
 from ratlip.errors import RunError
 
 VERDICTS = [
@@ -77,7 +77,7 @@ def executed(path: Path, picture_from: Path | None = None) -> Path:
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A repository root of its own, with an empty report and no outputs."""
-    for module in (report, notebooks):
+    for module in (page, notebooks):
         monkeypatch.setattr(module, "repository", lambda: tmp_path)
     monkeypatch.setenv("RATLIP_OUTPUTS", str(tmp_path / "outputs"))
     (tmp_path / "reports" / "smoke").mkdir(parents=True)
@@ -100,21 +100,21 @@ def check_links(page: Path) -> Page:
 class TestVerdicts:
     def test_they_come_back(self, home):
         assert (
-            report.save_verdicts("reports/smoke", "04_ablation", VERDICTS) is None
+            page.save_verdicts("reports/smoke", "04_ablation", VERDICTS) is None
         )  # a notebook's last line
-        report.save_verdicts("reports/smoke", "07_paper_versus_code", [{**VERDICTS[0], "evidence": 3.5}])
-        found = report.load_verdicts("reports/smoke")
+        page.save_verdicts("reports/smoke", "07_paper_versus_code", [{**VERDICTS[0], "evidence": 3.5}])
+        found = page.load_verdicts("reports/smoke")
         assert list(found) == ["04_ablation", "07_paper_versus_code"] and found["04_ablation"] == VERDICTS
         assert found["07_paper_versus_code"][0]["evidence"] == "3.5"
 
     def test_without_a_report_nothing_is_written(self, home):
-        report.save_verdicts(None, "04_ablation", VERDICTS)
+        page.save_verdicts(None, "04_ablation", VERDICTS)
         assert not list(home.rglob("*.json"))
 
     @pytest.mark.parametrize("report_folder", [None, "reports/smoke"])
     def test_a_verdict_without_evidence_is_refused(self, home, report_folder):
         with pytest.raises(RunError, match="04_ablation: verdict 2 has no evidence"):
-            report.save_verdicts(
+            page.save_verdicts(
                 report_folder, "04_ablation", [VERDICTS[0], {**VERDICTS[1], "evidence": " "}]
             )
         assert not list(home.rglob("*.json"))
@@ -125,18 +125,18 @@ class TestVerdicts:
         path.parent.mkdir()
         path.write_text(text)
         with pytest.raises(RunError, match="verdicts/04_ablation.json: damaged"):
-            report.load_verdicts("reports/smoke")
+            page.load_verdicts("reports/smoke")
 
 
 class TestPage:
     def test_an_empty_report_says_what_is_missing_and_how_to_make_it(self, home):
-        page = report.build("smoke")
+        page = page.build("smoke")
         check_links(page)
         text = page.read_text("utf-8")
         assert page == home / "reports/smoke/index.html"
-        assert text.count("not answered yet") >= len(report.QUESTIONS)
+        assert text.count("not answered yet") >= len(page.QUESTIONS)
         assert all(f"{name}: not run yet" in text for name in notebooks.STORY)
-        assert "make reproduce PROFILE=smoke" in text and "ratlip.experiments --profile smoke --run" in text
+        assert "make reproduce PROFILE=smoke" in text and "ratlip.studies.grid --profile smoke --run" in text
 
     @pytest.fixture
     def full(self, home):
@@ -150,8 +150,8 @@ class TestPage:
         )
         tables.write(tables.published_table("FID"), folder / "tables")
         executed(folder / "notebooks/04_ablation.ipynb", folder / "figures/ablation.png")
-        report.save_verdicts("reports/smoke", "04_ablation", VERDICTS)
-        return report.build("smoke")
+        page.save_verdicts("reports/smoke", "04_ablation", VERDICTS)
+        return page.build("smoke")
 
     def test_links_resolve_and_nothing_is_asked_of_the_network(self, full):
         parsed = check_links(full)
@@ -182,7 +182,7 @@ class TestPage:
         assert text.index("RAT beats CAT") < text.index('id="figures"') < text.index('id="tables"')
         assert "✓ supported" in text and "? undecided" in text
         assert '<a href="notebooks/04_ablation.html">04_ablation</a>' in text
-        assert "05_hidden_size_sweep" in text and text.count("not answered yet") >= len(report.QUESTIONS) - 1
+        assert "05_hidden_size_sweep" in text and text.count("not answered yet") >= len(page.QUESTIONS) - 1
 
     def test_published_tables_come_before_ours(self, full):
         text = full.read_text("utf-8")
@@ -195,53 +195,53 @@ class TestPage:
                 assert str(home) not in path.read_text("utf-8") and "/home/" not in path.read_text("utf-8")
 
     def test_a_path_in_the_evidence_is_refused(self, home):
-        report.save_verdicts(
+        page.save_verdicts(
             "reports/smoke", "04_ablation", [{**VERDICTS[0], "evidence": f"see {home}/outputs"}]
         )
         with pytest.raises(RunError, match="a path of this machine"):
-            report.build("smoke")
+            page.build("smoke")
         assert not (home / "reports/smoke/index.html").exists()
 
     def test_an_old_page_goes_with_its_notebook(self, full):
         (full.parent / "notebooks/04_ablation.ipynb").unlink()
-        report.build("smoke")
+        page.build("smoke")
         assert not (full.parent / "notebooks/04_ablation.html").exists()
         check_links(full)
 
     def test_a_damaged_table_is_named(self, full):
         (full.parent / "tables/measured_ablation.md").write_text("nothing")
         with pytest.raises(RunError, match="tables/measured_ablation.md: not a table"):
-            report.build("smoke")
+            page.build("smoke")
 
     def test_no_such_report(self, home):
         with pytest.raises(RunError, match="reports/none: there is no such report"):
-            report.build("smoke", report="reports/none")
+            page.build("smoke", report="reports/none")
 
     def test_a_command_line_error_is_one_sentence(self, home, monkeypatch):
         monkeypatch.setattr("sys.argv", ["report", "--profile", "smok"])
         with pytest.raises(SystemExit, match="^ratlip: .*did you mean 'smoke'"):
-            report.main()
+            page.main()
 
 
 class TestNotebookPage:
     def test_pictures_have_the_heading_as_alternative_text(self, tmp_path):
         picture(tmp_path / "p.png")
-        page = pages.notebook_page(executed(tmp_path / "04.ipynb", tmp_path / "p.png"), tmp_path / "04.html")
+        page = html.notebook_page(executed(tmp_path / "04.ipynb", tmp_path / "p.png"), tmp_path / "04.html")
         text = page.read_text("utf-8")
         assert 'alt="Figure: The pictures"' in text and "two &amp; &lt;two&gt;" in text
         assert "<title>4. Does it help?</title>" in text and "Question." in text
 
     def test_equations_are_pictures_with_their_tex(self, tmp_path):
-        text = pages.notebook_page(executed(tmp_path / "a.ipynb"), tmp_path / "a.html").read_text("utf-8")
+        text = html.notebook_page(executed(tmp_path / "a.ipynb"), tmp_path / "a.html").read_text("utf-8")
         assert text.count('class="math"') == 2 and 'alt="x^a_i"' in text and "\\tfrac12" in text
         assert "$$" not in re.sub(r'alt="[^"]*"', "", text)
 
     def test_unknown_tex_stays_readable(self):
         assert (
-            pages.equation(r"\unheardof{x} < 1", display=False)
+            html.equation(r"\unheardof{x} < 1", display=False)
             == '<code class="tex">\\unheardof{x} &lt; 1</code>'
         )
-        assert "data:image/svg+xml" in pages.equation(r"\frac1n \sum_i \lVert x_i \rVert", display=True)
+        assert "data:image/svg+xml" in html.equation(r"\frac1n \sum_i \lVert x_i \rVert", display=True)
 
     def test_every_equation_of_the_story_can_be_drawn(self):
         root = Path(__file__).resolve().parents[2] / "notebooks"
@@ -257,21 +257,21 @@ class TestNotebookPage:
             for first, second in re.findall(r"\$\$(.+?)\$\$|(?<!\$)\$([^$\n]+)\$(?!\$)", text, re.S)
         ]
         assert len(found) > 20
-        assert [tex for tex in found if pages._drawn(tex.strip()) is None] == []
+        assert [tex for tex in found if html._drawn(tex.strip()) is None] == []
 
     def test_a_page_that_would_be_too_large_has_its_pictures_apart(self, tmp_path, monkeypatch):
         picture(tmp_path / "p.png", (300, 300))
         source = executed(tmp_path / "a.ipynb", tmp_path / "p.png")
-        whole = pages.notebook_page(source, tmp_path / "whole.html").stat().st_size
-        monkeypatch.setattr(pages, "LIMIT", 100_000)
-        page = pages.notebook_page(source, tmp_path / "a.html")
+        whole = html.notebook_page(source, tmp_path / "whole.html").stat().st_size
+        monkeypatch.setattr(html, "LIMIT", 100_000)
+        page = html.notebook_page(source, tmp_path / "a.html")
         assert page.stat().st_size < 100_000 < whole and 'src="a_files/01.png"' in page.read_text("utf-8")
         assert (tmp_path / "a_files/01.png").read_bytes() == (tmp_path / "p.png").read_bytes()
 
     def test_a_damaged_notebook_is_named(self, tmp_path):
         (tmp_path / "a.ipynb").write_text("{")
         with pytest.raises(RunError, match="a.ipynb: not a readable notebook"):
-            pages.notebook_page(tmp_path / "a.ipynb", tmp_path / "a.html")
+            html.notebook_page(tmp_path / "a.ipynb", tmp_path / "a.html")
 
 
 class TestProvenance:
@@ -295,13 +295,13 @@ class TestProvenance:
     def test_runs_that_are_there_and_runs_that_are_not(self, tmp_path):
         settings = load_settings("smoke")
         self.write(tmp_path, settings.run_name, 200.4)
-        found = reproducibility.provenance(settings, tmp_path, tmp_path)
+        found = summary.provenance(settings, tmp_path, tmp_path)
         assert [row["run"] for row in found["runs"]] == [settings.run_name] and found[
             "training_seconds"
         ] == 200.4
         assert found["runs"][0]["arm"] == "main run = RAT + SA = h = 8 = corrected"
         assert settings.run_name not in found["missing_runs"] and len(found["missing_runs"]) > 10
-        rows = dict(reproducibility.origin(found))
+        rows = dict(summary.origin(found))
         assert rows["training of all runs"].startswith("3 min 20 s (1 run;")
         assert (
             rows["hardware of the runs"] == "1 x cpu (a processor, 1 thread)"
@@ -317,14 +317,14 @@ class TestProvenance:
                 "evaluation.extractor_weights": "/somewhere/private/inception.pth",
             },
         )
-        found = reproducibility.provenance(settings, tmp_path, tmp_path)
+        found = summary.provenance(settings, tmp_path, tmp_path)
         assert found["settings"]["clip"]["path"] == "ViT.pt" and "/somewhere" not in json.dumps(found)
 
     def test_notebooks_give_their_digest_and_their_seconds(self, tmp_path):
         executed(tmp_path / "notebooks/04_ablation.ipynb")
-        found = reproducibility.provenance(load_settings("smoke"), tmp_path, tmp_path)
+        found = summary.provenance(load_settings("smoke"), tmp_path, tmp_path)
         assert found["notebooks"] == {"04_ablation": {"code_sha256": "ab12", "seconds": 75}}
-        assert dict(reproducibility.origin(found))["notebooks"] == "1 min 15 s (04: 1 min 15 s)"
+        assert dict(summary.origin(found))["notebooks"] == "1 min 15 s (04: 1 min 15 s)"
 
 
 class TestSummary:
@@ -332,8 +332,8 @@ class TestSummary:
         settings = load_settings(profile)
         return {
             part["title"]: part
-            for part in reproducibility.summary(
-                settings, claims, reproducibility.provenance(settings, tmp_path, tmp_path)
+            for part in summary.summary(
+                settings, claims, summary.provenance(settings, tmp_path, tmp_path)
             )
         }
 
@@ -348,7 +348,7 @@ class TestSummary:
         ]
 
     def test_results_follow_from_the_verdicts(self, tmp_path):
-        waiting = {"claim": "Is h = 64 best?", "verdict": reproducibility.OPEN, "evidence": "not run"}
+        waiting = {"claim": "Is h = 64 best?", "verdict": summary.OPEN, "evidence": "not run"}
         made = self.made(tmp_path, [*VERDICTS, {**VERDICTS[0], "verdict": "not measured"}, waiting])
         assert made["Results"]["text"][:2] == [
             "Of 3 claims: 1 supported, 1 undecided, 1 not measured.",
@@ -380,7 +380,7 @@ class TestSummary:
     def test_markdown_has_every_point(self, tmp_path):
         settings = load_settings("smoke")
         sections = list(self.made(tmp_path, VERDICTS).values())
-        text = reproducibility.markdown(settings, sections)
+        text = summary.markdown(settings, sections)
         assert all(f"- {point}\n" in text for part in sections for point in part["points"])
         assert text.count("\n## ") == 6 and "None. " in text
 
@@ -389,4 +389,4 @@ class TestSummary:
     "seconds, shown", [(0.4, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (3725, "1 h 02 min")]
 )
 def test_duration(seconds, shown):
-    assert reproducibility.duration(seconds) == shown
+    assert summary.duration(seconds) == shown

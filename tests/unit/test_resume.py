@@ -3,8 +3,9 @@ import pytest
 import torch
 from lightning_fabric.plugins.precision.precision import Precision
 
-from ratlip import differences_protocol, training
-from ratlip.config import load_settings
+from ratlip.studies import paper_versus_code_protocol
+from ratlip.training import loop
+from ratlip.settings import load_settings
 from ratlip.errors import SettingsError
 
 QUIET = {"training.sample_every": 1000}
@@ -14,18 +15,18 @@ QUIET = {"training.sample_every": 1000}
 def sitting(smoke, tmp_path, monkeypatch):
     """`sitting(way, **options)` trains smoke, one folder for each way; -> what each step was given."""
     given = []
-    step = training.training_step
+    step = loop.training_step
 
     def watched(run, batch):
-        noise = training.noise_for(run.settings.seed, run.draw, 2, 4)
+        noise = loop.noise_for(run.settings.seed, run.draw, 2, 4)
         given.append((run.step, batch["image"].tolist(), batch["caption"].tolist(), noise))
         return step(run, batch)
 
-    monkeypatch.setattr(training, "training_step", watched)
+    monkeypatch.setattr(loop, "training_step", watched)
 
     def call(way, **options):
         given.clear()
-        training.train(load_settings("smoke", {**QUIET, "training.resume": way}), smoke.space.prepared,
+        loop.train(load_settings("smoke", {**QUIET, "training.resume": way}), smoke.space.prepared,
                        smoke.space.clip, smoke.space.sentences(), tmp_path / way, accelerator="cpu",
                        progress=False, **options)
         return list(given)
@@ -72,5 +73,5 @@ def test_only_the_published_way_is_another_run():
 
 @pytest.mark.slow
 def test_an_exact_resume_is_the_same_run_and_a_published_one_is_not():
-    changes = differences_protocol.resumed_runs()
+    changes = paper_versus_code_protocol.resumed_runs()
     assert changes["exact"] == 0 and changes["published"] > 0.3

@@ -1,4 +1,4 @@
-"""Published and measured tables (`ratlip.tables`): whose each row is, and what the writers write."""
+"""Published and measured tables (`ratlip.report.tables`): whose each row is, and what the writers write."""
 
 import io
 import json
@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ratlip import experiments, tables
-from ratlip.config import load_settings
+from ratlip.studies import grid
+from ratlip.report import tables
+from ratlip.settings import load_settings
 from ratlip.errors import RunError
 
 LABELS = {
@@ -48,7 +49,7 @@ def space(tmp_path):
     """A workspace with runs of CAT (two seeds) and RAT + SA (one seed)."""
     two = load_settings("smoke", {"experiments.seeds": 2, "experiments.versus_seeds": 2})
     space = SimpleNamespace(settings=two, root=tmp_path)
-    for run in experiments.plan(space.settings, "ablation"):
+    for run in grid.plan(space.settings, "ablation"):
         if run.label == "CAT" or (run.label, run.seed) == ("RAT + SA", 0):
             write_run(run.folder(tmp_path), run.seed, 0.5 + 0.1 * run.seed)
     return space
@@ -115,7 +116,7 @@ class TestMeasured:
             "sweep",
             "versus",
         ]  # RAT + SA is in all of them
-        with pytest.raises(RunError, match="ratlip.experiments --profile smoke --run"):
+        with pytest.raises(RunError, match="ratlip.studies.grid --profile smoke --run"):
             tables.found_groups(SimpleNamespace(settings=space.settings, root=space.root / "none"))
         with pytest.raises(RunError, match="--group versus --run"):
             tables.measured_table(

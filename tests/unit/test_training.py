@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ratlip import training
-from ratlip.config import load_settings
+from ratlip.training import loop
+from ratlip.settings import load_settings
 from ratlip.errors import RunError, SettingsError
-from ratlip.training import read_checkpoint, train
+from ratlip.training.loop import read_checkpoint, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(smoke, run, tmp_path):
         job.send_signal(signal.SIGKILL)
         job.wait()
         job.stderr.close()
-    assert not training.is_complete(folder)
+    assert not loop.is_complete(folder)
     saved = checkpoint(folder)["step"]
     assert 5 <= saved < 60
     with (folder / "metrics.jsonl").open("a") as file:
@@ -144,7 +144,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(smoke, run, tmp_path):
 
     whole = run("whole", overrides)
     assert run(folder, overrides) == folder
-    assert training.is_complete(folder)
+    assert loop.is_complete(folder)
     assert_same_state(checkpoint(folder), checkpoint(whole))
     assert [row["step"] for row in rows(folder)] == list(range(1, 61))
     assert losses(folder) == losses(whole)
@@ -165,7 +165,7 @@ def test_a_run_that_lacks_only_its_last_file_is_completed(run):
     before = checkpoint(folder)
     (folder / "provenance.json").unlink()
     run()
-    assert training.is_complete(folder)
+    assert loop.is_complete(folder)
     assert_same_state(before, checkpoint(folder))
     assert [row["step"] for row in rows(folder)] == [2, 4, 6, 8]
 
@@ -203,7 +203,7 @@ def test_a_damaged_checkpoint_is_named_with_the_mend(run, damage):
     assert str(path) in str(caught.value) and "delete the file" in str(caught.value)
     path.unlink()
     run()
-    assert training.is_complete(folder)
+    assert loop.is_complete(folder)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1, 2]"])
@@ -325,7 +325,7 @@ def test_the_average_follows_its_formula(smoke, run):
     folders = [run(str(k), {"training.steps": k, "training.ema": decay}) for k in (1, 2, 3)]
     seen = [generator_weights(folder) for folder in folders]
     last = checkpoint(folders[-1])["networks"]
-    for name, _ in training.build_networks(smoke.settings, smoke.space.clip)[0].named_parameters():
+    for name, _ in loop.build_networks(smoke.settings, smoke.space.clip)[0].named_parameters():
         expected = seen[0][name]
         for n, weights in enumerate(seen[1:], start=1):
             keep = min(decay, (1 + n) / (10 + n))
@@ -342,16 +342,16 @@ def test_no_average_where_none_is_wanted(run):
 
 
 def test_epochs_become_steps_rounded_up():
-    assert training.total_steps(load_settings("smoke", {"training.epochs": 3}), images=20) == 9  # batch 8
-    assert training.total_steps(load_settings("smoke", {"training.steps": 5}), images=20) == 5
+    assert loop.total_steps(load_settings("smoke", {"training.epochs": 3}), images=20) == 9  # batch 8
+    assert loop.total_steps(load_settings("smoke", {"training.steps": 5}), images=20) == 5
 
 
 def test_noise_is_a_function_of_seed_step_and_process():
-    base = training.noise_for(0, 5, 4096, 8)
-    assert torch.equal(base, training.noise_for(0, 5, 4096, 8))
-    assert torch.equal(base[:3], training.noise_for(0, 5, 3, 8))  # fewer images get the same noises
-    for other in (training.noise_for(1, 5, 4096, 8), training.noise_for(0, 6, 4096, 8),
-                  training.noise_for(0, 5, 4096, 8, rank=1)):
+    base = loop.noise_for(0, 5, 4096, 8)
+    assert torch.equal(base, loop.noise_for(0, 5, 4096, 8))
+    assert torch.equal(base[:3], loop.noise_for(0, 5, 3, 8))  # fewer images get the same noises
+    for other in (loop.noise_for(1, 5, 4096, 8), loop.noise_for(0, 6, 4096, 8),
+                  loop.noise_for(0, 5, 4096, 8, rank=1)):
         assert abs(torch.corrcoef(torch.stack([base.flatten(), other.flatten()]))[0, 1]) < 0.03
     assert abs(base.mean()) < 0.03 and abs(base.std() - 1) < 0.03
 
@@ -359,12 +359,12 @@ def test_noise_is_a_function_of_seed_step_and_process():
 def test_roll_takes_the_neighbours_sentence():
     sentences, groups = torch.arange(10.0)[:, None].expand(10, 3), torch.arange(10)
     for mode in ("roll", "published"):
-        wrong = training.mismatch(torch.tensor([7, 2, 5, 0]), sentences, groups, mode, seed=0, step=0)
+        wrong = loop.mismatch(torch.tensor([7, 2, 5, 0]), sentences, groups, mode, seed=0, step=0)
         assert wrong[:, 0].tolist() == [2, 5, 0, 7]
-    alone = training.mismatch(torch.tensor([4]), sentences, groups, "published", seed=0, step=0)
+    alone = loop.mismatch(torch.tensor([4]), sentences, groups, "published", seed=0, step=0)
     assert alone[:, 0].tolist() == [4]  # difference 7: the "mismatched" sentence is the true one
     with pytest.raises(ValueError, match="at least 2"):
-        training.mismatch(torch.tensor([4]), sentences, groups, "roll", seed=0, step=0)
+        loop.mismatch(torch.tensor([4]), sentences, groups, "roll", seed=0, step=0)
 
 
 def test_similar_never_takes_a_true_caption_for_want_of_others():
@@ -374,7 +374,7 @@ def test_similar_never_takes_a_true_caption_for_want_of_others():
     sentences = torch.eye(400)
     captions = torch.tensor([5, 0, 6, 0])
     for step in range(20):
-        wrong = training.mismatch(captions, sentences, groups, "similar", seed=0, step=step).argmax(dim=1)
+        wrong = loop.mismatch(captions, sentences, groups, "similar", seed=0, step=step).argmax(dim=1)
         assert wrong[::2].tolist() == [0, 0]  # the neighbour's, or the only other one there is
 
 
@@ -384,7 +384,7 @@ def test_similar_takes_close_captions_of_other_images():
     groups = torch.arange(300) // 10
     sentences = (torch.randn(30, 4) + 1)[groups] + 0.01 * torch.randn(300, 4)
     captions = torch.arange(0, 160, 20)
-    similar = training.mismatch(captions, sentences, groups, "similar", 0, 0)
+    similar = loop.mismatch(captions, sentences, groups, "similar", 0, 0)
     drawn = torch.cdist(similar, sentences).argmin(dim=1)
     assert torch.equal(sentences[drawn], similar)
     assert (groups[drawn[::2]] != groups[captions[::2]]).all()
@@ -392,7 +392,7 @@ def test_similar_takes_close_captions_of_other_images():
     cosine = torch.nn.functional.cosine_similarity(similar, sentences[captions])[::2]
     everything = torch.nn.functional.normalize(sentences) @ torch.nn.functional.normalize(sentences).T
     assert (cosine > everything[captions[::2]].median(dim=1).values).all()
-    again, *others = (training.mismatch(captions, sentences, groups, "similar", *key)
+    again, *others = (loop.mismatch(captions, sentences, groups, "similar", *key)
                       for key in ((0, 0), (1, 0), (0, 1), (0, 0, 1)))
     assert torch.equal(similar, again)
     assert not any(torch.equal(similar, other) for other in others)  # by seed, step and process
@@ -403,7 +403,7 @@ def test_networks_that_do_not_fit_the_clip_are_refused(smoke):
     for wrong in ({"model.image_size": 32}, {"model.feature_blocks": [0, 3]}, {"model.prompt_blocks": [7]}):
         settings = load_settings("smoke", {**pretrained, **wrong})
         with pytest.raises(SettingsError, match=r"takes images of 16 px and has the blocks 0 to 2; set"):
-            training.build_networks(settings, smoke.space.clip)
+            loop.build_networks(settings, smoke.space.clip)
 
 
 @pytest.mark.parametrize("options", [{"accelerator": "abacus"}, {"devices": 0},

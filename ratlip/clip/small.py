@@ -1,0 +1,302 @@
+"""Training the small CLIP on the captions of a prepared data set (profiles with `clip.source: train`)."""
+from __future__ import annotations
+
+import json
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Callable, Sequence
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ratlip.clip.frozen import FrozenClip, build_small_clip, load_clip, normalise
+from ratlip.data.batches import random_crop, to_network
+from ratlip.errors import DataError, RunError, WeightsError
+from ratlip.files import atomic_path, read_json, write_json, write_text
+from ratlip.progress import bar as progress_bar
+from ratlip.clip.vocabulary import Vocabulary
+
+ARCHITECTURE = ("patch_size", "width", "layers", "heads", "text_width", "text_layers", "text_heads",
+                "embed_dim", "context_length")
+TRAINED_BY = (*ARCHITECTURE, "steps", "batch_size", "lr", "weight_decay", "warmup", "hard_negatives",
+              "seed")  # the fields of ClipSettings on which the weights depend
+LOG_EVERY, CHECKPOINT_EVERY = 25, 200  # steps; a checkpoint falls on a logged step
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, positives: Tensor) -> Tensor:
+    """CLIP's symmetric cross-entropy where an image may have several right texts in the batch, and the
+    reverse.
+
+    `images`, `texts` (B,E) of unit length; `positives` bool (B,B), true on the diagonal. Each row's target is
+    spread evenly over its positives: with no positives off the diagonal this is the loss of Radford et al.
+    (2021).
+    """
+    logits = logit_scale * images @ texts.T
+    right = positives.float()
+    to_text = F.cross_entropy(logits, right / right.sum(1, keepdim=True))
+    to_image = F.cross_entropy(logits.T, right.T / right.T.sum(1, keepdim=True))
+    return (to_text + to_image) / 2
+
+
+def group_names(split) -> list[str]:
+    """For each image, a text that it shares with those whose captions are true of it too, and with no other.
+
+    Its attributes, where they are known; else its set of captions (template captions made of a class name or
+    of facial attributes repeat). Images of one group are positives of one another.
+    """
+    if split.attributes is not None:
+        return [json.dumps(a, sort_keys=True) for a in split.attributes]
+    return ["\n".join(sorted(set(captions))) for captions in split.captions]
+
+
+def caption_groups(split) -> np.ndarray:
+    """The group of each caption, int64 (captions,), in the order of `split.all_captions`: equal numbers for
+    captions that are true of the same images (see `group_names`).
+    """
+    return np.repeat(_numbered(group_names(split)), np.diff(split.caption_offsets))
+
+
+def neighbourhoods(split) -> list[np.ndarray]:
+    """Groupings, int64 (n,) each, that say which images are hard to tell apart: equal number = neighbours.
+
+    With known attributes, one grouping for each attribute: images that agree in all the others. Else, one:
+    images of the same class. An empty list where neither is known.
+    """
+    if split.attributes is not None:
+        return [_numbered([json.dumps({k: v for k, v in a.items() if k != left_out}, sort_keys=True)
+                           for a in split.attributes]) for left_out in split.attributes[0]]
+    labels = np.asarray(split.labels)
+    return [_numbered(list(labels))] if (labels >= 0).all() and len(np.unique(labels)) > 1 else []
+
+
+def _numbered(keys: Sequence) -> np.ndarray:
+    return np.unique(np.asarray(keys), return_inverse=True)[1].astype(np.int64).reshape(-1)
+
+
+class PairBatches:
+    """Which images, and which of their captions, make up the batch of a step: a pure function of (seed,
+    step).
+
+    Without hard negatives, images are drawn at random. Colour and background alone tell most random pairs
+    apart, so a CLIP trained on them learns little else. With hard negatives, half of the batch is drawn at
+    random and each of the others is a neighbour of one of these (`neighbourhoods`, the grouping drawn at
+    random each time) of another group: for images of known attributes the two differ in one attribute only,
+    for others they are of one class.
+    """
+
+    def __init__(self, split, batch_size: int, seed: int, hard_negatives: bool = True):
+        self.captions, self.batch_size, self.seed = split.captions, batch_size, seed
+        self.group = _numbered(group_names(split))
+        groupings = neighbourhoods(split) if hard_negatives else []
+        self.neighbourhoods = [_Neighbours(numbers, self.group) for numbers in groupings]
+        self.origin = "none" if not groupings else "labels" if split.attributes is None else "attributes"
+
+    def __call__(self, step: int) -> tuple[np.ndarray, list[str], np.random.Generator]:
+        """Image numbers (B,), one caption of each, and the generator for whatever else is random in this
+        step.
+        """
+        rng = np.random.default_rng([self.seed, step])
+        total, size = len(self.group), self.batch_size
+        chosen = rng.choice(total, size, replace=size > total)
+        if self.neighbourhoods:
+            half = size // 2
+            which = rng.integers(len(self.neighbourhoods), size=half)
+            for number, neighbours in enumerate(self.neighbourhoods):
+                places = np.flatnonzero(which == number)
+                chosen[size - half + places] = neighbours.of(chosen[places], rng)
+        return chosen, [self.captions[i][rng.integers(len(self.captions[i]))] for i in chosen], rng
+
+
+class _Neighbours:
+    """Draws, for an image, another one of its neighbourhood but not of its group.
+
+    Sorted by neighbourhood, then group, a neighbourhood is one stretch and the group within it another: a
+    draw from the first that skips the second.
+    """
+
+    def __init__(self, neighbourhood: np.ndarray, group: np.ndarray):
+        self.order = np.lexsort((group, neighbourhood))
+        both = neighbourhood * (group.max() + 1) + group
+        self.start, self.stop = _stretch(neighbourhood, self.order)
+        self.skip, self.resume = _stretch(both, self.order)
+
+    def of(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A neighbour of each image (n,); where it has none, any image."""
+        start, skip, resume = self.start[images], self.skip[images], self.resume[images]
+        others = (self.stop[images] - start) - (resume - skip)
+        place = start + rng.integers(np.maximum(others, 1))
+        place = np.where(place >= skip, place + (resume - skip), place)
+        anywhere = rng.integers(len(self.order), size=len(images))
+        return self.order[np.where(others > 0, place, anywhere)]
+
+
+def _stretch(numbers: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each element's equals begin and end in `numbers[order]`, which is sorted."""
+    ordered = numbers[order]
+    return np.searchsorted(ordered, numbers, "left"), np.searchsorted(ordered, numbers, "right")
+
+
+def _crops(split, chosen: np.ndarray, crop: int, image_size: int, flip: bool,
+           rng: np.random.Generator) -> Tensor:
+    """Random square crops of side `crop`, half of them mirrored if `flip`, as (B,3,S,S) float32 in [-1,1] on
+    the CPU.
+    """
+    draws = rng.random((len(chosen), 3))
+    cut = [random_crop(split.image(int(i)), crop, flip, draw) for i, draw in zip(chosen, draws, strict=True)]
+    return to_network(torch.from_numpy(np.stack(cut)), image_size)
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up over `warmup` steps to `peak`, then half a cosine down to 0 at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _optimizer(model: nn.Module, settings) -> torch.optim.AdamW:
+    """AdamW as open_clip sets it up: no decay of biases, norms, embeddings and the temperature."""
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    plain = [p for name, p in learning.items() if p.ndim < 2 or "embedding" in name]
+    decayed = [p for name, p in learning.items() if not (p.ndim < 2 or "embedding" in name)]
+    parts = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(parts, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
+
+
+def train_small_clip(prepared, settings, folder: Path | str, device: str | torch.device = "cpu", *,
+                     image_size: int, crop: int | None = None, flip: bool = False,
+                     progress: bool = True) -> FrozenClip:
+    """Train a small CLIP on `prepared.train`, go on where a training was interrupted, or load a finished one.
+
+    `settings`: `ratlip.settings.ClipSettings`. `image_size`: its input side in pixels; `crop`: side of the
+    random square cut from the stored images (default `image_size`) and resized to it; `flip`: mirror half of
+    them.
+
+    Writes into `folder`: settings.json, vocabulary.json, arch.json, metrics.jsonl (loss, temperature,
+    images/s), training.pt (checkpoint, while it lasts), clip.safetensors and, last, manifest.json. On the CPU
+    the weights are a function of settings and data alone, an interruption included (with the same number of
+    threads). Returns the FrozenClip on `device`. Raises WeightsError where `folder` belongs to another
+    training, DataError where images are smaller than the crop, RunError where the loss is no number.
+    """
+    folder, crop, split = Path(folder), crop or image_size, prepared.train
+    identity = {"settings": {name: getattr(settings, name) for name in TRAINED_BY}, "image_size": image_size,
+                "crop": crop, "flip": flip, "data": prepared.manifest["content_sha256"]}
+    _claim(folder, identity)
+    if (folder / "manifest.json").is_file():
+        return load_clip(settings, folder, device)
+    if crop > prepared.manifest["resize"]:
+        raise DataError(f"{prepared.folder}: its images have {prepared.manifest['resize']} px, too few to "
+                        f"cut {crop} px out of them; lower data.crop, or prepare with a larger data.resize")
+    vocabulary = Vocabulary.build(split.all_captions, settings.context_length)
+    vocabulary.save(folder / "vocabulary.json")
+    arch = {"image_size": image_size, **{name: getattr(settings, name) for name in ARCHITECTURE},
+            "vocab_size": len(vocabulary)}
+    write_json(folder / "arch.json", arch)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = build_small_clip(**arch).to(device)
+    batches = PairBatches(split, settings.batch_size, settings.seed, settings.hard_negatives)
+    crops = partial(_crops, split, crop=crop, image_size=image_size, flip=flip)
+    _fit(model, vocabulary, batches, crops, settings, folder, progress)
+    with atomic_path(folder / "clip.safetensors") as draft:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}, draft)
+    write_json(folder / "manifest.json", {
+        **identity, "fingerprint": FrozenClip(model, vocabulary).fingerprint,
+        "hard_negatives_from": batches.origin, "train_images": len(split),
+        "parameters": sum(p.numel() for p in model.parameters()), "words": len(vocabulary.words),
+        "cut_captions": vocabulary.share_cut(split.all_captions),
+        "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__}})
+    (folder / "training.pt").unlink(missing_ok=True)
+    return load_clip(settings, folder, device)
+
+
+def _fit(model: nn.Module, vocabulary: Vocabulary, batches: PairBatches, crops: Callable, settings,
+         folder: Path, progress: bool) -> None:
+    """Train `model` in place from the last checkpoint in `folder`, or from the start."""
+    device, steps = model.logit_scale.device, settings.steps
+    mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1)
+                 for value in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    optimizer = _optimizer(model, settings)
+    first, log = _resume(folder, model, optimizer)
+    bar = progress_bar(range(first, steps), desc="small CLIP", initial=first, total=steps, unit="step",
+                       enabled=progress)
+    losses, since = [], time.perf_counter()
+    for step in bar:
+        chosen, captions, rng = batches(step)
+        images = normalise(crops(chosen, rng=rng).to(device), mean, std)
+        tokens = vocabulary(captions).to(device)
+        group = torch.from_numpy(batches.group[chosen]).to(device)
+        positives = (group[:, None] == group) | (tokens[:, None] == tokens).all(-1)
+        loss = contrastive_loss(*model(images, tokens), positives)
+        for part in optimizer.param_groups:
+            part["lr"] = learning_rate(step, steps, settings.warmup, settings.lr)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))  # Radford et al. (2021), section 2.5
+        losses.append(loss.detach())
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+            log.append({"step": step + 1, "loss": torch.stack(losses).mean().item(), "lr": part["lr"],
+                        "logit_scale": model.logit_scale.exp().item(),
+                        "images_per_s": round(len(losses) * len(chosen) / (time.perf_counter() - since), 1)})
+            _report(log, folder, settings, bar)
+            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+                _save(folder, model, optimizer, step + 1, log)
+            losses, since = [], time.perf_counter()
+
+
+def _report(log: list[dict], folder: Path, settings, bar: tqdm) -> None:
+    """Write the metrics file, show its last row, and stop where the loss (a mean since then) is no number."""
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+    row = log[-1]
+    bar.set_postfix(loss=f"{row['loss']:.3f}", images_per_s=row["images_per_s"])
+    if not math.isfinite(row["loss"]):
+        raise RunError(f"{folder}: the loss of the small CLIP is {row['loss']} at step {row['step']}; lower "
+                       f"clip.lr (now {settings.lr}) or raise clip.warmup (now {settings.warmup})")
+
+
+def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, log: list) -> None:
+    """The log is part of it: what is logged after a checkpoint is computed again, not to appear twice."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "log": log}
+    with atomic_path(folder / "training.pt") as draft:
+        torch.save(state, draft)
+
+
+def _resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
+    """Load the last checkpoint, if there is one; the step to go on with and what was logged so far."""
+    path = folder / "training.pt"
+    if not path.is_file():
+        return 0, []
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"], state["log"]
+    except Exception as error:
+        raise WeightsError(f"{path} is damaged ({type(error).__name__}); remove it to train the small CLIP "
+                           f"from the start") from error
+
+
+def _claim(folder: Path, identity: dict) -> None:
+    """Mark `folder` as the place of this training; refuse a folder that belongs to another one."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        if (folder / "manifest.json").is_file():
+            raise WeightsError(f"{folder}: holds something else than a small CLIP; choose another folder")
+        write_json(path, identity)
+        return
+    flat = [{**found["settings"], **found} for found in (read_json(path), json.loads(json.dumps(identity)))]
+    different = [key for key in flat[1] if key != "settings" and flat[0].get(key) != flat[1][key]]
+    if different:
+        raise WeightsError(f"{folder}: belongs to a small CLIP trained with " + ", ".join(
+            f"{key}={flat[0].get(key)} (asked: {flat[1][key]})" for key in different) +
+            "; choose another folder, or remove this one")

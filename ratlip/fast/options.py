@@ -1,0 +1,60 @@
+"""What a training may trade for time or memory, each a setting of `training` and off by default.
+
+`checkpointing`: maps within synthesis blocks and CLIP blocks are made again for the backward pass, not kept: less
+memory, more time. `compile`: the generator and CLIP's blocks go through torch.compile. Never D: the penalty
+differentiates D twice, which compiled code refuses or gets wrong without a word (PyTorch issues 91469, 181581).
+`channels_last`: the convolutions' weights lie with the channels last. `cached_features`: a real image goes through
+CLIP at its first visit only. The results differ from the default's by rounding alone.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ratlip.clip.frozen import FrozenClip
+from ratlip.settings import DataSettings, TrainingSettings
+from ratlip.errors import SettingsError
+from ratlip.networks import Discriminator, Generator
+
+
+def apply(settings: TrainingSettings, generator: Generator, discriminator: Discriminator, clip: FrozenClip) -> None:
+    """Make the networks of a training work as `settings` say, in place; keys and shapes of tensors stay."""
+    generator.checkpointing = clip.checkpointing = settings.checkpointing
+    if settings.channels_last:
+        for network in (generator, discriminator):
+            network.to(memory_format=torch.channels_last)
+    if settings.compile:
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+        for module in (generator, *clip.model.visual.transformer.resblocks):
+            module.compile()
+
+
+class RealFeatures:
+    """CLIP's features of real images, made at an image's first visit and kept in the computer's memory.
+
+    Only where each visit shows the same pixels: crop == resize, no flip, square images; else SettingsError. Takes
+    4 * K * C * g * g bytes an image (ViT-B/32, three blocks: 0.45 MB).
+    """
+
+    def __init__(self, clip: FrozenClip, blocks: Sequence[int], split, data: DataSettings):
+        if data.crop != data.resize or data.flip:
+            raise SettingsError(f"training.cached_features keeps one view of each image: data.crop={data.crop} must be "
+                                f"data.resize={data.resize}, and data.flip false")
+        self.clip, self.blocks, self.split, self.crop = clip, blocks, split, data.crop
+        self.rows: dict[int, Tensor] = {}
+
+    def __call__(self, real: Tensor, numbers: Tensor) -> Tensor:
+        """real (B,3,S,S) in [-1,1], the images with these numbers (B,) -> (B,K,C,g,g) on their device."""
+        wanted = numbers.tolist()
+        new = [place for place, number in enumerate(wanted) if number not in self.rows]
+        for place in new:
+            shape = self.split.image(wanted[place]).shape[:2]
+            if shape != (self.crop, self.crop):
+                raise SettingsError(f"training.cached_features: image {wanted[place]} has {shape[1]} x {shape[0]} px, "
+                                    f"of which each visit cuts another square of {self.crop} px; switch it off")
+        if new:
+            features, _ = self.clip.features(real[new], self.blocks, embedding=False)
+            self.rows |= {wanted[place]: row for place, row in zip(new, features.cpu(), strict=True)}
+        return torch.stack([self.rows[number] for number in wanted]).to(real.device)

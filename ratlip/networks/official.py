@@ -1,0 +1,290 @@
+"""The published checkpoints: read into our own modules, and written back (official.md, parity fixtures).
+
+A published checkpoint is a file or dict {"model": {"netG", "netD", "netC"}, "optimizers", "epoch"}: `netG` is
+the generator, `netD` the discriminator without its logit head, `netC` the logit head. RATLIP's and GALIP's
+files have the same form and are told apart by their keys. Keys may carry the prefix `module.`.
+
+Assumption: `netG` also holds the frozen CLIP image tower under `mapping.CLIP_ViT.`, and names its tensors as
+OpenAI's CLIP and open_clip do (`conv1.weight`, `class_embedding`, `positional_embedding`, `ln_pre.*`,
+`transformer.resblocks.N.*`, `ln_post.*`, `proj`), with or without a leading `visual.`, all or only some of
+them. Our description of the published code does not list these names.
+"""
+
+import os
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.transformer import QuickGELU
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ratlip.clip.frozen import FrozenClip
+from ratlip.errors import WeightsError
+from ratlip.files import atomic_path
+from ratlip.networks import Discriminator, Generator
+
+FEATURE_BLOCKS = (1, 4, 8)
+GENERATORS = {  # what sets the two published generators apart; all other settings are the defaults
+    "RATLIP": dict(conditioning="rat-official", rat_scope="mapper", hidden_size=64, attention="shuffle"),
+    "GALIP": dict(conditioning="cat", attention="none"),
+}
+CLIP_SIZES = dict(image_size=224, grid=7, width=768, layers=12, embed_dim=512)  # ViT-B/32
+CLIP_PREFIX = "mapping.CLIP_ViT."
+
+# Our names -> published names, applied in this order.
+GENERATOR_NAMES = (
+    (r"^code\.", "fc_code."),
+    (r"^to_rgb\.", "to_rgb.1."),
+    (r"^mapper\.to_clip\.", "mapping.conv_fuse."),
+    (r"^mapper\.prompts\.", "mapping.fc_prompt."),
+    (r"^mapper\.from_clip\.", "mapping.conv."),
+    (r"^mapper\.fusion_blocks\.", "mapping.FBlocks."),
+    (r"^synthesis_blocks\.(\d+)\.conv", r"GBlocks.\1.c"),
+    (r"^synthesis_blocks\.(\d+)\.shortcut\.", r"GBlocks.\1.c_sc."),
+    (r"^synthesis_blocks\.", "GBlocks."),
+    (r"\.attention\.norm\.", ".se.gn."),
+    (r"\.attention\.channel_", ".se.c"),
+    (r"\.attention\.place_", ".se.s"),
+    (r"\.norm\.", ".bn."),
+    (r"\.lstm\.", ".rnn."),
+    (r"\.(gamma|beta)\.", r".fc_\1."),
+)
+CAT_NAMES = ((r"(fc_gamma|fc_beta)\.0\.", r"\1.linear1."), (r"(fc_gamma|fc_beta)\.2\.", r"\1.linear2."))
+DISCRIMINATOR_NAMES = (
+    (r"^blocks\.", "DBlocks."),
+    (r"\.residual\.", ".conv_r."),
+    (r"\.shortcut\.", ".conv_s."),
+    (r"^logit\.", "joint_conv."),
+)
+
+
+@dataclass
+class PublishedNetworks:
+    """The published networks as our own modules, in eval mode.
+
+    kind: "RATLIP" or "GALIP".
+    clip: the frozen CLIP with the published pre-processing (pixels normalised twice: official.md, row 4).
+    generator: `generator(noise (B,100), sentence (B,512)) -> images (B,3,224,224)`, not clamped.
+    judge: the discriminator as a module, None where the checkpoint has none; call it by `discriminator`.
+    parts: which of netG, netD, netC there are.
+    clip_names: which entries `mapping.CLIP_ViT.*` the checkpoint had; None stands for the whole tower.
+    rest: what lay beside "model" (optimizers, epoch), untouched; `save_checkpoint` writes it back.
+    """
+
+    kind: str
+    clip: FrozenClip
+    generator: Generator
+    judge: Discriminator | None = None
+    parts: tuple[str, ...] = ("netG", "netD", "netC")
+    clip_names: tuple[str, ...] | None = None
+    rest: dict = field(default_factory=dict)
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B,3,S,S) in [-1,1] -> patch features (B,3,768,7,7) after blocks 1, 4, 8, embedding (B,512).
+
+        Other sizes than 224 are resized by nearest, without anti-aliasing, as published (official.md, row 5).
+        """
+        size = self.clip.image_size
+        if images.shape[2:] != (size, size):
+            images = F.interpolate(images, size=(size, size))
+        return self.clip.features(images, FEATURE_BLOCKS)
+
+    @property
+    def discriminator(self) -> Discriminator:
+        """`discriminator(features (B,3,768,7,7), sentence (B,512)) -> logits (B,)`.
+
+        Raises WeightsError where the checkpoint had no netD or no netC.
+        """
+        absent = {"netD", "netC"}.difference(self.parts if self.judge else ())
+        if absent:
+            raise WeightsError(f"the checkpoint has no {' and no '.join(sorted(absent))}: "
+                               "load one that holds both to judge images, this one only generates")
+        return self.judge
+
+
+def load_checkpoint(source: str | os.PathLike | dict, clip: nn.Module) -> PublishedNetworks:
+    """Read a published RATLIP or GALIP checkpoint into our modules.
+
+    source: path of the `.pth` file (read with weights_only=True), or the same content as a dict.
+    clip: the open_clip model that the networks were trained with, ViT-B/32 (`ViT-B-32-quickgelu`); it is
+        frozen in place. Entries `mapping.CLIP_ViT.*` of the checkpoint must agree with it; what is absent
+        comes from it.
+
+    Raises one WeightsError that lists every key that is missing, left over or of another shape, in all parts.
+    """
+    checkpoint, name = _read(source)
+    model = {part: _without_prefix(state) for part, state in checkpoint["model"].items()}
+    clip = _published_clip(clip)
+    tower = {key: model["netG"].pop(key) for key in list(model["netG"]) if key.startswith(CLIP_PREFIX)}
+    kind = _kind(model["netG"], clip)
+    with torch.device("meta"):  # shapes only: the checkpoint brings the values
+        generator = _generator(kind, clip)
+        judge = _discriminator(clip) if {"netD", "netC"} & set(model) else None
+    rest = {key: value for key, value in checkpoint.items() if key != "model"}
+    networks = PublishedNetworks(kind, clip, generator, judge, tuple(model), tuple(tower), rest)
+
+    expected = _published_tensors(networks)
+    problems = _problems(expected, model) + _clip_problems(tower, clip)
+    problems += [f"left over: {part}, no part of a checkpoint" for part in model if part not in expected]
+    if problems:
+        raise WeightsError("\n  ".join([
+            f"{name} is not a {kind} checkpoint for this CLIP; {len(problems)} entries do not fit "
+            "(use an unmodified published checkpoint, and the CLIP it was trained with):", *problems,
+        ]))
+    for network in filter(None, (generator, judge)):
+        _fill(network, kind, model, clip.mean.device)
+    return networks
+
+
+def save_checkpoint(networks: PublishedNetworks, path: str | os.PathLike) -> None:
+    """Write the networks under the published keys, so that the published code can read them.
+
+    What `load_checkpoint` read is written back exactly, without the prefix `module.`; the optimizers' state
+    as it was read. The file is written whole or not at all.
+    """
+    model = {part: {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
+             for part, tensors in _published_tensors(networks).items()}
+    tower = networks.clip.model.visual.state_dict()
+    names = [CLIP_PREFIX + key for key in tower] if networks.clip_names is None else networks.clip_names
+    model["netG"] |= {name: tower[_tower_name(name)].cpu().clone() for name in names}
+    with atomic_path(path) as draft:
+        torch.save({"optimizers": {}, "epoch": 0, **networks.rest, "model": model}, draft)
+
+
+def published_names(network: Generator | Discriminator, kind: str) -> dict[str, tuple[str, str]]:
+    """Our name of each tensor of the network -> (part, published key); kind: "RATLIP" or "GALIP"."""
+    if isinstance(network, Generator):
+        return {key: ("netG", _generator_name(key, kind)) for key in network.state_dict()}
+    return {key: ("netC" if key.startswith("logit.") else "netD", _rename(key, DISCRIMINATOR_NAMES))
+            for key in network.state_dict()}
+
+
+def _read(source) -> tuple[dict, str]:
+    """The checkpoint and what to call it, or WeightsError if it is no checkpoint at all."""
+    name = "the checkpoint" if isinstance(source, dict) else str(Path(source))
+    if not isinstance(source, dict):
+        try:
+            source = torch.load(source, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise WeightsError(f"{name} does not exist: give the path of a published .pth file") from None
+        except Exception as error:  # torch.load raises half a dozen kinds for damaged or unsafe files
+            raise WeightsError(f"{name} cannot be read as a checkpoint of tensors; download it again "
+                               f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    model = source.get("model") if isinstance(source, dict) else None
+    if not isinstance(model, dict) or not all(isinstance(state, dict) for state in model.values()):
+        raise WeightsError(f'{name} is no published checkpoint: it needs an entry "model" with netG '
+                           "(and netD, netC), each a dict of tensors")
+    if "netG" not in model:
+        raise WeightsError(f'{name} holds no generator: its "model" has {sorted(model)} and needs netG')
+    return source, name
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
+
+
+def _published_clip(clip: nn.Module) -> FrozenClip:
+    """The CLIP with the published pre-processing, if it is the one the published networks were built on."""
+    model = clip.model if isinstance(clip, FrozenClip) else clip
+    tokenizer = open_clip.SimpleTokenizer(context_length=getattr(model, "context_length", 77))
+    frozen = FrozenClip(model, tokenizer, name="ViT-B-32 (published)", normalisation="published")
+    sizes = {field: getattr(frozen, field) for field in CLIP_SIZES}
+    if sizes != CLIP_SIZES:
+        raise WeightsError(f"the published networks see through CLIP ViT-B/32 {CLIP_SIZES}, this CLIP has "
+                           f"{sizes}: pass open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai')")
+    if not any(isinstance(module, QuickGELU) for module in model.visual.modules()):
+        warnings.warn("the published networks see through OpenAI's CLIP, whose activation is QuickGELU; this "
+                      "CLIP has another one and gives other images: use 'ViT-B-32-quickgelu'", stacklevel=3)
+    return frozen
+
+
+def _generator(kind: str, clip: FrozenClip) -> Generator:
+    return Generator(clip, **GENERATORS[kind]).eval()
+
+
+def _discriminator(clip: FrozenClip) -> Discriminator:
+    return Discriminator(grid=clip.grid, clip_width=clip.width, sentence_size=clip.embed_dim,
+                         feature_blocks=FEATURE_BLOCKS, unused_shortcuts=True).eval()
+
+
+def _kind(state: dict[str, Tensor], clip: FrozenClip) -> str:
+    """The kind of generator that shares the most keys with `state`, so that a damaged one is known too."""
+    def shared(kind: str) -> int:
+        with torch.device("meta"):
+            keys = {key for _, key in published_names(_generator(kind, clip), kind).values()}
+        return len(keys & state.keys()) - len(keys - state.keys())
+
+    return max(GENERATORS, key=shared)
+
+
+def _rename(key: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _generator_name(key: str, kind: str) -> str:
+    key = _rename(key, GENERATOR_NAMES)
+    # The two published affines name their layers differently; RATLIP uses GALIP's outside the mapper.
+    return key if kind == "RATLIP" and key.startswith("mapping.") else _rename(key, CAT_NAMES)
+
+
+def _tower_name(key: str) -> str:
+    return key.removeprefix(CLIP_PREFIX).removeprefix("visual.")
+
+
+def _published_tensors(networks: PublishedNetworks) -> dict[str, dict[str, Tensor]]:
+    """Our tensors by part and published key, for the parts that the networks have."""
+    tensors = {}
+    for network in (networks.generator, networks.judge):
+        if network is not None:
+            state = network.state_dict()
+            for ours, (part, key) in published_names(network, networks.kind).items():
+                if part in networks.parts:
+                    tensors.setdefault(part, {})[key] = state[ours]
+    return tensors
+
+
+def _problems(expected: dict[str, dict[str, Tensor]], model: dict[str, dict[str, Tensor]]) -> list[str]:
+    """Every difference of keys and shapes, a line each."""
+    problems = []
+    for part, tensors in expected.items():
+        given = model[part]
+        problems += [f"missing: {part} {key} {tuple(tensor.shape)}"
+                     for key, tensor in tensors.items() if key not in given]
+        problems += [f"left over: {part} {key}" for key in given if key not in tensors]
+        for key, tensor in tensors.items():
+            other = given.get(key, tensor)
+            shape = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
+            if shape != tuple(tensor.shape):
+                problems.append(f"other shape: {part} {key} is {shape}, needs {tuple(tensor.shape)}")
+    return problems
+
+
+def _clip_problems(tower: dict[str, Tensor], clip: FrozenClip) -> list[str]:
+    """Every entry of the checkpoint's CLIP tower that is not in ours or not the same there, a line each."""
+    ours = clip.model.visual.state_dict()
+    problems = []
+    for key, tensor in tower.items():
+        other = ours.get(_tower_name(key))
+        if other is None:
+            problems.append(f"left over: netG {key}")
+        elif not isinstance(tensor, Tensor) or tensor.shape != other.shape:
+            problems.append(f"other shape: netG {key} is {tuple(getattr(tensor, 'shape', ()))}, "
+                            f"the CLIP that was passed has {tuple(other.shape)}")
+        else:  # half precision of the same weights is agreement: compare as the narrower of the two
+            narrow = min(tensor.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+            if not torch.equal(tensor.cpu().to(narrow), other.cpu().to(narrow)):
+                problems.append(f"other values: netG {key} differs from the CLIP that was passed")
+    return problems
+
+
+def _fill(network: Generator | Discriminator, kind: str, model: dict, device: torch.device) -> None:
+    """Copy the checkpoint's values into the network, in float32; those of absent parts stay undefined."""
+    names = published_names(network, kind).items()
+    state = {ours: model[part][key] for ours, (part, key) in names if part in model}
+    network.to_empty(device=device).load_state_dict(state, strict=False)

@@ -1,0 +1,120 @@
+"""Numbers that the notebooks look at, read off the frozen CLIP and the networks (pictures: `figures`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ratlip.clip.frozen import FrozenClip
+from ratlip.data.synthetic import ATTRIBUTES, caption
+from ratlip.networks import ConditionalAffine, Generator
+
+
+def standard_error(share: float, count: int) -> float:
+    """Binomial standard error of a share (0 to 1) of `count` independent trials.
+
+    Two successes and two failures are added (Agresti and Coull 1998), so that 0 and 1 are not certain.
+    """
+    share = (share * count + 2) / (count + 4)
+    return float(np.sqrt(share * (1 - share) / (count + 4)))
+
+
+def parameter_counts(network: nn.Module) -> dict[str, int]:
+    """Trainable parameters of each direct part of a network."""
+    return {
+        name: sum(p.numel() for p in part.parameters() if p.requires_grad)
+        for name, part in network.named_children()
+    }
+
+
+@torch.no_grad()
+def one_word_changed(
+    clip: FrozenClip, images: Tensor, attributes: Sequence[dict[str, str]], seed: int = 0
+) -> dict[str, float]:
+    """For each attribute, the share of images closer to their caption than to it with that word changed.
+
+    images (N,3,S,S) in [-1,1] of the generated set with their attributes; wordings and wrong values are drawn
+    by `seed`. Guessing gives 0.5.
+    """
+    rng = np.random.default_rng(seed)
+    embedded = F.normalize(clip.embed_images(images), dim=1)
+    shares = {}
+    for name, values in ATTRIBUTES.items():
+        pairs = []
+        for known in attributes:
+            wording = int(rng.integers(10))
+            wrong = rng.choice([value for value in values if value != known[name]])
+            pairs += [caption(known, wording), caption({**known, name: wrong}, wording)]
+        texts = F.normalize(clip.embed_text(pairs), dim=1).unflatten(0, (-1, 2))
+        true, changed = torch.einsum("ne,nke->kn", embedded, texts)
+        shares[name] = float((true > changed).float().mean())
+    return shares
+
+
+def patch_colours(features: Tensor) -> Tensor:
+    """Patch features (B,K,C,g,g) -> (B,K,3,g,g) in [-1,1]: the three main directions of each depth as RGB.
+
+    Patches of one colour are alike to the network at that depth. One PCA a depth over all patches of all
+    images; the sign of each direction is chosen so that the largest weight is positive.
+    """
+    batch, depths, _, grid, _ = features.shape
+    colours = []
+    for tokens in features.detach().float().permute(1, 0, 3, 4, 2).flatten(1, 3):
+        centred = tokens - tokens.mean(0)
+        directions = torch.linalg.svd(centred, full_matrices=False).Vh[:3]
+        largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+        values = centred @ (directions * largest.sign()).T
+        low, high = values.quantile(0.02, dim=0), values.quantile(0.98, dim=0)
+        colours.append((2 * (values - low) / (high - low).clamp(min=1e-8) - 1).clamp(-1, 1))
+    return torch.stack(colours).view(depths, batch, grid, grid, 3).permute(1, 0, 4, 2, 3)
+
+
+@torch.no_grad()
+def affines(generator: Generator, noise: Tensor, sentence: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Scale and shift (B,C) of every affine in the order of use, for noise (B,Z) and sentence (B,E)."""
+    layers = [module for module in generator.modules() if isinstance(module, ConditionalAffine)]
+    with _outputs([part for layer in layers for part in (layer.gamma, layer.beta)]) as seen:
+        generator(noise, sentence)
+    return list(zip(seen[::2], seen[1::2], strict=True))
+
+
+@contextmanager
+def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect the outputs of modules, in the given order, during one forward pass."""
+    seen: list = [None] * len(modules)
+    hooks = [
+        module.register_forward_hook(lambda _module, _given, result, i=i: seen.__setitem__(i, result))
+        for i, module in enumerate(modules)
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def steering(generator: Generator, sentences: Tensor, noise: Tensor) -> list[dict[str, float]]:
+    """How far words and noise each move the affine of every layer: one row a layer.
+
+    sentences (N,E), noise (N,Z). "words": the standard deviation of gamma over the sentences with the first
+    noise, averaged over channels; "noise": the same over the noises with the first sentence; "size" and
+    "shift": mean |gamma - 1| and |beta| over the sentences.
+    """
+    same_noise = affines(generator, noise[:1].expand_as(noise), sentences)
+    same_words = affines(generator, noise, sentences[:1].expand_as(sentences))
+    return [
+        {
+            "layer": i + 1,
+            "words": float(words.std(0).mean()),
+            "noise": float(other.std(0).mean()),
+            "size": float((words - 1).abs().mean()),
+            "shift": float(beta.abs().mean()),
+        }
+        for i, ((words, beta), (other, _)) in enumerate(zip(same_noise, same_words, strict=True))
+    ]
+

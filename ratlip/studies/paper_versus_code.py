@@ -1,0 +1,340 @@
+"""Notebook 07: where paper and published code part, in the generator (official.md, rows 1 to 4); the table.
+
+The rows on images, scores, the discriminator's training and files are in `differences_protocol`.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+from torch.nn import functional as F
+
+from ratlip.plots.charts import COLOURS, MARKERS
+from ratlip.clip.frozen import FrozenClip, with_normalisation
+from ratlip.settings import Settings, load_settings
+from ratlip.data.batches import real_images
+from ratlip.errors import RunError
+from ratlip.scores.evaluation import TEST_NOISE, embed, generate, test_pairs
+from ratlip.plots.pictures import save
+from ratlip.scores.judge import Judge, judge_right
+from ratlip.networks.losses import clip_similarity
+from ratlip.networks import ConditionalAffine, Discriminator, Generator
+from ratlip.networks.affine import OfficialRecurrentAffine
+from ratlip.training.loop import build_networks, noise_for
+
+NOT_STATED = "not stated"
+TABLE = (  # paper or what a reader expects, published code, our default, setting to switch back, from GALIP?
+    ("each image's scale and shift come from its own text", "the batch is the LSTM's time axis: one state",
+     "model.conditioning: rat", "model.conditioning: rat-official", "no: GALIP has no RAT"),
+    ("one LSTM runs over the blocks and hands h and c on", "an LSTM for each affine, no state handed on",
+     "model.conditioning: rat", "model.conditioning: rat-official", "no: GALIP has no RAT"),
+    ("RAT connects the fusion blocks of the generator", "RAT in the mapper, CAT in the synthesis blocks",
+     "model.rat_scope: generator", "model.rat_scope: mapper", "no: GALIP has no RAT"),
+    ("CLIP sees images as it was trained to", "pixels go to [0,1] twice before mean and std",
+     "clip.normalisation: standard", "clip.normalisation: published; "
+     "evaluation.clip_score_normalisation: published", "yes, with its CLIP score"),
+    ("real and fake images come the same way", "real images 256 -> 224 by nearest, fakes drawn at 224",
+     "training.real_resize: antialias", "training.real_resize: nearest", NOT_STATED),
+    ("FID: Inception sees values in [-1, 1]", "it sees about [-0.2, 0.43]",
+     "evaluation.inception_range: standard", "evaluation.inception_range: published", NOT_STATED),
+    ("the batch size is the yaml's, 16", "the command line's default, 1, overrides it",
+     "the profile's training.batch_size; 1 is refused",
+     "training.batch_size: 1; training.mismatch: published", NOT_STATED),
+    ("the code runs", "calls that need a process group, a GPU, older pandas and scipy", "runs on a CPU alone",
+     "none: it cannot run", NOT_STATED),
+    ("all test images count", "a last batch that is not full is dropped",
+     "evaluation.last_batch: keep", "evaluation.last_batch: drop", NOT_STATED),
+    ("every generated image is kept", "files are named by the step, later ones overwrite",
+     "ratlip generate --names caption", "ratlip generate --names published", NOT_STATED),
+    ("every parameter is used", "1x1 shortcuts are built and never used",
+     "model.unused_shortcuts: false", "model.unused_shortcuts: true", "yes: GALIP's checkpoints hold them"),
+    ("a run that was stopped goes on", "next epoch, neither scaler nor random state restored",
+     "training.resume: exact", "training.resume: published", NOT_STATED),
+)
+
+
+def table(measured: dict[int, str]) -> pd.DataFrame:
+    """The twelve rows with what was measured of each. RunError where a row has no measurement."""
+    missing = [str(row) for row in range(1, len(TABLE) + 1) if not measured.get(row)]
+    if missing:
+        raise RunError(f"rows {', '.join(missing)} of the table were not measured: run the cells above")
+    names = ("paper, or what a reader expects", "published code", "our default", "setting to switch it back",
+             "inherited from GALIP")
+    frame = pd.DataFrame(TABLE, columns=list(names), index=pd.RangeIndex(1, len(TABLE) + 1, name="row"))
+    frame.insert(2, "measured effect", [measured[row] for row in frame.index])
+    return frame
+
+
+# ------------------------------------------------------------------------- row 1: the batch as the time axis
+
+
+@dataclass(frozen=True)
+class BatchEffect:
+    """Image 0 of a batch among different mates. Lengths in standard deviations of all pixels shown.
+
+    `images` (N,D,3,S,S): N captions, D draws of mates; `change` (N,): root mean square difference between two
+    draws; `other_caption`: the same between images of two captions, for comparison.
+    """
+
+    images: Tensor
+    change: Tensor
+    other_caption: float
+
+    def __str__(self) -> str:
+        low, high = self.change.quantile(torch.tensor([0.05, 0.95])).tolist()
+        return f"{self.change.mean():.2f} (90 % of captions: {low:.2f} to {high:.2f})"
+
+
+def batch_effect(generator: Generator, noise: Tensor, sentence: Tensor, *, batch_size: int, draws: int = 4,
+                 seed: int = 0) -> BatchEffect:
+    """Draw each noise (N,Z) and sentence (N,E) as the first of a batch, `draws` times among other mates.
+
+    Mates are others of the N sentences, each with a noise of its own, drawn by `seed`.
+    """
+    rng, images = np.random.default_rng([seed, 71]), []
+    for i in range(len(sentence)):
+        others = np.delete(np.arange(len(sentence)), i)
+        for draw in range(draws):
+            z = noise_for(seed, 1 + i * draws + draw, batch_size, noise.shape[1])
+            z[0] = noise[i]
+            s = sentence[[i, *rng.choice(others, batch_size - 1)]]
+            images.append(generate(generator, z, s, batch_size)[0])
+    images = torch.stack(images).unflatten(0, (-1, draws))
+    sd, flat = images.std(), images.flatten(2)
+    pairs = torch.combinations(torch.arange(draws))
+    change = (flat[:, pairs[:, 0]] - flat[:, pairs[:, 1]]).square().mean(2).sqrt().mean(1) / sd
+    other = (flat - flat.roll(1, 0)).square().mean(2).sqrt().mean() / sd
+    return BatchEffect(images, change, float(other))
+
+
+def with_random_affines(generator: Generator, seed: int = 0) -> Generator:
+    """A copy whose affines' last layers have random weights (normal, 1/sqrt of their inputs) of `seed`.
+
+    A fresh affine is the identity, so that no condition has an effect before training; this shows how large
+    the effect of an arbitrary one is.
+    """
+    other, draw = copy.deepcopy(generator), torch.Generator().manual_seed(seed)
+    for layer in other.modules():
+        for mlp in (layer.gamma, layer.beta) if isinstance(layer, ConditionalAffine) else ():
+            weight = torch.randn(mlp[-1].weight.shape, generator=draw) / mlp[-1].in_features ** 0.5
+            mlp[-1].weight.data.copy_(weight)
+    return other
+
+
+def position_effect(generator: Generator, noise: Tensor, sentence: Tensor, *, batch_size: int,
+                    seed: int = 0) -> list[dict[str, float]]:
+    """How far image 0 moves (standard deviations, mean over N batches) when the mate at one place is another.
+
+    noise (N,Z), sentence (N,E) of the images 0. One row a place: "position" 2 .. batch_size and "change".
+    """
+    rng, moved, shown = np.random.default_rng([seed, 72]), [], []
+    for i in range(len(sentence)):
+        z = noise_for(seed, 10_000 + i, 2 * batch_size, noise.shape[1])
+        s = sentence[rng.integers(0, len(sentence), 2 * batch_size)]
+        z[0], s[0] = noise[i], sentence[i]
+        rows = torch.arange(batch_size)
+        exchanged = [rows, *(torch.where(rows == k, rows + batch_size, rows) for k in range(1, batch_size))]
+        drawn = [generate(generator, z[row], s[row], batch_size)[0] for row in exchanged]
+        first = torch.stack(drawn).flatten(1)
+        moved.append((first[1:] - first[0]).square().mean(1).sqrt())
+        shown.append(first[0])
+    changes = torch.stack(moved).mean(0) / torch.stack(shown).std()
+    return [{"position": k + 2, "change": float(change)} for k, change in enumerate(changes)]
+
+
+def test_images(run, prepared, count: int, batch_size: int = 64, order: Tensor | None = None) -> Tensor:
+    """Images (count,3,S,S) of a `generation.Run` for the test captions that the scores use, in their order.
+
+    `order` (count,): in which order they are drawn, that is, who is in whose batch; noise and caption of an
+    image stay the same.
+    """
+    _, captions = test_pairs(prepared, count)
+    sentence = run.clip.embed_text(captions).cpu()
+    noise = noise_for(run.settings.seed, TEST_NOISE, count, run.settings.model.noise_size)
+    order = torch.arange(count) if order is None else order
+    images = generate(run.generator, noise[order], sentence[order], batch_size)
+    return images[order.argsort()]
+
+
+def composition_scores(run, prepared, clip: FrozenClip, judge: Judge | None, count: int = 240,
+                       sizes: Sequence[int] = (1, 16, 64)) -> pd.DataFrame:
+    """Scores of the same images drawn in batches of several sizes and in another order: one row each.
+
+    Columns: "CLIP similarity" (standard normalisation) and, with a judge, "all right": the share of images of
+    which it finds all that the caption says.
+    """
+    numbers, captions = test_pairs(prepared, count)
+    sentence = clip.embed_text(captions).cpu()
+    shuffled = torch.from_numpy(np.random.default_rng(73).permutation(count))
+    ways = {f"batches of {size}": (size, None) for size in sizes} | {
+        f"batches of {sizes[-1]}, shuffled": (sizes[-1], shuffled)}
+    rows = {}
+    for name, (size, order) in ways.items():
+        images = test_images(run, prepared, count, size, order)
+        cosine = clip_similarity(embed(with_normalisation(clip, "standard"), images), sentence)
+        rows[name] = {"CLIP similarity": float(cosine.mean())}
+        if judge is not None:
+            right = judge_right(judge, images, [prepared.test.attributes[i] for i in numbers])
+            rows[name]["all right"] = float(torch.stack(list(right.values())).all(0).float().mean())
+    return pd.DataFrame(rows).T
+
+
+# ----------------------------------------------------------------------- rows 2 and 3: recurrence over depth
+
+
+def states(generator: Generator, noise: Tensor, sentence: Tensor) -> list[Tensor]:
+    """The LSTM state that each recurrent affine is made from, in the order of use, with their graph.
+
+    RAT: (B,H), one for each image. RAT as published: (1,H), one for the batch. CAT: none.
+    """
+    device = next(generator.parameters()).device
+    noise, sentence = noise.to(device), sentence.to(device)
+    if generator.recurrence is not None:
+        return generator.recurrence(noise, sentence)
+    seen: list[Tensor] = []
+    hooks = [module.lstm.register_forward_hook(lambda _module, _given, result: seen.append(result[1][0][0]))
+             for module in generator.modules() if isinstance(module, OfficialRecurrentAffine)]
+    try:
+        generator(noise, sentence)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def reach(generator: Generator, noise: Tensor, sentence: Tensor) -> Tensor:
+    """(T,T): how much the state of layer u (column) moves when that of layer t (row) is pushed, t < u.
+
+    Mean over images of the norm of d(r . h_u)/d h_t, r a random direction of length 1; exactly 0 where
+    nothing is handed on.
+    """
+    h = states(generator, noise, sentence)
+    moved, draw = torch.zeros(len(h), len(h)), torch.Generator().manual_seed(0)
+    for u in range(1, len(h)):
+        direction = F.normalize(torch.randn(h[u].shape, generator=draw), dim=1).to(h[u].device)
+        pushed = torch.autograd.grad((h[u] * direction).sum(), h[:u], retain_graph=True, allow_unused=True)
+        for t, gradient in enumerate(pushed):
+            moved[t, u] = 0 if gradient is None else gradient.norm(dim=1).mean().cpu()
+    return moved
+
+
+@torch.no_grad()
+def settling(generator: Generator, noise: Tensor, sentence: Tensor) -> Tensor:
+    """(T-1,N): how far each image's state moves at layer t = 2 .. T, relative to its length."""
+    h = torch.stack(states(generator, noise, sentence))
+    return ((h[1:] - h[:-1]).norm(dim=2) / h[1:].norm(dim=2)).cpu()
+
+
+def settled_layer(moves: Tensor, below: float = 0.05) -> int | None:
+    """The first layer (from 1) from which on all mean moves of `settling` are under `below`, or None."""
+    large = (moves.mean(1) >= below).nonzero().flatten()
+    last = int(large[-1]) + 2 if len(large) else 1  # moves[i] leads to layer i + 2
+    return last + 1 if last < len(moves) + 1 else None
+
+
+def affine_kinds(generator: Generator) -> dict[str, int]:
+    """How many affines are fed by an LSTM that runs over the layers, by an LSTM of their own, and by none."""
+    layers = [module for module in generator.modules() if isinstance(module, ConditionalAffine)]
+    own = sum(isinstance(layer, OfficialRecurrentAffine) for layer in layers)
+    shared = generator.recurrence.steps if generator.recurrence is not None else 0
+    return {"one LSTM over the layers": shared, "an LSTM of its own": own, "CAT": len(layers) - own - shared}
+
+
+def full_size(profile: str = "cub-published", **model) -> tuple[Generator, Discriminator]:
+    """Both networks of a ViT-B/32 profile without any memory for weights (device "meta"), to be counted.
+
+    `model`: settings of the section model laid over the profile's.
+    """
+    settings = load_settings(profile, {f"model.{name}": value for name, value in model.items()})
+    clip = SimpleNamespace(name="ViT-B/32", image_size=224, grid=7, width=768, embed_dim=512, layers=12)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return build_networks(settings, clip)
+
+
+# ------------------------------------------------------------------------------- row 4: normalised twice
+
+
+def real_similarity(clip: FrozenClip, prepared, settings: Settings, count: int) -> float:
+    """Mean CLIP similarity of (at most `count`) real test images with a caption of theirs, by this `clip`."""
+    numbers, captions = test_pairs(prepared, min(count, len(prepared.test)))
+    images = real_images(prepared.test, numbers, settings.data.crop, settings.model.image_size)
+    return float(clip_similarity(embed(clip, images), clip.embed_text(captions).cpu()).mean())
+
+
+def as_clip_sees(clip: FrozenClip, images: Tensor) -> Tensor:
+    """Images (B,3,S,S) in [-1,1] -> the images whose correct pre-processing is what this `clip` is given."""
+    given = clip.preprocess(images.to(clip.mean.device))
+    return ((given * clip.std + clip.mean) * 2 - 1).cpu()
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def spread_figure(values: dict[str, Sequence[float]], label: str, reference: dict[str, float] | None = None,
+                  path: str | Path | None = None) -> Figure:
+    """One line a group: each value a dot (at a random height), the mean a bar; `reference` values dashed."""
+    figure = Figure(figsize=(6.4, 1.0 + 0.5 * len(values)), layout="constrained")
+    ax = figure.subplots()
+    rng = np.random.default_rng(0)
+    for row, (name, each) in enumerate(values.items()):
+        each = np.asarray(each, dtype=float)
+        ax.plot(each, row + rng.uniform(-0.22, 0.22, len(each)), MARKERS[row], color=COLOURS[row],
+                markersize=4, alpha=0.6, markeredgewidth=0)
+        ax.plot([each.mean()] * 2, [row - 0.36, row + 0.36], color="black", linewidth=2)
+    for name, value in (reference or {}).items():
+        ax.axvline(value, color="#555555", linestyle="--", linewidth=1)
+        ax.text(value, -0.55, f"{name} ", fontsize=8, ha="right", va="top", color="#555555")
+    ax.set_yticks(range(len(values)), list(values), fontsize=9)
+    ax.set_ylim(len(values) - 0.45, -0.6)
+    ax.set_xlim(left=min(0, ax.get_xlim()[0]))
+    ax.set_xlabel(label, fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    return save(figure, path)
+
+
+def reach_figure(moved: dict[str, Tensor], path: str | Path | None = None) -> Figure:
+    """`reach` of several generators side by side on one logarithmic scale; grey: exactly zero."""
+    top = max(float(each.max()) for each in moved.values()) or 1.0
+    figure = Figure(figsize=(3.5 * len(moved) + 0.9, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(moved), squeeze=False)[0]
+    for ax, (title, each) in zip(axes, moved.items()):
+        ax.set_facecolor("#DDDDDD")
+        count = len(each)
+        shown = ax.imshow(np.ma.masked_equal(each.numpy(), 0), cmap="viridis", norm=LogNorm(1e-4 * top, top),
+                          extent=(0.5, count + 0.5, count + 0.5, 0.5))
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("state of layer", fontsize=9)
+        ax.set_ylabel("pushed layer", fontsize=9)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(6, integer=True))
+    figure.colorbar(shown, ax=axes, shrink=0.8, label="movement (grey: exactly 0)")
+    return save(figure, path)
+
+
+def settling_figure(moves: dict[str, Tensor], path: str | Path | None = None) -> Figure:
+    """Mean and 10 to 90 % of images of `settling`, layer by layer."""
+    figure = Figure(figsize=(6.0, 2.8), layout="constrained")
+    ax = figure.subplots()
+    for row, (name, each) in enumerate(moves.items()):
+        layers = np.arange(2, len(each) + 2)
+        low, high = each.quantile(torch.tensor([0.1, 0.9]), dim=1).numpy()
+        ax.fill_between(layers, low, high, color=COLOURS[row], alpha=0.2, linewidth=0)
+        ax.plot(layers, each.mean(1), marker=MARKERS[row], markersize=4, color=COLOURS[row], label=name)
+    ax.axhline(0.05, color="#555555", linestyle="--", linewidth=1)
+    ax.set_xlabel("layer t", fontsize=9)
+    ax.set_title(r"movement of the state, $\|h_t-h_{t-1}\|\,/\,\|h_t\|$ (dashed: 5 %)", fontsize=10)
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8, frameon=False)
+    return save(figure, path)

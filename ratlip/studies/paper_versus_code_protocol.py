@@ -1,0 +1,319 @@
+"""Notebook 07: where paper and published code part, in images, scores, training, files (official.md, rows 5
+to 12). The other rows, and the table of all, are in `differences`.
+"""
+from __future__ import annotations
+
+import argparse
+import io
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import scipy.linalg
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.models.inception import Inception3
+
+from ratlip.plots.charts import COLOURS, LINES
+from ratlip.clip.frozen import FrozenClip, with_normalisation
+from ratlip.settings import Settings, load_settings
+from ratlip.data import synthetic
+from ratlip.data.batches import Batches, real_images, to_network
+from ratlip.scores.evaluation import embed, test_pairs
+from ratlip.scores.extractors import published_range
+from ratlip.plots.pictures import save, save_images
+from ratlip.training.generation import file_names
+from ratlip.networks.losses import discriminator_loss, hinge
+from ratlip.networks import Discriminator
+from ratlip.workspace import Workspace
+from ratlip.scores.metrics import frechet_distance
+from ratlip.training.loop import build_networks, mismatch, read_checkpoint, train
+
+# ------------------------------------------------------------------------------- row 5: shrunk by nearest
+
+
+def drawn(size: int, count: int, variant: int = 0) -> Tensor:
+    """Pictures of the generated set at any size: uint8 (count,3,size,size).
+
+    Picture i has the same attributes at every size and in every `variant`, and a place and shade of its own.
+    """
+    combinations = synthetic.combinations()["train"]
+    pictures = [synthetic.render(combinations[i % len(combinations)], size,
+                                 np.random.default_rng([75, variant, size, i]))[0] for i in range(count)]
+    return torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2).copy())
+
+
+def radial_spectrum(images: Tensor) -> Tensor:
+    """Mean power of each spatial frequency 0 .. S/2 - 1 (cycles an image), all directions: (B,S/2).
+
+    images (B,3,S,S) in [-1,1]; of their grey value, under a Hann window, without its mean.
+    """
+    grey, size = images.mean(1), images.shape[-1]
+    window = torch.hann_window(size)
+    grey = (grey - grey.mean((1, 2), keepdim=True)) * window[:, None] * window
+    power = torch.fft.fftshift(torch.fft.fft2(grey).abs().square(), dim=(1, 2)).flatten(1)
+    place = torch.arange(size) - size // 2
+    radius = (place[:, None].square() + place.square()).sqrt().round().long().clamp(max=size // 2).flatten()
+    total = torch.zeros(len(images), size // 2 + 1).index_add_(1, radius, power)
+    return (total / torch.bincount(radius))[:, :size // 2]
+
+
+def comb(images: Tensor, period: int = 7) -> Tensor:
+    """Share of the squared steps between neighbours that lies at each place modulo `period`: (B,period).
+
+    images (B,3,S,S). 256 -> 224 by nearest leaves out every eighth row and column, so that every seventh step
+    of the result is a double one. Without that, each share is near 1/period.
+    """
+    grey = images.mean(1)
+    across, down = grey.diff(dim=2).square().mean(1), grey.diff(dim=1).square().mean(2)
+    steps = across + down
+    whole = steps.shape[1] // period * period
+    shares = steps[:, :whole].unflatten(1, (-1, period)).sum(1)
+    return shares / shares.sum(1, keepdim=True)
+
+
+def told_apart(first: Tensor, second: Tensor, ridge: float = 10.0) -> float:
+    """Held-out accuracy (0 to 1) of a linear classifier of two sets of features (N,F); guessing gives 0.5.
+
+    Ridge regression of the class on the standardised features, fitted to every other row.
+    """
+    x = torch.cat([first, second]).double()
+    y = torch.cat([torch.ones(len(first)), -torch.ones(len(second))]).double()
+    fit = torch.arange(len(x)) % 2 == 0
+    x = (x - x[fit].mean(0)) / x[fit].std(0).clamp(min=1e-12)
+    x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
+    gram = x[fit].T @ x[fit] + ridge * torch.eye(x.shape[1]).double()
+    weights = torch.linalg.solve(gram, x[fit].T @ y[fit])
+    return float(((x[~fit] @ weights).sign() == y[~fit]).double().mean())
+
+
+# ----------------------------------------------------------------------- row 6: the range that Inception sees
+
+
+def through_transform_input(images: Tensor) -> Tensor:
+    """Images (B,3,S,S) in [-1,1] -> what reaches Inception as published, within about [-0.19, 0.43].
+
+    torchvision's ImageNet weights expect pixels normalised by ImageNet's mean and standard deviation, which
+    its own `transform_input` turns into [-1,1]. Pixels in [0,1] given to it come out in the range that
+    official.md (row 6) states. The step is torchvision's own code, run here without the network.
+    """
+    return Inception3._transform_input(SimpleNamespace(transform_input=True), (images + 1) / 2)
+
+
+def in_both_ranges(clip: FrozenClip, images: Tensor) -> dict[str, Tensor]:
+    """Embeddings (N,E) by `clip` of images (N,3,S,S) in [-1,1], in the "standard" and "published" range."""
+    standard = with_normalisation(clip, "standard")
+    narrow = published_range(images, clip.mean.cpu(), clip.std.cpu())
+    return {"standard": embed(standard, images), "published": embed(standard, narrow)}
+
+
+def real_in_both_ranges(clip: FrozenClip, prepared, settings: Settings, count: int) -> dict[str, Tensor]:
+    """`in_both_ranges` of `count` real training images, spread over the split (or of all that there are)."""
+    numbers = np.linspace(0, len(prepared.train) - 1, min(count, len(prepared.train))).astype(int)
+    return in_both_ranges(clip, real_images(prepared.train, numbers, settings.data.crop,
+                                            settings.model.image_size))
+
+
+def distances(features: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+    """Frechet distance in either range; not FID, for the extractor is a CLIP."""
+    return {name: frechet_distance(each, reference[name]) for name, each in features.items()}
+
+
+# --------------------------------------------------------------- row 7: mismatched, in a batch of one
+
+
+def merged_as_published(arguments: Sequence[str], settings: dict) -> dict:
+    """Settings as a command line with defaults of its own gives them, laid over those of a yaml file."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch_size", type=int, default=1)
+    return {**settings, **vars(parser.parse_args(list(arguments)))}
+
+
+def lowest_hinge(same: bool) -> float:
+    """The lowest hinge(real) + hinge(mismatched) / 2 that any logits reach; `same`: both pairs are one."""
+    logits = torch.linspace(-3, 3, 601)
+    real, other = F.relu(1 - logits), F.relu(1 + logits) / 2
+    return float((real + other).min() if same else real.min() + other.min())
+
+
+def matching_learned(settings: Settings, prepared, clip: FrozenClip, sentences: Tensor, groups: Tensor, *,
+                     batch_size: int, images: int = 1600, seed: int = 0) -> dict[str, float]:
+    """What D learns about matching from `images` images in batches of one size, mismatched as published.
+
+    Trained on its two hinge terms of real images alone. "same": share of the mismatched sentences that were
+    the image's own; "right": share of test images with a higher logit for their own sentence than for that
+    of the next test image (a tie counts half; guessing gives 0.5).
+    """
+    s, device = settings.model_copy(update={"seed": seed}), clip.mean.device
+    with torch.random.fork_rng(devices=[]):
+        discriminator = build_networks(s, clip)[1].to(device)
+    optimiser = torch.optim.Adam(discriminator.parameters(), s.training.lr_d, betas=s.training.betas)
+    data = Batches(prepared.train, crop=s.data.crop, flip=s.data.flip, seed=seed, batch_size=batch_size)
+    same = []
+    for step in range(-(-images // batch_size)):
+        batch = data[step]
+        own = sentences[batch["caption"]]
+        other = mismatch(batch["caption"], sentences, groups, "published", seed, step)
+        same.append(float((own == other).all(1).float().mean()))
+        real = to_network(batch["images"], s.model.image_size).to(device)
+        with torch.no_grad():
+            features, _ = clip.features(real, s.model.feature_blocks, embedding=False)
+        true, false = discriminator(features, own.to(device), other.to(device))
+        optimiser.zero_grad()
+        (hinge(true, real=True) + hinge(false, real=False) / 2).backward()
+        optimiser.step()
+    return {"same": float(np.mean(same)), "right": _matched(discriminator, s, prepared, clip)}
+
+
+@torch.no_grad()
+def _matched(discriminator: Discriminator, settings: Settings, prepared, clip: FrozenClip) -> float:
+    numbers, captions = test_pairs(prepared, min(240, len(prepared.test)))
+    images = real_images(prepared.test, numbers, settings.data.crop, settings.model.image_size)
+    sentence, right = clip.embed_text(captions), []
+    kept = [i for i in range(len(captions) - 1) if captions[i] != captions[i + 1]]
+    for rows in torch.tensor(kept).split(64):
+        features, _ = clip.features(images[rows].to(sentence.device), settings.model.feature_blocks,
+                                    embedding=False)
+        true, false = discriminator(features, sentence[rows], sentence[rows + 1])
+        right.append((true > false).float() + (true == false).float() / 2)
+    return float(torch.cat(right).mean())
+
+
+# ----------------------------------------------------------------- rows 8 to 10: calls, batches, names
+
+
+def calls_today() -> dict[str, str]:
+    """What the calls on which the published code rests do here: "works", "works, to go" or "fails"."""
+    from torch import distributed
+
+    def process_group():
+        if not (distributed.is_available() and distributed.is_initialized()):
+            distributed.get_world_size()
+
+    return {
+        "torch.distributed.get_world_size() in a single process": _outcome(process_group),
+        "tensor.cuda() without a GPU": _outcome(_cuda_without_a_gpu),
+        'pandas.read_csv(.., delim_whitespace=True)':
+            _outcome(lambda: pd.read_csv(io.StringIO("1 2\n"), delim_whitespace=True)),
+        "scipy.linalg.sqrtm(.., disp=False)": _outcome(lambda: scipy.linalg.sqrtm(np.eye(2), disp=False)),
+    }
+
+
+def _cuda_without_a_gpu() -> None:
+    if torch.cuda.is_available():  # what a machine without one would say
+        raise RuntimeError("no NVIDIA driver")
+    torch.zeros(1).cuda()
+
+
+def _outcome(call: Callable[[], object]) -> str:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            call()
+        except Exception:
+            return "fails"
+    going = any(issubclass(each.category, (DeprecationWarning, FutureWarning)) for each in caught)
+    return "works, to go" if going else "works"
+
+
+def dropped(images: int, batch_size: int) -> int:
+    """Images of one pass that are not counted where a last batch that is not full is dropped."""
+    return images % batch_size
+
+
+def surviving_files(images: Tensor, names: str, batch_size: int) -> int:
+    """How many files there are after images (N,3,S,S) were saved by the names of `generation.file_names`."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_images(images, folder, file_names(len(images), 1, names, batch_size))
+        return len(list(Path(folder).glob("*.png")))
+
+
+# ---------------------------------------------------------------------------------- row 11: never used
+
+
+def without_gradient(discriminator: Discriminator, clip: FrozenClip, batch_size: int = 4) -> dict[str, int]:
+    """Parameters of D that a whole D loss, penalty included, gives no gradient: name -> their number."""
+    draw, depth = torch.Generator().manual_seed(0), len(discriminator.blocks) + 1
+    real, fake = torch.randn(2, batch_size, depth, clip.width, clip.grid, clip.grid, generator=draw)
+    sentence = torch.randn(batch_size, clip.embed_dim, generator=draw)
+    real, fake, sentence = (each.to(clip.mean.device) for each in (real, fake, sentence))
+    discriminator.zero_grad()
+    discriminator_loss(discriminator, real, fake, sentence, sentence.roll(-1, 0)).total.backward()
+    return {name: p.numel() for name, p in discriminator.named_parameters() if p.grad is None}
+
+
+def dead_parameters(discriminator: Discriminator) -> int:
+    """Numbers in shortcuts that are built where channels are equal, hence never used."""
+    return sum(p.numel() for block in (*discriminator.blocks, discriminator.main)
+               if block.shortcut is not None and not block.mixes for p in block.shortcut.parameters())
+
+
+# ------------------------------------------------------------------------- row 12: stopped, resumed
+
+
+def resumed_runs(steps: int = 8, stopped: int = 4) -> dict[str, float]:
+    """Runs of the profile smoke that were stopped after `stopped` of `steps` steps and resumed each way.
+
+    `training.resume` -> distance of the generator's final parameters from those of a run that never stopped,
+    as a share of the distance that the steps after the stop move them.
+    """
+    exact = load_settings("smoke", {"training.steps": steps, "training.ema": 0,
+                                    "training.sample_every": 1000})
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        space = Workspace.of(exact, root, progress=False)
+
+        def go_on(name: str, way: str = "exact", **options) -> Tensor:
+            training = exact.training.model_copy(update={"resume": way})
+            settings = exact.model_copy(update={"training": training})
+            run = train(settings, space.prepared, space.clip, space.sentences(), root / name,
+                        accelerator="cpu", progress=False, **options)
+            weights = read_checkpoint(run / "checkpoint.pt", "cpu")["networks"]["generator"].items()
+            return torch.cat([value.flatten() for key, value in weights
+                              if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))])
+
+        whole = go_on("whole")
+        for _ in range(stopped):  # each sitting saves and stops after one step
+            half = go_on("stopped", end=0.0)
+        changes = {}
+        for way in ("exact", "published"):
+            (root / way).mkdir()
+            shutil.copy(root / "stopped" / "checkpoint.pt", root / way)
+            changes[way] = float((go_on(way, way) - whole).norm() / (whole - half).norm())
+    return changes
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def spectrum_figure(spectra: dict[str, Tensor], combs: dict[str, Tensor],
+                    path: str | Path | None = None) -> Figure:
+    """Mean `radial_spectrum` of sets of images, the same relative to the first set, and their mean `comb`."""
+    figure = Figure(figsize=(11.0, 3.1), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    period, own = next(iter(combs.values())).shape[1], next(iter(spectra.values())).mean(0)[1:].numpy()
+    for row, (name, each) in enumerate(spectra.items()):
+        look, mean = {"color": COLOURS[row], "linestyle": LINES[row], "label": name}, each.mean(0)[1:].numpy()
+        left.loglog(np.arange(1, len(mean) + 1), mean, **look)
+        middle.plot(np.arange(1, len(mean) + 1), mean / own, **look)
+        x = np.arange(1, period + 1) + (row - (len(combs) - 1) / 2) * 0.25
+        right.bar(x, combs[name].mean(0).numpy(), 0.24, color=COLOURS[row])
+    for ax in (left, middle):
+        ax.set_xlabel("spatial frequency (cycles an image)", fontsize=9)
+    left.set_title("mean radial power spectrum", fontsize=10)
+    left.legend(fontsize=8, frameon=False)
+    middle.set_title(f"relative to {next(iter(spectra))}", fontsize=10)
+    right.axhline(1 / period, color="#555555", linestyle="--", linewidth=1)
+    right.set_xticks(range(1, period + 1))
+    right.set_xlabel(f"step between neighbours, modulo {period}", fontsize=9)
+    right.set_title("share of the squared steps", fontsize=10)
+    for ax in (left, middle, right):
+        ax.spines[["top", "right"]].set_visible(False)
+    return save(figure, path)

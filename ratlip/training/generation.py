@@ -1,0 +1,90 @@
+"""Your own captions: `ratlip.load(run).generate("a large red ring on a white background", n=8)`."""
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from ratlip.clip.frozen import FrozenClip, load_clip
+from ratlip.settings import Settings, load_settings
+from ratlip.errors import RunError, SettingsError
+from ratlip.scores.evaluation import generate, load_generator
+from ratlip.workspace import best_device
+from ratlip.training.loop import noise_for
+
+
+def _device(name: str) -> torch.device:
+    """`name` ("auto", "cpu", "cuda", "cuda:1") as a device. Raises SettingsError where it is not here."""
+    if name == "auto":
+        return best_device()
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        brief = str(error).splitlines()[0]
+        raise SettingsError(f"device={name}: cannot be used here ({brief}); use auto or cpu") from error
+
+
+def file_names(captions: int, n: int, names: str = "caption", batch_size: int = 64) -> list[str]:
+    """Names of the single images, `n` for each of `captions`, in their order (without ".png").
+
+    "caption": 00-000, 00-001, ..: caption and image. "published": by the number of the batch, so that each
+    image of a batch overwrites the one before (official.md, difference 10). Else SettingsError.
+    """
+    if names == "caption":
+        return [f"{c:02d}-{i:03d}" for c in range(captions) for i in range(n)]
+    if names == "published":
+        return [f"step-{i // batch_size:04d}" for i in range(captions * n)]
+    raise SettingsError(f"names={names}: choose caption or published")
+
+
+class Run:
+    """A trained run, opened for generating.
+
+    `folder`: the run folder (with `config.yaml` and `checkpoint.pt`). The small CLIP it was trained with is
+    found beside it (`../../clip-<hash>`), or in `clip_folder`. Raises RunError or WeightsError where
+    something is missing.
+    """
+
+    def __init__(self, folder: str | Path, *, device: str = "auto", clip_folder: str | Path | None = None):
+        self.folder = Path(folder)
+        for name in ("config.yaml", "checkpoint.pt"):
+            if not (self.folder / name).is_file():
+                raise RunError(f"{self.folder}: has no {name}, so it is not a trained run; give a folder "
+                               "such as outputs/demo/runs/<run> (`ratlip train` makes them)")
+        self.settings: Settings = load_settings(self.folder / "config.yaml")
+        beside = self.folder.resolve().parents[1] / f"clip-{self.settings.clip_hash}"
+        home = Path(clip_folder) if clip_folder else beside
+        if self.settings.clip.source == "train" and not (home / "manifest.json").is_file():
+            raise RunError(f"{self.folder}: the small CLIP of this run is not at {home}; a run folder that "
+                           f"was moved needs it too: give the folder {beside.name} of the outputs it was "
+                           "trained in (`--clip-folder`, in Python clip_folder)")
+        self.clip: FrozenClip = load_clip(self.settings.clip, home, _device(device))
+        self.generator = load_generator(self.folder, self.settings, self.clip)
+
+    def generate(self, captions: str | Sequence[str], n: int = 1, seed: int = 0,
+                 batch_size: int = 64) -> Tensor:
+        """Images (R,n,3,S,S) in [-1,1]: `n` for each of the R captions, the same noises for every caption.
+
+        Warns of words that the CLIP's vocabulary does not hold: they cannot have an effect.
+        """
+        captions = [captions] if isinstance(captions, str) else list(captions)
+        if not captions or any(not caption.strip() for caption in captions):
+            raise SettingsError("captions: give one at least, and no empty one")
+        for caption in captions:
+            unknown = self.clip.unknown_words(caption)
+            if unknown:
+                warnings.warn(f"{self.clip.name} has never read {', '.join(map(repr, unknown))}: these words "
+                              f"of {caption!r} have no effect", stacklevel=2)
+        sentence = self.clip.embed_text(captions).cpu().repeat_interleave(n, dim=0)
+        noise = noise_for(seed, 0, n, self.settings.model.noise_size).repeat(len(captions), 1)
+        return generate(self.generator, noise, sentence, batch_size).unflatten(0, (len(captions), n))
+
+    def grid(self, captions: str | Sequence[str], n: int = 8, seed: int = 0, path: str | Path | None = None):
+        """A figure with one row a caption; saved to `path` where given."""
+        from ratlip.plots.pictures import caption_grid
+
+        captions = [captions] if isinstance(captions, str) else list(captions)
+        return caption_grid(self.generate(captions, n, seed), captions, path)
