@@ -31,7 +31,7 @@ TARGETS = PLAN.targets(REPORT)
 EXECUTED = {PLAN.executed(name): name for name in PLAN.runs}
 PYTHON = shlex.quote(sys.executable)
 # Threads that wait spin, and beside any other busy program that costs up to ten times the time: let them sleep.
-RUN = f"OMP_NUM_THREADS={{threads}} OMP_WAIT_POLICY=PASSIVE {PYTHON} -m ratlip.notebooks run"
+RUN = f"OMP_NUM_THREADS={{threads}} OMP_WAIT_POLICY=PASSIVE {PYTHON} -m ratlip.report.notebooks run"
 IN_REPORT = f"-p profile {shlex.quote(PROFILE)} -p report {REPORT}"
 
 
@@ -113,7 +113,7 @@ rule figures_and_tables:
 rule report:
     input: list(TARGETS.values())
     output: PAGE
-    shell: f"{PYTHON} -m ratlip.report --profile {shlex.quote(PROFILE)}"
+    shell: f"{PYTHON} -m ratlip.report.page --profile {shlex.quote(PROFILE)}"
 
 
 onsuccess:

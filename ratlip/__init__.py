@@ -1,4 +1,5 @@
 """ratlip: reproduction suite for RATLIP (Lin, Lu, Chen, 2024), a text-to-image GAN on a frozen CLIP."""
+
 from ratlip import compat as _compat
 
 _compat.apply()

@@ -1,6 +1,7 @@
 """What is read off images, streamed to disk: memory does not grow with their number, and an interrupted
 reading goes on where it was.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -41,8 +42,9 @@ class Store:
     done; it is written after them, so that a row it counts is there.
     """
 
-    def __init__(self, home: str | Path, prefix: str, identity: dict, rows: int,
-                 columns: dict[str, tuple[tuple[int, ...], str]]):
+    def __init__(
+        self, home: str | Path, prefix: str, identity: dict, rows: int, columns: dict[str, tuple[tuple[int, ...], str]]
+    ):
         self.identity = json.loads(json.dumps({**identity, "rows": rows, "columns": columns}, default=str))
         self.folder = Path(home) / f"{prefix}-{digest(self.identity)}"
         self.rows, self.columns = rows, columns
@@ -65,11 +67,14 @@ class Store:
 
     def _create(self) -> dict[str, np.ndarray]:
         (self.folder / "progress.json").unlink(missing_ok=True)
-        return {name: np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, (self.rows, *shape))
-                for name, (shape, dtype) in self.columns.items()}
+        return {
+            name: np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, (self.rows, *shape))
+            for name, (shape, dtype) in self.columns.items()
+        }
 
-    def fill(self, read: Callable[[np.ndarray], dict], batch_size: int, *, desc: str = "features",
-             progress: bool = True) -> Store:
+    def fill(
+        self, read: Callable[[np.ndarray], dict], batch_size: int, *, desc: str = "features", progress: bool = True
+    ) -> Store:
         """Fill the missing rows: `read(row numbers (B,))` -> {column: B rows}. Returns at once where none is.
 
         One process at a time; another that wants the same rows waits, and finds them.
@@ -93,12 +98,11 @@ class Store:
         return self
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A column (rows, ...), memory-mapped: only what is looked at is read. Writing to it changes no file.
-        """
+        """A column (rows, ...), memory-mapped: only what is looked at is read. Writing to it changes no file."""
         return np.load(self.folder / f"{name}.npy", mmap_mode="c")
 
 
 def blocks(array: np.ndarray, size: int = 2048) -> Iterator[np.ndarray]:
     """The rows of an array in float64, `size` at a time."""
     for start in range(0, len(array), size):
-        yield np.asarray(array[start:start + size], dtype=np.float64)
+        yield np.asarray(array[start : start + size], dtype=np.float64)

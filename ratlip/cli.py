@@ -1,4 +1,5 @@
 """`ratlip`: a thin command line over `ratlip.workspace` and `ratlip.training.generation`."""
+
 from __future__ import annotations
 
 import sys
@@ -11,20 +12,30 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from ratlip.settings import Settings, load_settings, profile_names
 from ratlip.errors import RatlipError, SettingsError
+from ratlip.settings import Settings, load_settings, profile_names
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="The reproduction suite for RATLIP: prepare data, train, score, generate. "
-                       "The notebooks do the same with explanations (`make lab`).")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="The reproduction suite for RATLIP: prepare data, train, score, generate. "
+    "The notebooks do the same with explanations (`make lab`).",
+)
 console = Console(highlight=False, emoji=False)
 
 Profile = Annotated[str, typer.Option("--profile", "-p", help="a profile (`ratlip profiles`) or .yaml file")]
 Data = Annotated[Optional[Path], typer.Option("--data", help="root of the dataset (not for demo, smoke)")]
 Out = Annotated[Optional[Path], typer.Option("--out", help="where everything goes [outputs/<profile>]")]
-Set = Annotated[Optional[list[str]], typer.Option(
-    "--set", "-s", metavar="KEY=VALUE",
-    help="override a setting, e.g. -s model.conditioning=cat -s seed=1; repeatable")]
+Set = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="override a setting, e.g. -s model.conditioning=cat -s seed=1; repeatable",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
 
 
@@ -71,9 +82,11 @@ def profiles(name: Annotated[Optional[str], typer.Argument(help="show all settin
 
 
 @app.command()
-def download(dataset: Annotated[str, typer.Argument(help="birds, flowers or faces")],
-             to: Annotated[Path, typer.Option("--to", help="dataset root to fill")],
-             quiet: Quiet = False) -> None:
+def download(
+    dataset: Annotated[str, typer.Argument(help="birds, flowers or faces")],
+    to: Annotated[Path, typer.Option("--to", help="dataset root to fill")],
+    quiet: Quiet = False,
+) -> None:
     """Fetch what has a stable public address (resuming, with checksums); say where the rest comes from."""
     from ratlip.data import download as fetcher
 
@@ -85,14 +98,17 @@ def download(dataset: Annotated[str, typer.Argument(help="birds, flowers or face
 
 
 @app.command()
-def prepare(profile: Profile = "demo", data: Data = None, out: Out = None, settings: Set = None,
-            quiet: Quiet = False) -> None:
+def prepare(
+    profile: Profile = "demo", data: Data = None, out: Out = None, settings: Set = None, quiet: Quiet = False
+) -> None:
     """Check a dataset root, resize its images once, write them with their captions as one Arrow dataset."""
-    space = _workspace(profile, out, settings, quiet)
-    before = (space.prepared_folder / "manifest.json").is_file()
-    prepared = space.prepare(data)
-    say(f"{prepared.folder}: {len(prepared.train)} training and {len(prepared.test)} test images"
-        + (" (was already there; delete the folder to read the dataset again)" if before else ""))
+    workspace = _workspace(profile, out, settings, quiet)
+    before = (workspace.prepared_folder / "manifest.json").is_file()
+    prepared = workspace.prepare(data)
+    say(
+        f"{prepared.folder}: {len(prepared.train)} training and {len(prepared.test)} test images"
+        + (" (was already there; delete the folder to read the dataset again)" if before else "")
+    )
 
 
 @app.command()
@@ -100,22 +116,29 @@ def clip(profile: Profile = "demo", out: Out = None, settings: Set = None, quiet
     """Train or load the frozen CLIP, embed all captions, and report how well it finds the right caption."""
     from ratlip.clip.retrieval import retrieval
 
-    space = _workspace(profile, out, settings, quiet)
-    space.sentences()
-    found = retrieval(space.clip, space.prepared.test, distractors=space.prepared.train)["image_to_text"]
-    say(f"{space.clip.name}: R@1 {found['R@1']:.1%} (chance {found['chance_R@1']:.1%}), "
+    workspace = _workspace(profile, out, settings, quiet)
+    workspace.sentences()
+    found = retrieval(workspace.clip, workspace.prepared.test, distractors=workspace.prepared.train)["image_to_text"]
+    say(
+        f"{workspace.clip.name}: R@1 {found['R@1']:.1%} (chance {found['chance_R@1']:.1%}), "
         f"R@10 {found['R@10']:.1%}, median rank {found['median_rank']:.0f} "
-        f"on {len(space.prepared.test)} test images")
+        f"on {len(workspace.prepared.test)} test images"
+    )
 
 
 @app.command()
-def train(profile: Profile = "demo", out: Out = None, settings: Set = None,
-          accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
-          devices: Annotated[int, typer.Option(help="number of processes, one device each")] = 1,
-          workers: Annotated[int, typer.Option(help="loader processes")] = 0, quiet: Quiet = False) -> None:
+def train(
+    profile: Profile = "demo",
+    out: Out = None,
+    settings: Set = None,
+    accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
+    devices: Annotated[int, typer.Option(help="number of processes, one device each")] = 1,
+    workers: Annotated[int, typer.Option(help="loader processes")] = 0,
+    quiet: Quiet = False,
+) -> None:
     """Train one run, or go on where it was stopped."""
-    space = _workspace(profile, out, settings, quiet)
-    folder = space.train(accelerator=accelerator, devices=devices, workers=workers)
+    workspace = _workspace(profile, out, settings, quiet)
+    folder = workspace.train(accelerator=accelerator, devices=devices, workers=workers)
     say(f"{folder}")
 
 
@@ -124,11 +147,21 @@ def evaluate(profile: Profile = "demo", out: Out = None, settings: Set = None, q
     """Score a complete run, next to real images; writes scores.json into the run folder."""
     scores = _workspace(profile, out, settings, quiet).evaluate()
     real, labels = scores["real"], scores["labels"]
-    table = Table("score", "generated", "real",
-                  title=f"{scores['run']}, {scores['images']} images (real: {real['images']}), "
-                        f"{scores['protocol']} protocol")
-    for key in ("clip_similarity", "independent_similarity", "frechet_distance", "kernel_distance",
-                "inception_score", "precision", "recall"):
+    table = Table(
+        "score",
+        "generated",
+        "real",
+        title=f"{scores['run']}, {scores['images']} images (real: {real['images']}), {scores['protocol']} protocol",
+    )
+    for key in (
+        "clip_similarity",
+        "independent_similarity",
+        "frechet_distance",
+        "kernel_distance",
+        "inception_score",
+        "precision",
+        "recall",
+    ):
         if scores[key] is not None:
             table.add_row(labels[key], f"{scores[key]:.4g}", f"{real[key]:.4g}")
     for name, share in scores.get("judge", {}).items():
@@ -139,26 +172,31 @@ def evaluate(profile: Profile = "demo", out: Out = None, settings: Set = None, q
 
 
 @app.command()
-def generate(captions: Annotated[list[str], typer.Argument(help="one caption or more, each in quotes")],
-             run: Annotated[Path, typer.Option("--run", help="a run folder, e.g. outputs/demo/runs/...")],
-             n: Annotated[int, typer.Option("--n", "-n", min=1, help="images a caption")] = 8,
-             seed: Annotated[int, typer.Option(help="of the noise")] = 0,
-             output: Annotated[Path, typer.Option(
-                 "--output", "-o", help="PNG, or a folder for single images")] = Path("grid.png"),
-             names: Annotated[str, typer.Option(
-                 help="of single images: caption, or published (by batch: later ones overwrite)")] = "caption",
-             batch_size: Annotated[int, typer.Option(min=1, help="images drawn together")] = 64,
-             clip_folder: Annotated[Optional[Path], typer.Option(
-                 help="where the run's CLIP is, if not beside the run")] = None,
-             device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto") -> None:
+def generate(
+    captions: Annotated[list[str], typer.Argument(help="one caption or more, each in quotes")],
+    run: Annotated[Path, typer.Option("--run", help="a run folder, e.g. outputs/demo/runs/...")],
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="images a caption")] = 8,
+    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG, or a folder for single images")] = Path(
+        "grid.png"
+    ),
+    names: Annotated[
+        str, typer.Option(help="of single images: caption, or published (by batch: later ones overwrite)")
+    ] = "caption",
+    batch_size: Annotated[int, typer.Option(min=1, help="images drawn together")] = 64,
+    clip_folder: Annotated[Optional[Path], typer.Option(help="where the run's CLIP is, if not beside the run")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
+) -> None:
     """Draw your own captions with a trained run."""
     from ratlip.plots.pictures import caption_grid, save_images
     from ratlip.training.generation import Run, file_names
 
     files = file_names(len(captions), n, names, batch_size)
     if output.suffix not in ("", ".png", ".pdf", ".svg", ".jpg"):
-        raise SettingsError(f"--output {output}: give a .png (or .pdf, .svg, .jpg) for one sheet, or a "
-                            "folder name without a dot for single images")
+        raise SettingsError(
+            f"--output {output}: give a .png (or .pdf, .svg, .jpg) for one sheet, or a "
+            "folder name without a dot for single images"
+        )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         images = Run(run, device=device, clip_folder=clip_folder).generate(captions, n, seed, batch_size)

@@ -7,6 +7,7 @@ operators to PyTorch: `operator torchvision::nms does not exist`. Declaring thos
 implementation, lets it be imported; calling them remains an error. What needs torchvision here (open_clip,
 timm, torch-fidelity, grad-cam) calls none of them.
 """
+
 import importlib.util
 import sys
 from importlib import machinery

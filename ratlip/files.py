@@ -1,4 +1,5 @@
 """Files that are either whole or absent: everything ratlip writes goes through here."""
+
 from __future__ import annotations
 
 import json

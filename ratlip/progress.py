@@ -1,4 +1,5 @@
 """Progress bars that read well in a terminal, in JupyterLab and in a stored notebook."""
+
 from __future__ import annotations
 
 import sys

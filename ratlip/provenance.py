@@ -1,4 +1,5 @@
 """Where a result comes from: code, versions, machine. Written into every run folder and every report."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -10,14 +11,25 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "torch-fidelity", "grad-cam", "lightning-fabric",
-            "datasets", "numpy", "pillow", "pydantic")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "torch-fidelity",
+    "grad-cam",
+    "lightning-fabric",
+    "datasets",
+    "numpy",
+    "pillow",
+    "pydantic",
+)
 
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              timeout=10)
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -26,8 +38,9 @@ def _git(*arguments: str) -> str | None:
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
-                 if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         if names:
             return names[0]
     return platform.processor() or platform.machine()

@@ -1,12 +1,13 @@
 """The flow, one function a station: data -> CLIP -> run -> scores. Each returns at once what is there.
 
-    outputs/<profile>/prepared-<hash>/   clip-<hash>/   judge-<hash>/   runs/<arm>-seed<n>-<hash>/
+    outputs/<profile>/prepared-<hash>/   clip-<hash>/   judge-<hash>/   runs/<variant>-seed<n>-<hash>/
                          features-<hash>/  (of real images, for the scores)
 
 Data goes one way: a station reads the folders before it and writes its own. The hash in a folder's name is
 that of the settings it depends on, so that changing one setting makes new folders of what depends on it, and
 of nothing else.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -19,17 +20,17 @@ from filelock import FileLock
 from torch import Tensor
 
 from ratlip.clip import small
-from ratlip.scores import evaluation
-from ratlip.training import loop
 from ratlip.clip.frozen import FrozenClip, load_clip
-from ratlip.settings import ClipSettings, Settings
+from ratlip.clip.retrieval import embed_captions
 from ratlip.data import birds, faces, flowers, synthetic
 from ratlip.data.prepared import Prepared, existing, load_prepared, prepare
 from ratlip.data.records import Record
 from ratlip.errors import DataError, RunError
 from ratlip.files import write_json
+from ratlip.scores import evaluation
 from ratlip.scores.judge import Judge, load_judge
-from ratlip.clip.retrieval import embed_captions
+from ratlip.settings import ClipSettings, Settings
+from ratlip.training import loop
 
 OUTPUTS = Path("outputs")
 
@@ -68,8 +69,14 @@ class Workspace:
         if found is not None:
             return found
         d = self.settings.data
-        return prepare(read_records(self.settings, data), self.prepared_folder, resize=d.resize,
-                       settings=self._data_settings, source=d.dataset, progress=self.progress)
+        return prepare(
+            read_records(self.settings, data),
+            self.prepared_folder,
+            resize=d.resize,
+            settings=self._data_settings,
+            source=d.dataset,
+            progress=self.progress,
+        )
 
     @property
     def _data_settings(self) -> dict:
@@ -81,8 +88,10 @@ class Workspace:
         if self.settings.data.dataset == "synthetic":
             return self.prepare()
         if not (self.prepared_folder / "manifest.json").is_file():
-            raise DataError(f"{self.prepared_folder}: no prepared data; run `ratlip prepare --profile "
-                            f"{self.settings.profile} --data ROOT` first")
+            raise DataError(
+                f"{self.prepared_folder}: no prepared data; run `ratlip prepare --profile "
+                f"{self.settings.profile} --data ROOT` first"
+            )
         return load_prepared(self.prepared_folder)
 
     @cached_property
@@ -103,8 +112,15 @@ class Workspace:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):  # runs may be scored side by side
             return small.train_small_clip(
-                self.prepared, clip, folder, device=best_device(), image_size=s.model.image_size,
-                crop=s.data.crop, flip=s.data.flip, progress=self.progress).to(best_device())
+                self.prepared,
+                clip,
+                folder,
+                device=best_device(),
+                image_size=s.model.image_size,
+                crop=s.data.crop,
+                flip=s.data.flip,
+                progress=self.progress,
+            ).to(best_device())
 
     def sentences(self, split: str = "train") -> Tensor:
         """Raw text embeddings (N,E) of a split, in the order of its `all_captions`; cached on disk."""
@@ -117,21 +133,43 @@ class Workspace:
         if self.settings.data.dataset != "synthetic":
             return None
         s = self.settings
-        return load_judge(self.prepared, self.judge_folder, crop=s.data.crop, image_size=s.model.image_size,
-                          steps=s.evaluation.judge_steps, progress=self.progress)
+        return load_judge(
+            self.prepared,
+            self.judge_folder,
+            crop=s.data.crop,
+            image_size=s.model.image_size,
+            steps=s.evaluation.judge_steps,
+            progress=self.progress,
+        )
 
     def train(self, **options) -> Path:
         """Train the run (or go on with it, or find it complete). Options: see `ratlip.training.loop.train`."""
-        return loop.train(self.settings, self.prepared, self.clip, self.sentences(), self.run_folder,
-                              progress=self.progress, **options)
+        return loop.train(
+            self.settings,
+            self.prepared,
+            self.clip,
+            self.sentences(),
+            self.run_folder,
+            progress=self.progress,
+            **options,
+        )
 
     def evaluate(self) -> dict:
         """Scores of the run, also written to `scores.json` in its folder. RunError before it is complete."""
         if not loop.is_complete(self.run_folder):
-            raise RunError(f"{self.run_folder}: not trained to its last step; run `ratlip train` with the "
-                           "same settings")
-        scores = evaluation.evaluate(self.run_folder, self.settings, self.prepared, self.clip, self.judge,
-                                     independent=self.independent, home=self.root, progress=self.progress)
+            raise RunError(
+                f"{self.run_folder}: not trained to its last step; run `ratlip train` with the same settings"
+            )
+        scores = evaluation.evaluate(
+            self.run_folder,
+            self.settings,
+            self.prepared,
+            self.clip,
+            self.judge,
+            independent=self.independent,
+            home=self.root,
+            progress=self.progress,
+        )
         write_json(self.run_folder / "scores.json", scores)
         return scores
 
@@ -142,9 +180,11 @@ def read_records(settings: Settings, data: str | Path | None) -> list[Record]:
     if d.dataset == "synthetic":
         return synthetic.records(d.resize, d.train_images, d.test_images, d.seed)
     if not data:
-        raise DataError(f"profile {settings.profile} needs the {d.dataset} dataset: give its root folder "
-                        f"(`--data ROOT`, or DATA=ROOT with make); `ratlip download {d.dataset} --to ROOT` "
-                        "fetches it or says where to get it. The profile demo needs no data")
+        raise DataError(
+            f"profile {settings.profile} needs the {d.dataset} dataset: give its root folder "
+            f"(`--data ROOT`, or DATA=ROOT with make); `ratlip download {d.dataset} --to ROOT` "
+            "fetches it or says where to get it. The profile demo needs no data"
+        )
     if d.dataset == "birds":
         return birds.read(data)
     if d.dataset == "flowers":

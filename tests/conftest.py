@@ -1,4 +1,5 @@
 """Fixtures for all tests: one thread, the shared real data where it is, and one small finished run."""
+
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory) -> SimpleNamespace:
-    """The profile `smoke` up to the scores: `space` (Workspace), `settings`, `run` (folder), `scores`.
+    """The profile `smoke` up to the scores: `workspace` (Workspace), `settings`, `run` (folder), `scores`.
 
     Tests read it; one that writes takes a folder of its own (`tmp_path`).
     """
@@ -29,9 +30,9 @@ def smoke(tmp_path_factory) -> SimpleNamespace:
     from ratlip.workspace import Workspace
 
     settings = load_settings("smoke")
-    space = Workspace.of(settings, tmp_path_factory.mktemp("smoke"), progress=False)
-    run = space.train(accelerator="cpu")
-    return SimpleNamespace(space=space, settings=settings, run=run, scores=space.evaluate())
+    workspace = Workspace.of(settings, tmp_path_factory.mktemp("smoke"), progress=False)
+    run = workspace.train(accelerator="cpu")
+    return SimpleNamespace(workspace=workspace, settings=settings, run=run, scores=workspace.evaluate())
 
 
 @pytest.fixture

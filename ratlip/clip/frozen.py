@@ -4,6 +4,7 @@ Three sources of weights, one class: downloaded through open_clip ("pretrained")
 open_clip architecture ("file"), or the small CLIP that `ratlip.clip.small` trains on the captions
 ("train").
 """
+
 from __future__ import annotations
 
 import copy
@@ -22,11 +23,11 @@ from open_clip.transformer import VisionTransformer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ratlip.errors import WeightsError
-from ratlip.files import read_json
-from ratlip.fast.tower import lean_tower
-from ratlip.fast.maps import checkpointed
 from ratlip.clip.vocabulary import Vocabulary
+from ratlip.errors import WeightsError
+from ratlip.fast.maps import checkpointed
+from ratlip.fast.tower import lean_tower
+from ratlip.files import read_json
 
 NORMALISATIONS = ("standard", "published")
 
@@ -58,13 +59,20 @@ class FrozenClip(nn.Module):
     Gradients pass through the towers to their inputs; no parameter receives one.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Callable[[list[str]], Tensor], name: str = "CLIP",
-                 normalisation: str = "standard"):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Callable[[list[str]], Tensor],
+        name: str = "CLIP",
+        normalisation: str = "standard",
+    ):
         super().__init__()
         visual = getattr(model, "visual", None)
         if not isinstance(visual, VisionTransformer) or visual.grid_size[0] != visual.grid_size[1]:
-            raise WeightsError(f"{name}: RATLIP reads patch tokens on a square grid, as open_clip's own ViT "
-                               f"has them, not {type(visual).__name__}; set clip.model: ViT-B-32-quickgelu")
+            raise WeightsError(
+                f"{name}: RATLIP reads patch tokens on a square grid, as open_clip's own ViT "
+                f"has them, not {type(visual).__name__}; set clip.model: ViT-B-32-quickgelu"
+            )
         if normalisation not in NORMALISATIONS:
             raise ValueError(f"normalisation must be one of {NORMALISATIONS}, not {normalisation!r}")
         self.model = model.requires_grad_(False)
@@ -102,12 +110,13 @@ class FrozenClip(nn.Module):
     def preprocess(self, images: Tensor) -> Tensor:
         """Images (B,3,S,S) in [-1,1] -> CLIP's input, S = `image_size` (else ValueError); see `normalise`."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"{self.name} takes images (B,3,{self.image_size},{self.image_size}), "
-                             f"not {tuple(images.shape)}: resize them first")
+            raise ValueError(
+                f"{self.name} takes images (B,3,{self.image_size},{self.image_size}), "
+                f"not {tuple(images.shape)}: resize them first"
+            )
         return normalise(images, self.mean, self.std, self.normalisation)
 
-    def features(self, images: Tensor, blocks: Sequence[int],
-                 embedding: bool = True) -> tuple[Tensor, Tensor | None]:
+    def features(self, images: Tensor, blocks: Sequence[int], embedding: bool = True) -> tuple[Tensor, Tensor | None]:
         """Patch tokens after some blocks and, unless not wanted, the image embedding, in one pass.
 
         `images` (B,3,S,S) in [-1,1]; `blocks`: K block numbers from 0, in any order. Returns (B,K,C,g,g) in
@@ -119,8 +128,8 @@ class FrozenClip(nn.Module):
         wanted = sorted(set(blocks))
         self.model.visual.transformer.grad_checkpointing = self.checkpointing and torch.is_grad_enabled()
         output = self.model.visual.forward_intermediates(
-            self.preprocess(images), indices=wanted, stop_early=not embedding,
-            intermediates_only=not embedding)
+            self.preprocess(images), indices=wanted, stop_early=not embedding, intermediates_only=not embedding
+        )
         taken = dict(zip(wanted, output["image_intermediates"]))
         return torch.stack([taken[block] for block in blocks], dim=1), output.get("image_features")
 
@@ -134,7 +143,7 @@ class FrozenClip(nn.Module):
         device, texts = self.mean.device, list(texts)
         parts = [torch.empty(0, self.embed_dim, device=device)]
         for start in range(0, len(texts), batch_size):
-            tokens = self.tokenizer(texts[start:start + batch_size]).to(device)
+            tokens = self.tokenizer(texts[start : start + batch_size]).to(device)
             parts.append(self.model.encode_text(tokens).float())
         return torch.cat(parts)
 
@@ -151,19 +160,22 @@ class FrozenClip(nn.Module):
         generator ("frozen CLIP").
         """
         if patches.shape[1:] != (self.width, self.grid, self.grid):
-            raise ValueError(f"{self.name} bridges patches (B,{self.width},{self.grid},{self.grid}), "
-                             f"not {tuple(patches.shape)}")
+            raise ValueError(
+                f"{self.name} bridges patches (B,{self.width},{self.grid},{self.grid}), not {tuple(patches.shape)}"
+            )
         if prompts.shape != (len(patches), len(prompt_blocks), self.width):
-            raise ValueError(f"prompts must be ({len(patches)},{len(prompt_blocks)},{self.width}), "
-                             f"not {tuple(prompts.shape)}")
+            raise ValueError(
+                f"prompts must be ({len(patches)},{len(prompt_blocks)},{self.width}), not {tuple(prompts.shape)}"
+            )
         visual = self.model.visual
         first = visual.class_embedding.expand(len(patches), 1, -1)
         tokens = torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
         tokens = visual.ln_pre(tokens + visual.positional_embedding)
-        prompt_of = {block: prompts[:, i:i + 1] for i, block in enumerate(prompt_blocks)}
+        prompt_of = {block: prompts[:, i : i + 1] for i, block in enumerate(prompt_blocks)}
         if len(prompt_of) != len(prompt_blocks) or not set(prompt_of) <= set(range(self.layers)):
-            raise ValueError(f"prompt_blocks must be different numbers within 0..{self.layers - 1}, "
-                             f"not {list(prompt_blocks)}")
+            raise ValueError(
+                f"prompt_blocks must be different numbers within 0..{self.layers - 1}, not {list(prompt_blocks)}"
+            )
         for number, block in enumerate(visual.transformer.resblocks):
             if number in prompt_of:
                 tokens = torch.cat([tokens, prompt_of[number]], dim=1)
@@ -173,9 +185,19 @@ class FrozenClip(nn.Module):
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
 
-def build_small_clip(image_size: int, patch_size: int, width: int, layers: int, heads: int, text_width: int,
-                     text_layers: int, text_heads: int, embed_dim: int, context_length: int,
-                     vocab_size: int) -> open_clip.CLIP:
+def build_small_clip(
+    image_size: int,
+    patch_size: int,
+    width: int,
+    layers: int,
+    heads: int,
+    text_width: int,
+    text_layers: int,
+    text_heads: int,
+    embed_dim: int,
+    context_length: int,
+    vocab_size: int,
+) -> open_clip.CLIP:
     """A small CLIP of open_clip's own classes, randomly initialised from torch's global generator.
 
     Two of open_clip's options are chosen for a training of minutes. Fixed sines and cosines as positions: the
@@ -183,14 +205,29 @@ def build_small_clip(image_size: int, patch_size: int, width: int, layers: int, 
     of the patch tokens as the image: the patches, which the GAN reads, then have to know what they show; the
     class token would have to learn first where to look.
     """
-    for name, size, parts in (("image_size", image_size, patch_size), ("width", width, 4 * heads),
-                              ("text_width", text_width, text_heads)):
+    for name, size, parts in (
+        ("image_size", image_size, patch_size),
+        ("width", width, 4 * heads),
+        ("text_width", text_width, text_heads),
+    ):
         if size % parts:
             raise ValueError(f"{name}={size} must be a multiple of {parts}")
-    vision = {"image_size": image_size, "patch_size": patch_size, "width": width, "layers": layers,
-              "head_width": width // heads, "pos_embed_type": "sin_cos_2d", "pool_type": "avg"}
-    text = {"context_length": context_length, "vocab_size": vocab_size, "width": text_width,
-            "layers": text_layers, "heads": text_heads}
+    vision = {
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "width": width,
+        "layers": layers,
+        "head_width": width // heads,
+        "pos_embed_type": "sin_cos_2d",
+        "pool_type": "avg",
+    }
+    text = {
+        "context_length": context_length,
+        "vocab_size": vocab_size,
+        "width": text_width,
+        "layers": text_layers,
+        "heads": text_heads,
+    }
     return open_clip.CLIP(embed_dim, vision, text)
 
 
@@ -211,8 +248,10 @@ def _load(settings, folder: Path | str | None) -> FrozenClip:
         return load_small_clip(folder, settings)
     if settings.model not in open_clip.list_models():
         near = difflib.get_close_matches(settings.model, open_clip.list_models(), n=3)
-        raise WeightsError(f"clip.model={settings.model}: open_clip {open_clip.__version__} knows no such "
-                           f"architecture; near it: {', '.join(near) or 'ViT-B-32-quickgelu'}")
+        raise WeightsError(
+            f"clip.model={settings.model}: open_clip {open_clip.__version__} knows no such "
+            f"architecture; near it: {', '.join(near) or 'ViT-B-32-quickgelu'}"
+        )
     if settings.source == "file":
         model, name = _model_from_file(settings.model, Path(settings.path)), Path(settings.path).name
     else:
@@ -220,8 +259,10 @@ def _load(settings, folder: Path | str | None) -> FrozenClip:
     try:
         tokenizer = open_clip.get_tokenizer(settings.model)
     except Exception as error:
-        raise WeightsError(f"clip.model={settings.model}: its tokenizer cannot be had ({_brief(error)}); "
-                           f"those with OpenAI's vocabulary (ViT-B-32-quickgelu) need no download") from error
+        raise WeightsError(
+            f"clip.model={settings.model}: its tokenizer cannot be had ({_brief(error)}); "
+            f"those with OpenAI's vocabulary (ViT-B-32-quickgelu) need no download"
+        ) from error
     return FrozenClip(model, tokenizer, f"{settings.model}/{name}", settings.normalisation)
 
 
@@ -229,12 +270,16 @@ def _downloaded_model(model: str, tag: str) -> nn.Module:
     """Weights by their open_clip tag, from the local cache or the network."""
     known = open_clip.pretrained.get_pretrained_cfg(model, tag)
     if not known:
-        raise WeightsError(f"clip.pretrained={tag}: open_clip has no such weights for {model}; it has "
-                           f"{', '.join(open_clip.list_pretrained_tags_by_model(model)) or 'none'}")
+        raise WeightsError(
+            f"clip.pretrained={tag}: open_clip has no such weights for {model}; it has "
+            f"{', '.join(open_clip.list_pretrained_tags_by_model(model)) or 'none'}"
+        )
     if known.get("quick_gelu", False) != open_clip.get_model_config(model).get("quick_gelu", False):
         twin = model.removesuffix("-quickgelu") if model.endswith("-quickgelu") else f"{model}-quickgelu"
-        raise WeightsError(f"clip.model={model}: the weights {tag} were trained with the other kind of GELU "
-                           f"and would give wrong features; set clip.model: {twin}")
+        raise WeightsError(
+            f"clip.model={model}: the weights {tag} were trained with the other kind of GELU "
+            f"and would give wrong features; set clip.model: {twin}"
+        )
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)  # without network, the client logs some forty lines before it gives up
     try:
@@ -246,7 +291,8 @@ def _downloaded_model(model: str, tag: str) -> nn.Module:
             f"CLIP weights {model}/{tag} are not here and could not be downloaded: fetch "
             f"{hub if repository else known['url']} where there is network, copy it here and set "
             f"clip.source: file and clip.path: FILE; or use the profile demo, which needs no download "
-            f"({type(error).__name__}: {_brief(error)[:120]})") from error
+            f"({type(error).__name__}: {_brief(error)[:120]})"
+        ) from error
     finally:
         logging.disable(disabled)
 
@@ -254,16 +300,20 @@ def _downloaded_model(model: str, tag: str) -> nn.Module:
 def _model_from_file(model: str, path: Path) -> nn.Module:
     """A local checkpoint: .safetensors, a state dict saved by torch, or an original TorchScript archive."""
     if not path.is_file():
-        raise WeightsError(f"clip.path={path}: there is no such file; give the checkpoint of {model}, "
-                           f"or use the profile demo, which needs none")
+        raise WeightsError(
+            f"clip.path={path}: there is no such file; give the checkpoint of {model}, "
+            f"or use the profile demo, which needs none"
+        )
     try:
         if _is_torchscript(path):
             return _openai_model(model, path)
         return open_clip.create_model(model, pretrained=str(path.resolve()), weights_only=True)
     except Exception as error:  # unpickling, safetensors, zip and shape errors share no base class
-        raise WeightsError(f"clip.path={path} is no intact checkpoint of clip.model={model} "
-                           f"({_brief(error)}); check clip.model or copy the file again (pickled code is "
-                           f"never run)") from error
+        raise WeightsError(
+            f"clip.path={path} is no intact checkpoint of clip.model={model} "
+            f"({_brief(error)}); check clip.model or copy the file again (pickled code is "
+            f"never run)"
+        ) from error
 
 
 def _openai_model(model: str, path: Path) -> nn.Module:
@@ -300,26 +350,36 @@ def load_small_clip(folder: Path | str, settings=None) -> FrozenClip:
     """
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
-        raise WeightsError(f"{folder}: no small CLIP was trained here to the end (manifest.json is missing); "
-                           f"`ratlip clip` trains it, and goes on where it was interrupted")
+        raise WeightsError(
+            f"{folder}: no small CLIP was trained here to the end (manifest.json is missing); "
+            f"`ratlip clip` trains it, and goes on where it was interrupted"
+        )
     try:
         manifest, arch = read_json(folder / "manifest.json"), read_json(folder / "arch.json")
         trained, expected = manifest["settings"], manifest["fingerprint"]
         model = build_small_clip(**arch)
         model.load_state_dict(load_file(folder / "clip.safetensors"), strict=True)
     except Exception as error:
-        raise WeightsError(f"{folder}: the small CLIP is damaged ({_brief(error)}); remove the folder and "
-                           f"train it again") from error
+        raise WeightsError(
+            f"{folder}: the small CLIP is damaged ({_brief(error)}); remove the folder and train it again"
+        ) from error
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     clip = FrozenClip(model, vocabulary, normalisation=getattr(settings, "normalisation", "standard"))
     if clip.fingerprint != expected:
-        raise WeightsError(f"{folder}: clip.safetensors is not the file that was trained (fingerprint "
-                           f"{clip.fingerprint}, manifest {expected}); remove the folder and train it again")
+        raise WeightsError(
+            f"{folder}: clip.safetensors is not the file that was trained (fingerprint "
+            f"{clip.fingerprint}, manifest {expected}); remove the folder and train it again"
+        )
     if settings is not None:
-        different = [f"{key}={value} (asked: {getattr(settings, key)})" for key, value in trained.items()
-                     if getattr(settings, key) != value]
+        different = [
+            f"{key}={value} (asked: {getattr(settings, key)})"
+            for key, value in trained.items()
+            if getattr(settings, key) != value
+        ]
         if different:
-            raise WeightsError(f"{folder}: the small CLIP was trained with {', '.join(different)}; choose "
-                               f"another folder, or the settings it was trained with")
+            raise WeightsError(
+                f"{folder}: the small CLIP was trained with {', '.join(different)}; choose "
+                f"another folder, or the settings it was trained with"
+            )
     clip.name = f"small CLIP {clip.fingerprint[:6]}"
     return clip

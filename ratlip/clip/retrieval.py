@@ -1,4 +1,5 @@
 """A frozen CLIP on a prepared data set: embeddings of the captions, and how well it finds the right one."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -17,8 +18,7 @@ from ratlip.files import atomic_path, read_json, write_json
 from ratlip.progress import bar as progress_bar
 
 
-def embed_captions(clip: FrozenClip, prepared, folder: Path | str,
-                   progress: bool = True) -> dict[str, np.ndarray]:
+def embed_captions(clip: FrozenClip, prepared, folder: Path | str, progress: bool = True) -> dict[str, np.ndarray]:
     """Raw text embeddings, by split: float32 (captions, E), row i for caption i of `split.all_captions`.
 
     Computed once into `folder`/captions-<data>-<clip>/{train,test}.npy, and opened from there (memory-mapped,
@@ -27,15 +27,19 @@ def embed_captions(clip: FrozenClip, prepared, folder: Path | str,
     data = prepared.manifest["content_sha256"]
     home = Path(folder) / f"captions-{data[:8]}-{clip.fingerprint}"
     splits = {"train": prepared.train, "test": prepared.test}
-    key = {"data": data, "clip": clip.fingerprint, "shapes": {name: [len(split.all_captions), clip.embed_dim]
-                                                              for name, split in splits.items()}}
+    key = {
+        "data": data,
+        "clip": clip.fingerprint,
+        "shapes": {name: [len(split.all_captions), clip.embed_dim] for name, split in splits.items()},
+    }
     ready = _open_embeddings(home, key)
     if ready is None:
         with atomic_path(home) as draft:
             draft.mkdir()
             for name, split in splits.items():
-                bar = progress_bar(total=len(set(split.all_captions)), desc=f"embed {name} captions",
-                                   unit="caption", enabled=progress)
+                bar = progress_bar(
+                    total=len(set(split.all_captions)), desc=f"embed {name} captions", unit="caption", enabled=progress
+                )
                 _write_embeddings(clip, split.all_captions, draft / f"{name}.npy", bar)
             write_json(draft / "manifest.json", key)
         ready = _open_embeddings(home, key)
@@ -54,8 +58,7 @@ def _open_embeddings(home: Path, key: dict) -> dict[str, np.ndarray] | None:
     return arrays if shapes == key["shapes"] else None
 
 
-def _write_embeddings(clip: FrozenClip, texts: list[str], path: Path, bar: tqdm,
-                      batch_size: int = 256) -> None:
+def _write_embeddings(clip: FrozenClip, texts: list[str], path: Path, bar: tqdm, batch_size: int = 256) -> None:
     """Straight to disk in batches: the captions of a large set need not fit into memory as embeddings."""
     rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(len(texts), clip.embed_dim))
     first: dict[str, int] = {}
@@ -71,8 +74,7 @@ def _write_embeddings(clip: FrozenClip, texts: list[str], path: Path, bar: tqdm,
     bar.close()
 
 
-def retrieval(clip: FrozenClip, split, distractors=None, batch_size: int = 128,
-              progress: bool = False) -> dict:
+def retrieval(clip: FrozenClip, split, distractors=None, batch_size: int = 128, progress: bool = False) -> dict:
     """How well CLIP finds the caption of an image among others, and the image of a caption.
 
     Candidates are one caption of each image of `split` (image i gives its caption number i modulo their
@@ -98,11 +100,16 @@ def retrieval(clip: FrozenClip, split, distractors=None, batch_size: int = 128,
         sources += [(distractors, i) for _, i in added]
     right = _right_answers(split, captions, sources)
     texts = F.normalize(clip.embed_text(captions), dim=1)
-    similarity = torch.cat([F.normalize(images, dim=1) @ texts.T
-                            for images in _image_embeddings(clip, split, batch_size, progress)]).cpu()
-    answer = {"images": len(split), "captions": own, "distractors": len(captions) - own,
-              "image_to_text": _ranking(similarity, right),
-              "text_to_image": _ranking(similarity[:, :own].T, right[:, :own].T)}
+    similarity = torch.cat(
+        [F.normalize(images, dim=1) @ texts.T for images in _image_embeddings(clip, split, batch_size, progress)]
+    ).cpu()
+    answer = {
+        "images": len(split),
+        "captions": own,
+        "distractors": len(captions) - own,
+        "image_to_text": _ranking(similarity, right),
+        "text_to_image": _ranking(similarity[:, :own].T, right[:, :own].T),
+    }
     if split.attributes is not None:
         said = [source.attributes[i] for source, i in sources]
         answer["image_to_text"].update(_attributes_right(split.attributes, said, similarity))
@@ -133,8 +140,7 @@ def _right_answers(split, captions: list[str], sources: list[tuple]) -> Tensor:
 
 @torch.no_grad()
 def _image_embeddings(clip: FrozenClip, split, batch_size: int, progress: bool) -> Iterator[Tensor]:
-    """Embeddings (B,E) of the centre squares of the stored images, resized to CLIP's size, batch after batch.
-    """
+    """Embeddings (B,E) of the centre squares of the stored images, resized to CLIP's size, batch after batch."""
     for start in progress_bar(range(0, len(split), batch_size), desc="embed images", enabled=progress):
         batch = range(start, min(start + batch_size, len(split)))
         images = torch.cat([centre_square(split.image(i), clip.image_size) for i in batch])
@@ -162,15 +168,18 @@ def _ranking(similarity: Tensor, right: Tensor) -> dict[str, float]:
     def found(k: int) -> float:
         return round(float((rank <= k).double().mean()), 5)
 
-    return {"R@1": found(1), "R@10": found(10), "median_rank": float(np.median(rank.numpy())),
-            "chance_R@1": chance(1), "chance_R@10": chance(10),
-            "chance_rank": round(float(((total + 1) / (good + 1)).mean()), 2)}
+    return {
+        "R@1": found(1),
+        "R@10": found(10),
+        "median_rank": float(np.median(rank.numpy())),
+        "chance_R@1": chance(1),
+        "chance_R@10": chance(10),
+        "chance_rank": round(float(((total + 1) / (good + 1)).mean()), 2),
+    }
 
 
-def _attributes_right(asked: list[dict], answers: list[dict],
-                      similarity: Tensor) -> dict[str, dict[str, float]]:
-    """For each attribute, the share of rows whose most similar column agrees in it, and of all pairs that do.
-    """
+def _attributes_right(asked: list[dict], answers: list[dict], similarity: Tensor) -> dict[str, dict[str, float]]:
+    """For each attribute, the share of rows whose most similar column agrees in it, and of all pairs that do."""
     first = similarity.argmax(1).tolist()
     result: dict[str, dict[str, float]] = {"attributes": {}, "chance_attributes": {}}
     for name in asked[0]:

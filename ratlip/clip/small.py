@@ -1,4 +1,5 @@
 """Training the small CLIP on the captions of a prepared data set (profiles with `clip.source: train`)."""
+
 from __future__ import annotations
 
 import json
@@ -18,16 +19,33 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ratlip.clip.frozen import FrozenClip, build_small_clip, load_clip, normalise
+from ratlip.clip.vocabulary import Vocabulary
 from ratlip.data.batches import random_crop, to_network
 from ratlip.errors import DataError, RunError, WeightsError
 from ratlip.files import atomic_path, read_json, write_json, write_text
 from ratlip.progress import bar as progress_bar
-from ratlip.clip.vocabulary import Vocabulary
 
-ARCHITECTURE = ("patch_size", "width", "layers", "heads", "text_width", "text_layers", "text_heads",
-                "embed_dim", "context_length")
-TRAINED_BY = (*ARCHITECTURE, "steps", "batch_size", "lr", "weight_decay", "warmup", "hard_negatives",
-              "seed")  # the fields of ClipSettings on which the weights depend
+ARCHITECTURE = (
+    "patch_size",
+    "width",
+    "layers",
+    "heads",
+    "text_width",
+    "text_layers",
+    "text_heads",
+    "embed_dim",
+    "context_length",
+)
+TRAINED_BY = (
+    *ARCHITECTURE,
+    "steps",
+    "batch_size",
+    "lr",
+    "weight_decay",
+    "warmup",
+    "hard_negatives",
+    "seed",
+)  # the fields of ClipSettings on which the weights depend
 LOG_EVERY, CHECKPOINT_EVERY = 25, 200  # steps; a checkpoint falls on a logged step
 
 
@@ -71,8 +89,12 @@ def neighbourhoods(split) -> list[np.ndarray]:
     images of the same class. An empty list where neither is known.
     """
     if split.attributes is not None:
-        return [_numbered([json.dumps({k: v for k, v in a.items() if k != left_out}, sort_keys=True)
-                           for a in split.attributes]) for left_out in split.attributes[0]]
+        return [
+            _numbered(
+                [json.dumps({k: v for k, v in a.items() if k != left_out}, sort_keys=True) for a in split.attributes]
+            )
+            for left_out in split.attributes[0]
+        ]
     labels = np.asarray(split.labels)
     return [_numbered(list(labels))] if (labels >= 0).all() and len(np.unique(labels)) > 1 else []
 
@@ -144,8 +166,7 @@ def _stretch(numbers: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.searchsorted(ordered, numbers, "left"), np.searchsorted(ordered, numbers, "right")
 
 
-def _crops(split, chosen: np.ndarray, crop: int, image_size: int, flip: bool,
-           rng: np.random.Generator) -> Tensor:
+def _crops(split, chosen: np.ndarray, crop: int, image_size: int, flip: bool, rng: np.random.Generator) -> Tensor:
     """Random square crops of side `crop`, half of them mirrored if `flip`, as (B,3,S,S) float32 in [-1,1] on
     the CPU.
     """
@@ -170,9 +191,17 @@ def _optimizer(model: nn.Module, settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(parts, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
 
 
-def train_small_clip(prepared, settings, folder: Path | str, device: str | torch.device = "cpu", *,
-                     image_size: int, crop: int | None = None, flip: bool = False,
-                     progress: bool = True) -> FrozenClip:
+def train_small_clip(
+    prepared,
+    settings,
+    folder: Path | str,
+    device: str | torch.device = "cpu",
+    *,
+    image_size: int,
+    crop: int | None = None,
+    flip: bool = False,
+    progress: bool = True,
+) -> FrozenClip:
     """Train a small CLIP on `prepared.train`, go on where a training was interrupted, or load a finished one.
 
     `settings`: `ratlip.settings.ClipSettings`. `image_size`: its input side in pixels; `crop`: side of the
@@ -186,18 +215,28 @@ def train_small_clip(prepared, settings, folder: Path | str, device: str | torch
     training, DataError where images are smaller than the crop, RunError where the loss is no number.
     """
     folder, crop, split = Path(folder), crop or image_size, prepared.train
-    identity = {"settings": {name: getattr(settings, name) for name in TRAINED_BY}, "image_size": image_size,
-                "crop": crop, "flip": flip, "data": prepared.manifest["content_sha256"]}
+    identity = {
+        "settings": {name: getattr(settings, name) for name in TRAINED_BY},
+        "image_size": image_size,
+        "crop": crop,
+        "flip": flip,
+        "data": prepared.manifest["content_sha256"],
+    }
     _claim(folder, identity)
     if (folder / "manifest.json").is_file():
         return load_clip(settings, folder, device)
     if crop > prepared.manifest["resize"]:
-        raise DataError(f"{prepared.folder}: its images have {prepared.manifest['resize']} px, too few to "
-                        f"cut {crop} px out of them; lower data.crop, or prepare with a larger data.resize")
+        raise DataError(
+            f"{prepared.folder}: its images have {prepared.manifest['resize']} px, too few to "
+            f"cut {crop} px out of them; lower data.crop, or prepare with a larger data.resize"
+        )
     vocabulary = Vocabulary.build(split.all_captions, settings.context_length)
     vocabulary.save(folder / "vocabulary.json")
-    arch = {"image_size": image_size, **{name: getattr(settings, name) for name in ARCHITECTURE},
-            "vocab_size": len(vocabulary)}
+    arch = {
+        "image_size": image_size,
+        **{name: getattr(settings, name) for name in ARCHITECTURE},
+        "vocab_size": len(vocabulary),
+    }
     write_json(folder / "arch.json", arch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -207,26 +246,42 @@ def train_small_clip(prepared, settings, folder: Path | str, device: str | torch
     _fit(model, vocabulary, batches, crops, settings, folder, progress)
     with atomic_path(folder / "clip.safetensors") as draft:
         save_file({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}, draft)
-    write_json(folder / "manifest.json", {
-        **identity, "fingerprint": FrozenClip(model, vocabulary).fingerprint,
-        "hard_negatives_from": batches.origin, "train_images": len(split),
-        "parameters": sum(p.numel() for p in model.parameters()), "words": len(vocabulary.words),
-        "cut_captions": vocabulary.share_cut(split.all_captions),
-        "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__}})
+    write_json(
+        folder / "manifest.json",
+        {
+            **identity,
+            "fingerprint": FrozenClip(model, vocabulary).fingerprint,
+            "hard_negatives_from": batches.origin,
+            "train_images": len(split),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "words": len(vocabulary.words),
+            "cut_captions": vocabulary.share_cut(split.all_captions),
+            "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__},
+        },
+    )
     (folder / "training.pt").unlink(missing_ok=True)
     return load_clip(settings, folder, device)
 
 
-def _fit(model: nn.Module, vocabulary: Vocabulary, batches: PairBatches, crops: Callable, settings,
-         folder: Path, progress: bool) -> None:
+def _fit(
+    model: nn.Module,
+    vocabulary: Vocabulary,
+    batches: PairBatches,
+    crops: Callable,
+    settings,
+    folder: Path,
+    progress: bool,
+) -> None:
     """Train `model` in place from the last checkpoint in `folder`, or from the start."""
     device, steps = model.logit_scale.device, settings.steps
-    mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1)
-                 for value in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    mean, std = (
+        torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    )
     optimizer = _optimizer(model, settings)
     first, log = _resume(folder, model, optimizer)
-    bar = progress_bar(range(first, steps), desc="small CLIP", initial=first, total=steps, unit="step",
-                       enabled=progress)
+    bar = progress_bar(
+        range(first, steps), desc="small CLIP", initial=first, total=steps, unit="step", enabled=progress
+    )
     losses, since = [], time.perf_counter()
     for step in bar:
         chosen, captions, rng = batches(step)
@@ -245,9 +300,15 @@ def _fit(model: nn.Module, vocabulary: Vocabulary, batches: PairBatches, crops: 
             model.logit_scale.clamp_(0, math.log(100))  # Radford et al. (2021), section 2.5
         losses.append(loss.detach())
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            log.append({"step": step + 1, "loss": torch.stack(losses).mean().item(), "lr": part["lr"],
-                        "logit_scale": model.logit_scale.exp().item(),
-                        "images_per_s": round(len(losses) * len(chosen) / (time.perf_counter() - since), 1)})
+            log.append(
+                {
+                    "step": step + 1,
+                    "loss": torch.stack(losses).mean().item(),
+                    "lr": part["lr"],
+                    "logit_scale": model.logit_scale.exp().item(),
+                    "images_per_s": round(len(losses) * len(chosen) / (time.perf_counter() - since), 1),
+                }
+            )
             _report(log, folder, settings, bar)
             if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
                 _save(folder, model, optimizer, step + 1, log)
@@ -260,8 +321,10 @@ def _report(log: list[dict], folder: Path, settings, bar: tqdm) -> None:
     row = log[-1]
     bar.set_postfix(loss=f"{row['loss']:.3f}", images_per_s=row["images_per_s"])
     if not math.isfinite(row["loss"]):
-        raise RunError(f"{folder}: the loss of the small CLIP is {row['loss']} at step {row['step']}; lower "
-                       f"clip.lr (now {settings.lr}) or raise clip.warmup (now {settings.warmup})")
+        raise RunError(
+            f"{folder}: the loss of the small CLIP is {row['loss']} at step {row['step']}; lower "
+            f"clip.lr (now {settings.lr}) or raise clip.warmup (now {settings.warmup})"
+        )
 
 
 def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, log: list) -> None:
@@ -282,8 +345,9 @@ def _resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         optimizer.load_state_dict(state["optimizer"])
         return state["step"], state["log"]
     except Exception as error:
-        raise WeightsError(f"{path} is damaged ({type(error).__name__}); remove it to train the small CLIP "
-                           f"from the start") from error
+        raise WeightsError(
+            f"{path} is damaged ({type(error).__name__}); remove it to train the small CLIP from the start"
+        ) from error
 
 
 def _claim(folder: Path, identity: dict) -> None:
@@ -297,6 +361,8 @@ def _claim(folder: Path, identity: dict) -> None:
     flat = [{**found["settings"], **found} for found in (read_json(path), json.loads(json.dumps(identity)))]
     different = [key for key in flat[1] if key != "settings" and flat[0].get(key) != flat[1][key]]
     if different:
-        raise WeightsError(f"{folder}: belongs to a small CLIP trained with " + ", ".join(
-            f"{key}={flat[0].get(key)} (asked: {flat[1][key]})" for key in different) +
-            "; choose another folder, or remove this one")
+        raise WeightsError(
+            f"{folder}: belongs to a small CLIP trained with "
+            + ", ".join(f"{key}={flat[0].get(key)} (asked: {flat[1][key]})" for key in different)
+            + "; choose another folder, or remove this one"
+        )

@@ -1,4 +1,5 @@
 """The small CLIP's own words: one data set's captions need hundreds of them, not CLIP's 49,408 pieces."""
+
 from __future__ import annotations
 
 import re
@@ -53,8 +54,8 @@ class Vocabulary:
         texts = [texts] if isinstance(texts, str) else texts
         tokens = torch.full((len(texts), self.context_length), PAD, dtype=torch.long)
         for row, text in zip(tokens, texts):
-            numbers = [self.number.get(word, UNKNOWN) for word in split_words(text)][:self.context_length - 2]
-            row[:len(numbers) + 2] = torch.tensor([START, *numbers, self.end])
+            numbers = [self.number.get(word, UNKNOWN) for word in split_words(text)][: self.context_length - 2]
+            row[: len(numbers) + 2] = torch.tensor([START, *numbers, self.end])
         return tokens
 
     def unknown(self, text: str) -> list[str]:
@@ -78,5 +79,6 @@ class Vocabulary:
             content = read_json(path)
             return cls(content["words"], content["context_length"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WeightsError(f"{path} is no vocabulary of a small CLIP ({error}): remove its folder and "
-                               f"train the small CLIP again") from error
+            raise WeightsError(
+                f"{path} is no vocabulary of a small CLIP ({error}): remove its folder and train the small CLIP again"
+            ) from error

@@ -4,6 +4,7 @@ Nothing here carries state from one step to the next: epoch order, caption, crop
 from the seed and the step's number. That is why a run that was killed at any step goes on bit for bit,
 whatever the number of loader processes.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -25,11 +26,11 @@ class Batches(Dataset):
     part of the global batch of `batch_size`.
     """
 
-    def __init__(self, split, *, crop: int, flip: bool, batch_size: int, seed: int, rank: int = 0,
-                 world: int = 1):
+    def __init__(self, split, *, crop: int, flip: bool, batch_size: int, seed: int, rank: int = 0, world: int = 1):
         if batch_size % world:
-            raise DataError(f"batch_size={batch_size} cannot be shared by {world} processes; "
-                            f"make it a multiple of {world}")
+            raise DataError(
+                f"batch_size={batch_size} cannot be shared by {world} processes; make it a multiple of {world}"
+            )
         self.split, self.crop, self.flip, self.batch_size, self.seed = split, crop, flip, batch_size, seed
         self.part = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self._orders: dict[int, np.ndarray] = {}
@@ -47,12 +48,17 @@ class Batches(Dataset):
         draws = rng.random((self.batch_size, 4))[self.part]
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)[self.part]
         numbers = [self._image_number(position) for position in positions]
-        images = [random_crop(self.split.image(n), self.crop, self.flip, draw[1:])
-                  for n, draw in zip(numbers, draws, strict=True)]
+        images = [
+            random_crop(self.split.image(n), self.crop, self.flip, draw[1:])
+            for n, draw in zip(numbers, draws, strict=True)
+        ]
         first, last = self.split.caption_offsets[numbers], self.split.caption_offsets[np.array(numbers) + 1]
         captions = first + (draws[:, 0] * (last - first)).astype(np.int64)
-        return {"images": torch.from_numpy(np.stack(images)), "caption": torch.from_numpy(captions),
-                "image": torch.tensor(numbers)}
+        return {
+            "images": torch.from_numpy(np.stack(images)),
+            "caption": torch.from_numpy(captions),
+            "image": torch.tensor(numbers),
+        }
 
 
 def random_crop(pixels: np.ndarray, crop: int, flip: bool, draw: np.ndarray) -> np.ndarray:
@@ -61,7 +67,7 @@ def random_crop(pixels: np.ndarray, crop: int, flip: bool, draw: np.ndarray) -> 
     `draw`: three numbers from [0,1), for top, left, and, with `flip`, whether it is mirrored.
     """
     top, left = (int(each * (side - crop + 1)) for each, side in zip(draw[:2], pixels.shape[:2], strict=True))
-    square = pixels[top:top + crop, left:left + crop]
+    square = pixels[top : top + crop, left : left + crop]
     if flip and draw[2] < 0.5:
         square = square[:, ::-1]
     return square.transpose(2, 0, 1)
@@ -70,7 +76,7 @@ def random_crop(pixels: np.ndarray, crop: int, flip: bool, draw: np.ndarray) -> 
 def centre_crop(pixels: np.ndarray, crop: int) -> np.ndarray:
     """uint8 (H,W,3) -> the middle square (crop,crop,3): how real images enter the scores."""
     top, left = (pixels.shape[0] - crop) // 2, (pixels.shape[1] - crop) // 2
-    return pixels[top:top + crop, left:left + crop]
+    return pixels[top : top + crop, left : left + crop]
 
 
 def to_network(images: Tensor, image_size: int, resize: str = "antialias") -> Tensor:
@@ -81,8 +87,11 @@ def to_network(images: Tensor, image_size: int, resize: str = "antialias") -> Te
     """
     x = images.to(torch.float32)
     if images.shape[-1] != image_size:
-        x = (F.interpolate(x, size=image_size, mode="nearest") if resize == "nearest" else
-             F.interpolate(x, size=image_size, mode="bilinear", antialias=True, align_corners=False))
+        x = (
+            F.interpolate(x, size=image_size, mode="nearest")
+            if resize == "nearest"
+            else F.interpolate(x, size=image_size, mode="bilinear", antialias=True, align_corners=False)
+        )
     return x / 127.5 - 1
 
 

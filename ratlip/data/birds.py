@@ -5,6 +5,7 @@ The split is the class-disjoint one of the text-to-image line (150 classes to tr
 used.
 Each image is cropped to about 1.5 bounding boxes (`ratlip.data.records.published_crop`).
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -34,8 +35,9 @@ def read(root: str | Path) -> Records:
     names = read_table(cub / "images.txt", (int, str), "image_id image_name", problems)
     labels = read_table(cub / "image_class_labels.txt", (int, int), "image_id class_id", problems)
     classes = read_table(cub / "classes.txt", (int, str), "class_id class_name", problems)
-    boxes = read_table(cub / "bounding_boxes.txt", (int, float, float, float, float),
-                       "image_id x y width height", problems)
+    boxes = read_table(
+        cub / "bounding_boxes.txt", (int, float, float, float, float), "image_id x y width height", problems
+    )
     splits, rule = _splits(root, names or {}, problems)
     if not (root / "text").is_dir():
         problems.add(root / "text", "the folder of the captions is missing; see `ratlip download birds`")
@@ -54,16 +56,19 @@ def read(root: str | Path) -> Records:
             problems.add(cub / "image_class_labels.txt", f"there is no class for image {number} ({name})")
         label = (labels or {}).get(number, -1)
         if classes and label in classes and classes[label] != name.split("/")[0]:
-            problems.add(cub / "image_class_labels.txt", f"image {number} ({name}) is said to be "
-                                                         f"{classes[label]}")
+            problems.add(cub / "image_class_labels.txt", f"image {number} ({name}) is said to be {classes[label]}")
         captions = read_captions(root / "text" / f"{key}.txt", problems) if (root / "text").is_dir() else ()
         if splits is not None and key not in splits:
             unlisted += 1
             continue
         split = (splits or {}).get(key, "train")
         records.append(Record(key, split, captions, label, path, box=(boxes or {}).get(number)))
-    about = {"split": rule, "crop": "square of 1.5 bounding boxes, clipped to the image",
-             "complete_set": COMPLETE, "images_in_no_split": unlisted}
+    about = {
+        "split": rule,
+        "crop": "square of 1.5 bounding boxes, clipped to the image",
+        "complete_set": COMPLETE,
+        "images_in_no_split": unlisted,
+    }
     return finish(records, problems, about)
 
 
@@ -79,8 +84,12 @@ def _splits(root: Path, names: dict[int, str], problems: Problems) -> tuple[dict
         return splits, "published class-disjoint text-to-image split (train/, test/filenames.pickle)"
     by_class = class_split(root, problems)
     if by_class is not None:
-        return ({key: by_class[key.split("/")[0]] for key in keys if key.split("/")[0] in by_class},
-                "published class-disjoint split (trainvalclasses.txt, testclasses.txt)")
-    problems.add(root / "train" / "filenames.pickle", "the list of the split is missing, and so is that of "
-                                                      "test/; see `ratlip download birds`")
+        return (
+            {key: by_class[key.split("/")[0]] for key in keys if key.split("/")[0] in by_class},
+            "published class-disjoint split (trainvalclasses.txt, testclasses.txt)",
+        )
+    problems.add(
+        root / "train" / "filenames.pickle",
+        "the list of the split is missing, and so is that of test/; see `ratlip download birds`",
+    )
     return None, ""

@@ -4,6 +4,7 @@ Public and checked here: the CUB-200-2011 images and the Oxford-102 images. The 
 Google Drive, CelebA asks each user to agree to its terms: those are fetched by hand, and `instructions` says
 how.
 """
+
 from __future__ import annotations
 
 import shutil
@@ -13,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-
 from ratlip.data import birds, faces, flowers
 from ratlip.errors import DataError
-from ratlip.progress import bar as progress_bar
 from ratlip.files import atomic_path
+from ratlip.progress import bar as progress_bar
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,18 @@ OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
 REGISTRY: dict[str, tuple[Remote, ...]] = {
     # CaltechDATA record 20098. The sha256 is torchvision's (prototype/datasets/_builtin/cub200.py); the file
     # has the md5 97eceeb196236b17998738112f37df78 that most other loaders state, and 1,150,585,339 bytes.
-    "birds": (Remote("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-                     "sha256:0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081",
-                     "CUB_200_2011"),),
+    "birds": (
+        Remote(
+            "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+            "sha256:0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081",
+            "CUB_200_2011",
+        ),
+    ),
     # Both md5 are those of torchvision.datasets.Flowers102 (a test compares them).
-    "flowers": (Remote(OXFORD + "102flowers.tgz", "md5:52808999861908f626f3c1f4e79d11fa", "jpg"),
-                Remote(OXFORD + "imagelabels.mat", "md5:e0620be6f572b9609742df49c70aed4d",
-                       "imagelabels.mat")),
+    "flowers": (
+        Remote(OXFORD + "102flowers.tgz", "md5:52808999861908f626f3c1f4e79d11fa", "jpg"),
+        Remote(OXFORD + "imagelabels.mat", "md5:e0620be6f572b9609742df49c70aed4d", "imagelabels.mat"),
+    ),
     "faces": (),
 }
 BY_HAND = {
@@ -75,9 +80,11 @@ https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html:
 }
 LAYOUTS = {"birds": birds.LAYOUT, "flowers": flowers.LAYOUT, "faces": faces.LAYOUT}
 # What must be there besides what can be fetched; any one of the alternatives in a row will do.
-NEEDED = {"birds": (("text",), ("train/filenames.pickle", "trainvalclasses.txt")),
-          "flowers": (("text_c10",),),
-          "faces": (("img_align_celeba",), ("list_attr_celeba.txt",), ("identity_CelebA.txt",))}
+NEEDED = {
+    "birds": (("text",), ("train/filenames.pickle", "trainvalclasses.txt")),
+    "flowers": (("text_c10",),),
+    "faces": (("img_align_celeba",), ("list_attr_celeba.txt",), ("identity_CelebA.txt",)),
+}
 
 
 def _known(dataset: str) -> str:
@@ -100,8 +107,14 @@ def missing(dataset: str, root: str | Path) -> list[str]:
     return [" or ".join(row) for row in needed if not any((root / name).exists() for name in row)]
 
 
-def download(dataset: str, root: str | Path, *, progress: bool = True, keep_archives: bool = False,
-             registry: dict[str, tuple[Remote, ...]] | None = None) -> list[str]:
+def download(
+    dataset: str,
+    root: str | Path,
+    *,
+    progress: bool = True,
+    keep_archives: bool = False,
+    registry: dict[str, tuple[Remote, ...]] | None = None,
+) -> list[str]:
     """Fetch into `root` what has a public address, check it, unpack it; return what is still `missing`.
 
     What is there already is left alone. A broken download goes on where it stopped, in this call and in the
@@ -129,17 +142,28 @@ def _fetch(remote: Remote, root: Path, progress: bool) -> Path:
     by_hand = f"or fetch {remote.url} elsewhere, put it into {root} and run this again"
     host = urlsplit(remote.url).hostname
     try:
-        return Path(pooch.retrieve(remote.url, remote.checksum, remote.name, root,
-                                   downloader=ResumingDownloader(root / f"{remote.name}.part", progress)))
+        return Path(
+            pooch.retrieve(
+                remote.url,
+                remote.checksum,
+                remote.name,
+                root,
+                downloader=ResumingDownloader(root / f"{remote.name}.part", progress),
+            )
+        )
     except requests.HTTPError as error:
-        raise DataError(f"{remote.url}: the server answered {error.response.status_code}; try again later, "
-                        f"{by_hand}") from error
+        raise DataError(
+            f"{remote.url}: the server answered {error.response.status_code}; try again later, {by_hand}"
+        ) from error
     except requests.RequestException as error:
-        raise DataError(f"{host} cannot be reached, or the connection broke off (is there a network?); what "
-                        f"has come so far is kept: run this again, {by_hand}") from error
+        raise DataError(
+            f"{host} cannot be reached, or the connection broke off (is there a network?); what "
+            f"has come so far is kept: run this again, {by_hand}"
+        ) from error
     except ValueError as error:  # pooch: the checksum differs; it has removed the file
-        raise DataError(f"{remote.url}: what came has not the checksum {remote.checksum} and was removed; "
-                        f"run this again, {by_hand}") from error
+        raise DataError(
+            f"{remote.url}: what came has not the checksum {remote.checksum} and was removed; run this again, {by_hand}"
+        ) from error
     except OSError as error:
         raise DataError(f"{root / remote.name}: cannot be written ({error})") from error
 
@@ -152,8 +176,7 @@ class ResumingDownloader:
     it.
     """
 
-    def __init__(self, part: Path, progress: bool = True, attempts: int = 3, wait: float = 1.0,
-                 timeout: float = 30):
+    def __init__(self, part: Path, progress: bool = True, attempts: int = 3, wait: float = 1.0, timeout: float = 30):
         self.part, self.progress = Path(part), progress
         self.attempts, self.wait, self.timeout = attempts, wait, timeout
 
@@ -196,9 +219,12 @@ class ResumingDownloader:
             start = have if resumed else 0
             length = response.headers.get("Content-Length")
             total = start + int(length) if length else None
-            with open(self.part, "ab" if resumed else "wb") as file, progress_bar(
-                    desc=self.part.stem, total=total, initial=start, unit="B", unit_scale=True,
-                    enabled=self.progress) as bar:
+            with (
+                open(self.part, "ab" if resumed else "wb") as file,
+                progress_bar(
+                    desc=self.part.stem, total=total, initial=start, unit="B", unit_scale=True, enabled=self.progress
+                ) as bar,
+            ):
                 for chunk in response.iter_content(1 << 16):
                     file.write(chunk)
                     bar.update(len(chunk))

@@ -32,6 +32,7 @@ other files.
 attributes that exclude each other (wavy and straight, bald and bangs) say nothing, and are left out too. The
 sex is the attribute "Male" as the set's annotators ticked it; "older" is its "not Young".
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -51,11 +52,13 @@ LAYOUT = """\
     list_eval_partition.txt      optional: the official partition"""
 COMPLETE = {"images": 202599, "identities": 10177}
 TINY_SIZE, TINY_PER_IDENTITY, TEST_SHARE = 6000, 2, 5
-ATTRIBUTES = frozenset("""5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips
+ATTRIBUTES = frozenset(
+    """5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips
     Big_Nose Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee
     Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face
     Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair
-    Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young""".split())
+    Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young""".split()
+)
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -74,8 +77,7 @@ def read(root: str | Path, tiny: bool = True, size: int = TINY_SIZE, captions_pe
     on_disk = {path.name for path in (root / "img_align_celeba").iterdir()}
     for name in sorted(positives):
         if name not in on_disk:
-            problems.add(root / "img_align_celeba" / name,
-                         "the image is missing, list_attr_celeba.txt names it")
+            problems.add(root / "img_align_celeba" / name, "the image is missing, list_attr_celeba.txt names it")
         if identities is not None and name not in identities:
             problems.add(root / "identity_CelebA.txt", f"there is no identity for {name}")
     who = {name: (identities or {}).get(name, -1) for name in sorted(positives)}
@@ -87,15 +89,20 @@ def read(root: str | Path, tiny: bool = True, size: int = TINY_SIZE, captions_pe
         if split is None:
             problems.add(root / "list_eval_partition.txt", f"there is no partition (0, 1 or 2) for {name}")
         captions = caption_image(name, positives[name], captions_per_image)
-        records.append(Record(Path(name).stem, split or "train", captions, who[name],
-                              root / "img_align_celeba" / name))
+        records.append(Record(Path(name).stem, split or "train", captions, who[name], root / "img_align_celeba" / name))
     about = {
-        "tiny": tiny, "split": rule,
-        "rule": (f"by file name, the first {TINY_PER_IDENTITY} images of each identity, then the first {size}"
-                 if tiny else "all images of list_attr_celeba.txt"),
-        "expected_images": size if tiny else COMPLETE["images"], "found_images": len(records),
+        "tiny": tiny,
+        "split": rule,
+        "rule": (
+            f"by file name, the first {TINY_PER_IDENTITY} images of each identity, then the first {size}"
+            if tiny
+            else "all images of list_attr_celeba.txt"
+        ),
+        "expected_images": size if tiny else COMPLETE["images"],
+        "found_images": len(records),
         "captions": f"up to {captions_per_image} an image, made from the attributes: see ratlip.data.faces",
-        "complete_set": COMPLETE, "images_without_attributes": len(on_disk - positives.keys()),
+        "complete_set": COMPLETE,
+        "images_without_attributes": len(on_disk - positives.keys()),
     }
     return finish(records, problems, about)
 
@@ -112,7 +119,7 @@ def tiny_subset(identities: dict[str, int], size: int = TINY_SIZE) -> list[str]:
 
 
 def split_of_identity(identity: int) -> str:
-    """"train" or "test", by the hash of the identity's number."""
+    """ "train" or "test", by the hash of the identity's number."""
     digest = hashlib.sha256(f"identity {identity}".encode()).hexdigest()
     return "test" if int(digest[:8], 16) % TEST_SHARE == 0 else "train"
 
@@ -123,10 +130,14 @@ def _split_rule(root: Path, tiny: bool, problems: Problems) -> tuple[Callable[[s
     if not tiny and path.is_file():
         partition = read_table(path, (str, int), "image partition", problems)
         names = {0: "train", 1: "train", 2: "test"}
-        return (lambda name, identity: names.get(partition.get(name)),
-                "official list_eval_partition.txt: 0 and 1 are train, 2 is test")
-    return (lambda name, identity: split_of_identity(identity),
-            f"identity-disjoint: test if {TEST_SHARE} divides the first 8 hex digits of sha256('identity N')")
+        return (
+            lambda name, identity: names.get(partition.get(name)),
+            "official list_eval_partition.txt: 0 and 1 are train, 2 is test",
+        )
+    return (
+        lambda name, identity: split_of_identity(identity),
+        f"identity-disjoint: test if {TEST_SHARE} divides the first 8 hex digits of sha256('identity N')",
+    )
 
 
 def _read_attributes(path: Path, problems: Problems) -> dict[str, frozenset[str]]:
@@ -146,8 +157,9 @@ def _read_attributes(path: Path, problems: Problems) -> dict[str, frozenset[str]
             continue
         image, *values = line.split()
         if len(values) != len(names) or not {"1", "-1"}.issuperset(values):
-            problems.add(f"{path}:{number}", f"expected a file name and {len(names)} values 1 or -1, "
-                                             f"found {line.strip()[:60]!r}")
+            problems.add(
+                f"{path}:{number}", f"expected a file name and {len(names)} values 1 or -1, found {line.strip()[:60]!r}"
+            )
             continue
         if image in found:
             problems.add(f"{path}:{number}", f"{image} occurs twice")
@@ -179,8 +191,7 @@ def caption_image(name: str, attributes: Iterable[str], number: int = 10) -> tup
 def _phrases(has: frozenset[str]) -> dict[str, list[str] | str]:
     """The phrases that the attributes allow, by their place in a sentence."""
     male = "Male" in has
-    beards = (("Goatee", "a goatee"), ("Mustache", "a mustache"),
-              ("5_o_Clock_Shadow", "a five o'clock shadow"))
+    beards = (("Goatee", "a goatee"), ("Mustache", "a mustache"), ("5_o_Clock_Shadow", "a five o'clock shadow"))
     beard = [phrase for attribute, phrase in beards if attribute in has]
     shaven = male and "No_Beard" in has and not beard and "Sideburns" not in has
     if male and "No_Beard" not in has and not beard:
@@ -191,10 +202,19 @@ def _phrases(has: frozenset[str]) -> dict[str, list[str] | str]:
         "build": [word for word, true in (("chubby", "Chubby" in has), ("clean-shaven", shaven)) if true],
         "hair": _hair(has),
         "face": _face(has) + beard,
-        "worn": [phrase for attribute, phrase in (
-            ("Eyeglasses", "eyeglasses"), ("Wearing_Hat", "a hat"), ("Wearing_Earrings", "earrings"),
-            ("Wearing_Necklace", "a necklace"), ("Wearing_Necktie", "a necktie"),
-            ("Wearing_Lipstick", "lipstick"), ("Heavy_Makeup", "heavy makeup")) if attribute in has],
+        "worn": [
+            phrase
+            for attribute, phrase in (
+                ("Eyeglasses", "eyeglasses"),
+                ("Wearing_Hat", "a hat"),
+                ("Wearing_Earrings", "earrings"),
+                ("Wearing_Necklace", "a necklace"),
+                ("Wearing_Necktie", "a necktie"),
+                ("Wearing_Lipstick", "lipstick"),
+                ("Heavy_Makeup", "heavy makeup"),
+            )
+            if attribute in has
+        ],
         "smiling": ["smiling"] if "Smiling" in has else [],
         "mouth": [f"{'his' if male else 'her'} mouth slightly open"] if "Mouth_Slightly_Open" in has else [],
     }
@@ -210,8 +230,9 @@ def _hair(has: frozenset[str]) -> list[str]:
         words = [*(texture if len(texture) == 1 else []), " and ".join(colours), "hair"]
         phrases.append(" ".join(filter(None, words)))
     beside = (("Bangs", "bangs"), ("Receding_Hairline", "a receding hairline"), ("Sideburns", "sideburns"))
-    return phrases + [phrase for attribute, phrase in beside
-                      if attribute in has and ("Bald" not in has or attribute == "Sideburns")]
+    return phrases + [
+        phrase for attribute, phrase in beside if attribute in has and ("Bald" not in has or attribute == "Sideburns")
+    ]
 
 
 def _face(has: frozenset[str]) -> list[str]:
@@ -219,23 +240,31 @@ def _face(has: frozenset[str]) -> list[str]:
         said = [word for attribute, word in words.items() if attribute in has]
         return [f"{article}{', '.join(said)} {noun}"] if said else []
 
-    single = (("Bags_Under_Eyes", "bags under the eyes"), ("Narrow_Eyes", "narrow eyes"),
-              ("Big_Lips", "full lips"), ("High_Cheekbones", "high cheekbones"),
-              ("Rosy_Cheeks", "rosy cheeks"), ("Oval_Face", "an oval face"), ("Double_Chin", "a double chin"),
-              ("Pale_Skin", "pale skin"))
-    return [*pair({"Bushy_Eyebrows": "bushy", "Arched_Eyebrows": "arched"}, "eyebrows"),
-            *pair({"Big_Nose": "big", "Pointy_Nose": "pointy"}, "nose", "a "),
-            *(phrase for attribute, phrase in single if attribute in has)]
+    single = (
+        ("Bags_Under_Eyes", "bags under the eyes"),
+        ("Narrow_Eyes", "narrow eyes"),
+        ("Big_Lips", "full lips"),
+        ("High_Cheekbones", "high cheekbones"),
+        ("Rosy_Cheeks", "rosy cheeks"),
+        ("Oval_Face", "an oval face"),
+        ("Double_Chin", "a double chin"),
+        ("Pale_Skin", "pale skin"),
+    )
+    return [
+        *pair({"Bushy_Eyebrows": "bushy", "Arched_Eyebrows": "arched"}, "eyebrows"),
+        *pair({"Big_Nose": "big", "Pointy_Nose": "pointy"}, "nose", "a "),
+        *(phrase for attribute, phrase in single if attribute in has),
+    ]
 
 
 def _some(phrases: Sequence[str], most: int, draw: Callable[[], float]) -> list[str]:
     """None to `most` of the phrases, in random order."""
     shuffled = sorted(phrases, key=lambda phrase: draw())
-    return shuffled[:int(draw() * (most + 1))]
+    return shuffled[: int(draw() * (most + 1))]
 
 
 def _listed(items: Sequence[str]) -> str:
-    """"a", "a and b", "a, b and c"."""
+    """ "a", "a and b", "a, b and c"."""
     return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
 
 
@@ -261,8 +290,9 @@ def _sentence(phrases: dict, draw: Callable[[], float]) -> str:
         return f"this {subject} {_listed(has + wears + (ending or [f'has {m}' for m in mouth]))}"
     if form == 2:  # a photo of a smiling young woman who has ... and wears ...
         facts = has + wears + ([] if has else [f"has {m}" for m in mouth])
-        return f"a photo of {_a(('smiling ' if smiling else '') + subject)}" + (f" who {' and '.join(facts)}"
-                                                                               if facts else "")
+        return f"a photo of {_a(('smiling ' if smiling else '') + subject)}" + (
+            f" who {' and '.join(facts)}" if facts else ""
+        )
     if form == 3 and worn and has:  # a young man wearing ... has ... and is smiling
         return f"{_a(subject)} wearing {_listed(worn)} {_listed(has + ending)}"
     parts = [f"{_a(subject)} with {_listed(features)}" if features else _a(subject)]

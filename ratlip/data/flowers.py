@@ -6,6 +6,7 @@ the 20 of the 102 classes whose sha256 of "class_00001" ... "class_00102" is sma
 at the class number alone, so a class is in the same split however many images there are. It is not the
 published list of classes.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -60,8 +61,7 @@ def read(root: str | Path, human_captions_only: bool = False) -> Records:
         if human_captions_only and kind != "human":
             continue
         if key not in images:
-            problems.add(root / "jpg" / f"{key}.jpg",
-                         f"the image of {texts[key][1].relative_to(root)} is missing")
+            problems.add(root / "jpg" / f"{key}.jpg", f"the image of {texts[key][1].relative_to(root)} is missing")
             continue
         if key not in texts:
             if (root / "text_c10").is_dir():
@@ -76,8 +76,13 @@ def read(root: str | Path, human_captions_only: bool = False) -> Records:
             continue
         used[kind] += 1
         records.append(Record(key, split, captions, label, images[key]))
-    about = {"split": rule, "human_captions_only": human_captions_only, "caption_kinds": dict(used),
-             "complete_set": COMPLETE, "images_in_no_split": unlisted}
+    about = {
+        "split": rule,
+        "human_captions_only": human_captions_only,
+        "caption_kinds": dict(used),
+        "complete_set": COMPLETE,
+        "images_in_no_split": unlisted,
+    }
     return finish(records, problems, about)
 
 
@@ -123,11 +128,15 @@ def _split_rule(root: Path, images: set[str], problems: Problems):
         return lambda key, label: by_image.get(key), "train/, test/filenames.pickle"
     by_class = class_split(root, problems)
     if by_class is not None:
-        return (lambda key, label: by_class.get(f"class_{label:05d}"),
-                "published class-disjoint split (trainvalclasses.txt, testclasses.txt)")
+        return (
+            lambda key, label: by_class.get(f"class_{label:05d}"),
+            "published class-disjoint split (trainvalclasses.txt, testclasses.txt)",
+        )
     test = own_test_classes()
-    return (lambda key, label: "test" if label in test else "train",
-            "own class-disjoint rule: test = the 20 of 102 classes with the smallest sha256 of their folder")
+    return (
+        lambda key, label: "test" if label in test else "train",
+        "own class-disjoint rule: test = the 20 of 102 classes with the smallest sha256 of their folder",
+    )
 
 
 def _caption_kinds(path: Path, problems: Problems) -> dict[str, str]:

@@ -1,4 +1,5 @@
 """Reading the files of the official layouts: tables, captions and split lists, with every mistake noted."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -29,8 +30,9 @@ def find_root(root: str | Path, dataset: str, parts: Sequence[str], picture: str
     parent = root.absolute().parent
     if root.absolute().name in parts and (parent / parts[0]).is_dir():
         return parent
-    raise DataError(f"{root}: is no root of {dataset} (there is no folder {parts[0]} in it); "
-                    f"a root looks like this:\n{picture}")
+    raise DataError(
+        f"{root}: is no root of {dataset} (there is no folder {parts[0]} in it); a root looks like this:\n{picture}"
+    )
 
 
 def read_text(path: Path) -> str:
@@ -65,7 +67,7 @@ def read_table(path: Path, types: Sequence[Callable], expected: str, problems: P
 
 
 def read_captions(path: Path, problems: Problems) -> tuple[str, ...]:
-    """The captions of one image, one a line, as they are but for white space.
+    """The captions of one image, one a line, as they are but for white workspace.
 
     Runs of U+FFFD, which stand for blanks in some files of Reed et al., become one blank, as in the published
     code.
@@ -87,8 +89,10 @@ def _merge(lists: dict[Path, tuple[str, Sequence[str]]], problems: Problems) -> 
     for path, (split, names) in lists.items():
         for name in names:
             if name in splits:
-                problems.add(path, f"{name} occurs twice" if splits[name] == split
-                             else f"{name} is in both splits, train and test")
+                problems.add(
+                    path,
+                    f"{name} occurs twice" if splits[name] == split else f"{name} is in both splits, train and test",
+                )
             splits.setdefault(name, split)
     return splits
 
@@ -135,5 +139,11 @@ def finish(records: list[Record], problems: Problems, about: dict) -> Records:
         problems.add(problems.subject, "there is no image in it")
     problems.raise_if_any()
     labels = {split: {record.label for record in records if record.split == split} for split in SPLITS}
-    return Records(records, {**about, "labels": {split: len(found) for split, found in labels.items()},
-                             "labels_in_both_splits": len(labels["train"] & labels["test"])})
+    return Records(
+        records,
+        {
+            **about,
+            "labels": {split: len(found) for split, found in labels.items()},
+            "labels_in_both_splits": len(labels["train"] & labels["test"]),
+        },
+    )

@@ -1,11 +1,12 @@
 """The prepared format: one folder with all images resized once, their captions, and a manifest.
 
-    <folder>/dataset/        a `datasets.DatasetDict` on disk (Arrow); columns key, label, height, width,
-                             pixels (raw RGB bytes), captions (list of string), attributes (JSON or ""),
-                             mask (packed bits or empty)
-    <folder>/manifest.json   settings, rule of the split, counts, checksums; it comes last: where it is, all
-    is there
+<folder>/dataset/        a `datasets.DatasetDict` on disk (Arrow); columns key, label, height, width,
+                         pixels (raw RGB bytes), captions (list of string), attributes (JSON or ""),
+                         mask (packed bits or empty)
+<folder>/manifest.json   settings, rule of the split, counts, checksums; it comes last: where it is, all
+is there
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -28,11 +29,18 @@ from ratlip.progress import bar
 
 FORMAT = 1
 BATCH_BYTES = 32 << 20  # pixels held in memory before they go to disk
-SCHEMA = pa.schema([
-    ("key", pa.string()), ("label", pa.int64()), ("height", pa.int32()), ("width", pa.int32()),
-    ("pixels", pa.binary()), ("captions", pa.list_(pa.string())), ("attributes", pa.string()),
-    ("mask", pa.binary()),
-])
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("label", pa.int64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("pixels", pa.binary()),
+        ("captions", pa.list_(pa.string())),
+        ("attributes", pa.string()),
+        ("mask", pa.binary()),
+    ]
+)
 
 
 def settings_hash(settings: dict, resize: int) -> str:
@@ -44,8 +52,16 @@ def settings_hash(settings: dict, resize: int) -> str:
 # -------------------------------------------------------------------------------------------------- writing
 
 
-def prepare(records: Iterable[Record], out: str | Path, *, resize: int, workers: int | None = None,
-            settings: dict, source: str | Path, progress: bool = True) -> Prepared:
+def prepare(
+    records: Iterable[Record],
+    out: str | Path,
+    *,
+    resize: int,
+    workers: int | None = None,
+    settings: dict,
+    source: str | Path,
+    progress: bool = True,
+) -> Prepared:
     """Decode, crop (birds), resize and store all images and captions in folder `out`, whole or not at all.
 
     The shorter side of each image becomes `resize` pixels by Pillow's antialiased bilinear filter, as
@@ -68,12 +84,24 @@ def prepare(records: Iterable[Record], out: str | Path, *, resize: int, workers:
     name = str(settings.get("dataset") or source)
     try:
         with atomic_path(out) as draft:
-            facts = _write_dataset(records, draft, resize, workers, Problems(f"{name} ({source})"),
-                                   partial(bar, desc=f"prepare {name}", unit="image", enabled=progress))
+            facts = _write_dataset(
+                records,
+                draft,
+                resize,
+                workers,
+                Problems(f"{name} ({source})"),
+                partial(bar, desc=f"prepare {name}", unit="image", enabled=progress),
+            )
             manifest = {
-                "format": FORMAT, "name": name, "source": source, "resize": resize, **facts,
-                "settings": settings, "hash": settings_hash(settings, resize),
-                "about": getattr(records, "about", {}), "versions": _versions(),
+                "format": FORMAT,
+                "name": name,
+                "source": source,
+                "resize": resize,
+                **facts,
+                "settings": settings,
+                "hash": settings_hash(settings, resize),
+                "about": getattr(records, "about", {}),
+                "versions": _versions(),
             }
             write_json(draft / "manifest.json", manifest)
     except OSError as error:
@@ -93,10 +121,15 @@ def existing(out: str | Path, *, resize: int, settings: dict) -> Prepared | None
     if manifest["hash"] != settings_hash(settings, resize):
         wanted = {"resize": resize, **json.loads(json.dumps(settings, default=str))}
         found = {"resize": manifest["resize"], **manifest["settings"]}
-        differing = [f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} now"
-                     for key in dict.fromkeys([*wanted, *found]) if found.get(key) != wanted.get(key)]
-        raise DataError(f"{out}: was prepared with other settings ({'; '.join(differing)}); "
-                        "choose another folder, or delete this one to prepare it anew")
+        differing = [
+            f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} now"
+            for key in dict.fromkeys([*wanted, *found])
+            if found.get(key) != wanted.get(key)
+        ]
+        raise DataError(
+            f"{out}: was prepared with other settings ({'; '.join(differing)}); "
+            "choose another folder, or delete this one to prepare it anew"
+        )
     return load_prepared(out)
 
 
@@ -109,9 +142,11 @@ def _check_same_source(ready: Prepared, records: Iterable[Record]) -> None:
         digest.update(_identity(record))
     if digest.hexdigest() != ready.manifest["records_sha256"]:
         count = sum(ready.manifest["counts"].values())
-        raise DataError(f"{ready.folder}: the source has changed since this folder was prepared (it had "
-                        f"{count} images, there are {len(records)} now, or their captions, classes or split "
-                        "differ); delete the folder to prepare it anew, or choose another")
+        raise DataError(
+            f"{ready.folder}: the source has changed since this folder was prepared (it had "
+            f"{count} images, there are {len(records)} now, or their captions, classes or split "
+            "differ); delete the folder to prepare it anew, or choose another"
+        )
 
 
 def _check_replaceable(out: Path) -> None:
@@ -156,8 +191,13 @@ def _encode(record: Record, resize: int) -> tuple[Record, dict | str]:
     pixels = image.tobytes()
     packed = b"" if mask is None else np.packbits(np.asarray(mask) > 127).tobytes()
     row = {
-        "key": record.key, "label": record.label, "height": image.height, "width": image.width,
-        "pixels": pixels, "captions": list(record.captions), "mask": packed,
+        "key": record.key,
+        "label": record.label,
+        "height": image.height,
+        "width": image.width,
+        "pixels": pixels,
+        "captions": list(record.captions),
+        "mask": packed,
         "attributes": "" if record.attributes is None else json.dumps(record.attributes),
     }
     content = hashlib.sha256(f"{image.width}x{image.height}".encode() + packed)
@@ -194,8 +234,9 @@ class _SplitWriter:
         self.stream.close()
 
 
-def _write_dataset(records: Iterable[Record], draft: Path, resize: int, workers: int | None,
-                   problems: Problems, bar) -> dict[str, Any]:
+def _write_dataset(
+    records: Iterable[Record], draft: Path, resize: int, workers: int | None, problems: Problems, bar
+) -> dict[str, Any]:
     """Write `draft`/dataset and return the manifest's facts about it; raise DataError if a record is bad."""
     draft.mkdir()
     writers = {split: _SplitWriter(draft / f"{split}.arrow") for split in SPLITS}
@@ -221,8 +262,10 @@ def _write_dataset(records: Iterable[Record], draft: Path, resize: int, workers:
     return {
         "counts": {split: writer.images for split, writer in writers.items()},
         "captions": {split: writer.captions for split, writer in writers.items()},
-        "image_sizes": {split: {"smallest": writer.smallest, "largest": writer.largest}  # height, width
-                        for split, writer in writers.items()},
+        "image_sizes": {
+            split: {"smallest": writer.smallest, "largest": writer.largest}  # height, width
+            for split, writer in writers.items()
+        },
         "records_sha256": given.hexdigest(),
         "content_sha256": stored.hexdigest(),
     }
@@ -300,12 +343,15 @@ def load_prepared(folder: str | Path) -> Prepared:
         parts = datasets.DatasetDict.load_from_disk(str(folder / "dataset"), keep_in_memory=False)
         tables = {split: parts[split].data.table for split in SPLITS}
     except Exception as error:  # whatever Arrow or datasets make of a missing or damaged file
-        raise DataError(f"{folder / 'dataset'}: is damaged or incomplete ({error}); "
-                        "delete the folder and prepare it again") from error
+        raise DataError(
+            f"{folder / 'dataset'}: is damaged or incomplete ({error}); delete the folder and prepare it again"
+        ) from error
     for split, table in tables.items():
         if table.num_rows != manifest["counts"][split]:
-            raise DataError(f"{folder / 'dataset' / split}: has {table.num_rows} images, the manifest says "
-                            f"{manifest['counts'][split]}; delete the folder and prepare it again")
+            raise DataError(
+                f"{folder / 'dataset' / split}: has {table.num_rows} images, the manifest says "
+                f"{manifest['counts'][split]}; delete the folder and prepare it again"
+            )
     return Prepared(folder, manifest, {split: Split(folder, split, table) for split, table in tables.items()})
 
 
@@ -323,7 +369,7 @@ class _Bytes:
         self.chunks, places = [], []
         for chunk in column.chunks:
             _, offsets, values = chunk.buffers()
-            ends = np.frombuffer(offsets, dtype=np.int32)[chunk.offset:chunk.offset + len(chunk) + 1]
+            ends = np.frombuffer(offsets, dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
             number = np.full(len(chunk), len(self.chunks))
             places.append(np.stack([number, ends[:-1], ends[1:]], axis=1))
             self.chunks.append(np.frombuffer(values or b"", dtype=np.uint8))

@@ -1,4 +1,5 @@
 """What every dataset reader hands on: records, a list of all that is wrong, and one way to open an image."""
+
 from __future__ import annotations
 
 import os

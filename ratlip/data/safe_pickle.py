@@ -3,6 +3,7 @@
 A pickle is a program: the ordinary loader may import and call whatever the file names. Here nothing can be
 imported, so the only things that can come out are those that need no import: lists, tuples, strings, numbers.
 """
+
 from __future__ import annotations
 
 import pickle

@@ -10,6 +10,7 @@ with position, scale, rotation, shade and a faint background gradient drawn at r
 combination, in an order shuffled by the seed, belongs to the test split: its captions are never seen in
 training, although each of its attributes is.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -24,17 +25,31 @@ from ratlip.errors import SettingsError
 
 OBJECTS = ("ring", "cross", "triangle", "square")
 COLOURS = {
-    "red": (214, 39, 40), "orange": (250, 140, 20), "yellow": (245, 220, 40), "green": (40, 160, 60),
-    "cyan": (60, 205, 215), "blue": (40, 80, 220), "purple": (130, 50, 170), "pink": (245, 130, 190),
+    "red": (214, 39, 40),
+    "orange": (250, 140, 20),
+    "yellow": (245, 220, 40),
+    "green": (40, 160, 60),
+    "cyan": (60, 205, 215),
+    "blue": (40, 80, 220),
+    "purple": (130, 50, 170),
+    "pink": (245, 130, 190),
 }
 SIZES = {"small": 0.5, "large": 0.76}  # width of the object / width of the image
 PLACES = {"left": 0.37, "centre": 0.5, "right": 0.63}  # centre of the object / width of the image
 BACKGROUNDS = {
-    "white": (245, 245, 245), "black": (15, 15, 15), "grey": (125, 125, 125), "brown": (110, 72, 40),
+    "white": (245, 245, 245),
+    "black": (15, 15, 15),
+    "grey": (125, 125, 125),
+    "brown": (110, 72, 40),
     "navy": (18, 26, 84),
 }
-ATTRIBUTES = {"object": OBJECTS, "colour": tuple(COLOURS), "size": tuple(SIZES), "place": tuple(PLACES),
-              "background": tuple(BACKGROUNDS)}
+ATTRIBUTES = {
+    "object": OBJECTS,
+    "colour": tuple(COLOURS),
+    "size": tuple(SIZES),
+    "place": tuple(PLACES),
+    "background": tuple(BACKGROUNDS),
+}
 HELD_OUT = 8
 OVERSAMPLING = 4
 FAINT = 25  # of 255: farther from its named colour than any drawn background gets (shade 8, gradient 10)
@@ -68,8 +83,7 @@ def combinations(seed: int = 0) -> dict[str, list[dict[str, str]]]:
     return {"test": shuffled[:cut], "train": shuffled[cut:]}
 
 
-def _outline(kind: str, centre: tuple[float, float], radius: float,
-             angle: float) -> list[tuple[float, float]]:
+def _outline(kind: str, centre: tuple[float, float], radius: float, angle: float) -> list[tuple[float, float]]:
     """Corners of the object in pixels; `angle` in radians. A ring is drawn from circles instead."""
     if kind == "square":
         corners = [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]
@@ -77,20 +91,29 @@ def _outline(kind: str, centre: tuple[float, float], radius: float,
         corners = [(0.0, -1.0), (1.05, 0.85), (-1.05, 0.85)]
     else:  # cross: a plus of two bars
         w = 0.32
-        corners = [(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w),
-                   (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w)]
+        corners = [
+            (-w, -1),
+            (w, -1),
+            (w, -w),
+            (1, -w),
+            (1, w),
+            (w, w),
+            (w, 1),
+            (-w, 1),
+            (-w, w),
+            (-1, w),
+            (-1, -w),
+            (-w, -w),
+        ]
     cos, sin = math.cos(angle), math.sin(angle)
-    return [(centre[0] + radius * (x * cos - y * sin), centre[1] + radius * (x * sin + y * cos))
-            for x, y in corners]
+    return [(centre[0] + radius * (x * cos - y * sin), centre[1] + radius * (x * sin + y * cos)) for x, y in corners]
 
 
-def render(attributes: dict[str, str], image_size: int,
-           rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def render(attributes: dict[str, str], image_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw one image: uint8 (S, S, 3), and the object's mask: bool (S, S)."""
     big = image_size * OVERSAMPLING
     radius = big * SIZES[attributes["size"]] / 2 * rng.uniform(0.94, 1.06)
-    centre = (big * (PLACES[attributes["place"]] + rng.uniform(-0.03, 0.03)),
-              big * (0.5 + rng.uniform(-0.03, 0.03)))
+    centre = (big * (PLACES[attributes["place"]] + rng.uniform(-0.03, 0.03)), big * (0.5 + rng.uniform(-0.03, 0.03)))
     mask = Image.new("L", (big, big), 0)
     draw = ImageDraw.Draw(mask)
     if attributes["object"] == "ring":
@@ -126,15 +149,13 @@ def object_mask(pixels: np.ndarray, backgrounds: Sequence[str]) -> np.ndarray:
     return distance > np.maximum(high / 2, FAINT)
 
 
-def records(image_size: int = 32, train_images: int = 4096, test_images: int = 512,
-            seed: int = 0) -> Iterator[Record]:
+def records(image_size: int = 32, train_images: int = 4096, test_images: int = 512, seed: int = 0) -> Iterator[Record]:
     """Yield the set, image after image, each from a seed of its own: a longer set begins like a shorter one.
 
     Raises SettingsError for images under 16 px.
     """
     if image_size < 16:
-        raise SettingsError(f"data.resize={image_size}: the generated set needs at least 16 px to show "
-                            "an object")
+        raise SettingsError(f"data.resize={image_size}: the generated set needs at least 16 px to show an object")
     split = combinations(seed)
     for name, count in (("train", train_images), ("test", test_images)):
         for i in range(count):
@@ -142,6 +163,12 @@ def records(image_size: int = 32, train_images: int = 4096, test_images: int = 5
             rng = np.random.default_rng([seed, 2 if name == "train" else 3, i])
             pixels, mask = render(attributes, image_size, rng)
             captions = tuple(caption(attributes, t) for t in range(len(TEMPLATES)))
-            yield Record(key=f"{name}/{i:06d}", split=name, captions=captions,
-                         label=OBJECTS.index(attributes["object"]), pixels=pixels,
-                         attributes=dict(attributes), mask=mask)
+            yield Record(
+                key=f"{name}/{i:06d}",
+                split=name,
+                captions=captions,
+                label=OBJECTS.index(attributes["object"]),
+                pixels=pixels,
+                attributes=dict(attributes),
+                mask=mask,
+            )

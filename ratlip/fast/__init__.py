@@ -1,1 +1,1 @@
-"""fast"""
+"""The same numbers, up to rounding, in less time and memory."""

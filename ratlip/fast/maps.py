@@ -20,8 +20,11 @@ PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # row and column of an output pixel w
 
 def usable(x: Tensor) -> bool:
     """Whether the functions of this module may work on `x`: 32 or 64 bits, no autocast, not traced."""
-    return (not torch.compiler.is_compiling() and x.dtype in (torch.float32, torch.float64)
-            and not torch.is_autocast_enabled(x.device.type))
+    return (
+        not torch.compiler.is_compiling()
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def resized_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Tensor:
@@ -44,11 +47,18 @@ def phase_kernels(weight: Tensor) -> Tensor:
     above once and its own twice; an odd row's are its own twice and the one below once. So two of the three
     weights always meet the same number and can be added up beforehand: 4 products instead of 9.
     """
-    rows = ((weight[:, :, :1], weight[:, :, 1:].sum(2, keepdim=True)),
-            (weight[:, :, :2].sum(2, keepdim=True), weight[:, :, 2:]))
+    rows = (
+        (weight[:, :, :1], weight[:, :, 1:].sum(2, keepdim=True)),
+        (weight[:, :, :2].sum(2, keepdim=True), weight[:, :, 2:]),
+    )
     rows = [torch.cat(pair, dim=2) for pair in rows]
-    columns = [[torch.cat((row[..., :1], row[..., 1:].sum(3, keepdim=True)), dim=3),
-                torch.cat((row[..., :2].sum(3, keepdim=True), row[..., 2:]), dim=3)] for row in rows]
+    columns = [
+        [
+            torch.cat((row[..., :1], row[..., 1:].sum(3, keepdim=True)), dim=3),
+            torch.cat((row[..., :2].sum(3, keepdim=True), row[..., 2:]), dim=3),
+        ]
+        for row in rows
+    ]
     return torch.cat([columns[i][j] for i, j in PHASES])
 
 
@@ -62,7 +72,7 @@ class _Phases(Function):
         parts = F.conv2d(x, kernels, padding=1).chunk(4, dim=1)  # side + 1 positions: each phase uses its `side`
         y = x.new_empty(len(x), len(kernels) // 4, 2 * side, 2 * side)
         for (i, j), part in zip(PHASES, parts, strict=True):
-            _woven(y, side)[:, :, :, i, :, j] = part[:, :, i:i + side, j:j + side]
+            _woven(y, side)[:, :, :, i, :, j] = part[:, :, i : i + side, j : j + side]
         return y
 
     @staticmethod
@@ -72,7 +82,7 @@ class _Phases(Function):
         side = x.shape[-1]
         parts = grad.new_zeros(len(x), len(kernels), side + 1, side + 1)
         for (i, j), part in zip(PHASES, parts.chunk(4, dim=1), strict=True):
-            part[:, :, i:i + side, j:j + side] = _woven(grad, side)[:, :, :, i, :, j]
+            part[:, :, i : i + side, j : j + side] = _woven(grad, side)[:, :, :, i, :, j]
         return _conv_backward(parts, x, kernels, ctx.needs_input_grad)[:2]
 
 
@@ -96,16 +106,18 @@ class _ResizedConv(Function):
         x, weight = ctx.saved_tensors
         large = F.interpolate(x, size=(ctx.size, ctx.size))
         large, weight, bias = _conv_backward(grad, large, weight, ctx.needs_input_grad[:3])
-        small = None if large is None else torch.ops.aten.upsample_nearest2d_backward(
-            large, [ctx.size, ctx.size], x.shape)
+        small = (
+            None if large is None else torch.ops.aten.upsample_nearest2d_backward(large, [ctx.size, ctx.size], x.shape)
+        )
         return small, weight, bias, None
 
 
 def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted) -> tuple[Tensor | None, ...]:
     """Gradients of a convolution with stride 1 and padding 1 for its input, weight and bias, as far as wanted."""
     wanted = [*wanted, False][:3]
-    return torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0],
-                                               1, wanted)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
+    )
 
 
 class Moments(Function):
@@ -177,8 +189,13 @@ def _shuffled(y: Tensor, x: Tensor) -> Tensor:
 
 def checkpointed(block: nn.Module, *arguments):
     """`block(*arguments)`; what lies within is made again for the backward pass, not kept."""
-    return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False,
-                      context_fn=lambda: (nullcontext(), _norms_at_rest(block)))
+    return checkpoint(
+        block,
+        *arguments,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), _norms_at_rest(block)),
+    )
 
 
 @contextmanager

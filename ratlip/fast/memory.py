@@ -4,6 +4,7 @@ glibc returns every large piece of memory to the system as soon as it is freed, 
 memory page by page, zeroed. For maps of tens of megabytes this takes several times as long as the operation itself:
 at the published size a quarter of a training step.
 """
+
 import ctypes
 import platform
 from functools import cache

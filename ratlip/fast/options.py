@@ -6,6 +6,7 @@ differentiates D twice, which compiled code refuses or gets wrong without a word
 `channels_last`: the convolutions' weights lie with the channels last. `cached_features`: a real image goes through
 CLIP at its first visit only. The results differ from the default's by rounding alone.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ratlip.clip.frozen import FrozenClip
-from ratlip.settings import DataSettings, TrainingSettings
 from ratlip.errors import SettingsError
 from ratlip.networks import Discriminator, Generator
+from ratlip.settings import DataSettings, TrainingSettings
 
 
 def apply(settings: TrainingSettings, generator: Generator, discriminator: Discriminator, clip: FrozenClip) -> None:
@@ -40,8 +41,10 @@ class RealFeatures:
 
     def __init__(self, clip: FrozenClip, blocks: Sequence[int], split, data: DataSettings):
         if data.crop != data.resize or data.flip:
-            raise SettingsError(f"training.cached_features keeps one view of each image: data.crop={data.crop} must be "
-                                f"data.resize={data.resize}, and data.flip false")
+            raise SettingsError(
+                f"training.cached_features keeps one view of each image: data.crop={data.crop} must be "
+                f"data.resize={data.resize}, and data.flip false"
+            )
         self.clip, self.blocks, self.split, self.crop = clip, blocks, split, data.crop
         self.rows: dict[int, Tensor] = {}
 
@@ -52,8 +55,10 @@ class RealFeatures:
         for place in new:
             shape = self.split.image(wanted[place]).shape[:2]
             if shape != (self.crop, self.crop):
-                raise SettingsError(f"training.cached_features: image {wanted[place]} has {shape[1]} x {shape[0]} px, "
-                                    f"of which each visit cuts another square of {self.crop} px; switch it off")
+                raise SettingsError(
+                    f"training.cached_features: image {wanted[place]} has {shape[1]} x {shape[0]} px, "
+                    f"of which each visit cuts another square of {self.crop} px; switch it off"
+                )
         if new:
             features, _ = self.clip.features(real[new], self.blocks, embedding=False)
             self.rows |= {wanted[place]: row for place, row in zip(new, features.cpu(), strict=True)}

@@ -21,8 +21,11 @@ def onednn_is_faster() -> bool:
 
     MKL keeps its widest vector instructions for Intel's processors; elsewhere oneDNN reaches about twice its rate.
     """
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-            and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
         return False
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
@@ -40,7 +43,7 @@ class _FrozenLinear(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        weight, = ctx.saved_tensors
+        (weight,) = ctx.saved_tensors
         return frozen_linear(grad, weight.t(), None), None, None
 
 
@@ -50,8 +53,14 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` with weights that want no gradient. x (...,C_in), weight (C_out,C_in), bias (C_out) or None."""
-    if (not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu") and not weight.requires_grad and onednn_is_faster()):
+    if (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not weight.requires_grad
+        and onednn_is_faster()
+    ):
         flat = x.reshape(-1, x.shape[-1])
         return _FrozenLinear.apply(flat, weight, bias).unflatten(0, x.shape[:-1])
     return F.linear(x, weight, bias)
@@ -77,8 +86,9 @@ class FrozenAttention(nn.Module):
         self.in_proj_weight, self.in_proj_bias = other.in_proj_weight, other.in_proj_bias
         self.out_proj, self.heads = FrozenLinear(other.out_proj), other.num_heads
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False,
-                attn_mask: Tensor | None = None) -> tuple[Tensor, None]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
         """query, key, value: the same tokens (B,L,C) -> (B,L,C); the signature is MultiheadAttention's."""
         if key is not query or value is not query or need_weights:
             raise ValueError("the frozen attention is self-attention, and does not return its weights")
@@ -101,5 +111,10 @@ def lean_tower(visual: nn.Module) -> None:
 
 
 def _plain(attention: nn.Module) -> bool:
-    return (type(attention) is nn.MultiheadAttention and attention.batch_first and not attention.dropout
-            and attention._qkv_same_embed_dim and attention.bias_k is None)
+    return (
+        type(attention) is nn.MultiheadAttention
+        and attention.batch_first
+        and not attention.dropout
+        and attention._qkv_same_embed_dim
+        and attention.bias_k is None
+    )

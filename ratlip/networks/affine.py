@@ -3,7 +3,7 @@
 All of them compute Affine(x | h) = gamma(h) * x + beta(h), one gamma and one beta for each channel, and
 differ in the condition h alone:
 
-* CAT: h = (noise, sentence), the same for every layer.
+* CAT: h = (latent, sentence), the same for every layer.
 * RAT (the paper): h_t = the t-th hidden state of one LSTM that runs over the layers (`Recurrence`).
 * RAT as published: each layer has its own LSTM, whose time axis is the batch (`OfficialRecurrentAffine`).
 """
@@ -23,7 +23,7 @@ def _scale_or_shift(condition_size: int, channels: int, start: float) -> nn.Sequ
 class ConditionalAffine(nn.Module):
     """Affine(x | h) = gamma(h) * x + beta(h); gamma, beta: linear, ReLU, linear (paper, Method 1).
 
-    With h = (noise, sentence) this is CAT; with h = h_t of a `Recurrence` it is the affine of RAT. Starts
+    With h = (latent, sentence) this is CAT; with h = h_t of a `Recurrence` it is the affine of RAT. Starts
     as the identity: the last layers have weight 0 and bias 1 (gamma) or 0 (beta).
     """
 
@@ -59,23 +59,23 @@ class OfficialRecurrentAffine(ConditionalAffine):
 class Recurrence(nn.Module):
     """The LSTM that connects the fusion blocks (paper, Method 1): one cell, one step before each affine.
 
-    (h_0, c_0) = linear(noise)
+    (h_0, c_0) = linear(latent)
     (h_t, c_t) = LSTM(sentence, h_{t-1}, c_{t-1}),   t = 1 .. steps
 
     The text enters at every step and the feature maps at none, so all states are known before the first
     convolution, and the product of sentence and input weights is the same at all steps: made once.
     """
 
-    def __init__(self, *, sentence_size: int, noise_size: int, hidden_size: int, steps: int):
+    def __init__(self, *, sentence_size: int, latent_size: int, hidden_size: int, steps: int):
         super().__init__()
         self.steps = steps
-        self.initial = nn.Linear(noise_size, 2 * hidden_size)
+        self.initial = nn.Linear(latent_size, 2 * hidden_size)
         self.cell = nn.LSTMCell(sentence_size, hidden_size)
 
-    def forward(self, noise: Tensor, sentence: Tensor) -> list[Tensor]:
+    def forward(self, latent: Tensor, sentence: Tensor) -> list[Tensor]:
         """noise (B,Z), sentence (B,E) -> the hidden states h_1 .. h_steps, each (B,H)."""
         cell = self.cell
-        h, c = self.initial(noise).chunk(2, dim=1)
+        h, c = self.initial(latent).chunk(2, dim=1)
         text = nn.functional.linear(sentence, cell.weight_ih, cell.bias_ih)
         states = []
         for _ in range(self.steps):

@@ -73,7 +73,7 @@ class Conv3x3(nn.Conv2d):
 class ConvShuffle(nn.Module):
     """conv3x3 without bias, BatchNorm, LeakyReLU 0.01, shuffle attention (official.md, "conv-shuffle").
 
-    groups=0 leaves the attention out and keeps the rest: the "norm" arm of the attention ablation.
+    groups=0 leaves the attention out and keeps the rest: the "norm" variant of the attention ablation.
     """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int = 8):

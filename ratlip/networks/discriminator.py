@@ -14,8 +14,7 @@ class ResidualBlock(nn.Module):
     which then never uses it: official.md, row 11.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, feature: bool, unused_shortcut: bool,
-                 gate: float = 0.0):
+    def __init__(self, in_channels: int, out_channels: int, *, feature: bool, unused_shortcut: bool, gate: float = 0.0):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((1,), gate))
         self.beta = nn.Parameter(torch.full((1,), gate)) if feature else None
@@ -48,18 +47,24 @@ class Discriminator(nn.Module):
     unused_shortcuts: build the 1x1 convolutions that the published code builds and never uses.
     """
 
-    def __init__(self, *, grid: int, clip_width: int, sentence_size: int,
-                 feature_blocks: Sequence[int] = (1, 4, 8), d_channels: int = 512,
-                 logit_channels: int = 128, unused_shortcuts: bool = False,
-                 gate: float = 0.0):
+    def __init__(
+        self,
+        *,
+        grid: int,
+        clip_width: int,
+        sentence_size: int,
+        feature_blocks: Sequence[int] = (1, 4, 8),
+        d_channels: int = 512,
+        logit_channels: int = 128,
+        unused_shortcuts: bool = False,
+        gate: float = 0.0,
+    ):
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResidualBlock(clip_width, clip_width, feature=True, unused_shortcut=unused_shortcuts,
-                          gate=gate)
+            ResidualBlock(clip_width, clip_width, feature=True, unused_shortcut=unused_shortcuts, gate=gate)
             for _ in feature_blocks[1:]
         )
-        self.main = ResidualBlock(clip_width, d_channels, feature=False, unused_shortcut=unused_shortcuts,
-                                  gate=gate)
+        self.main = ResidualBlock(clip_width, d_channels, feature=False, unused_shortcut=unused_shortcuts, gate=gate)
         # The two kernels together shrink the grid to one position: 7 -> 4 -> 1.
         first = (grid + 1) // 2
         self.logit = nn.Sequential(

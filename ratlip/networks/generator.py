@@ -1,6 +1,6 @@
 """The generator: a code is fused with the text, passed through the frozen CLIP, and synthesised.
 
-    noise -> code -> Mapper (fusion blocks, frozen CLIP) -> synthesis blocks -> RGB
+    latent -> code -> Mapper (fusion blocks, frozen CLIP) -> synthesis blocks -> RGB
 
 Source: official.md "Generator" for the layers, paper Method 1 to 3 for the recurrence, the attention and
 the bridge through CLIP. Sizes follow from the CLIP model's grid and from the image size.
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ratlip.fast.maps import checkpointed
 from ratlip.networks.affine import ConditionalAffine, OfficialRecurrentAffine, Recurrence
 from ratlip.networks.attention import Conv3x3, ConvShuffle
-from ratlip.fast.maps import checkpointed
 
 CONDITIONINGS = ("cat", "rat", "rat-official")
 SCOPES = ("mapper", "generator")
@@ -60,8 +60,7 @@ class FusionBlock(nn.Module):
 class SynthesisBlock(nn.Module):
     """Resize by nearest to `size`, then shortcut(x) + [fuse, conv, fuse, conv](x)."""
 
-    def __init__(self, in_channels: int, out_channels: int, size: int,
-                 affine: AffineFactory, conv: ConvFactory):
+    def __init__(self, in_channels: int, out_channels: int, size: int, affine: AffineFactory, conv: ConvFactory):
         super().__init__()
         self.size = size
         self.fuse1 = Fuse(in_channels, affine)
@@ -87,11 +86,22 @@ class Mapper(nn.Module):
     """Fusion blocks, then the bridge through the frozen CLIP with learned prompts (paper, Method 3).
 
     f = conv5x5(fusion blocks(code));  output = conv5x5(f + scale * CLIP(f, prompts)),
-    prompts = linear(noise, sentence): one token for each CLIP block in `prompt_blocks`.
+    prompts = linear(latent, sentence): one token for each CLIP block in `prompt_blocks`.
     """
 
-    def __init__(self, clip, *, channels: int, out_channels: int, blocks: int, condition_size: int,
-                 prompt_blocks: Sequence[int], scale: float, affine: AffineFactory, conv: ConvFactory):
+    def __init__(
+        self,
+        clip,
+        *,
+        channels: int,
+        out_channels: int,
+        blocks: int,
+        condition_size: int,
+        prompt_blocks: Sequence[int],
+        scale: float,
+        affine: AffineFactory,
+        conv: ConvFactory,
+    ):
         super().__init__()
         self._clip = _Aside(clip)
         self.prompt_blocks = tuple(prompt_blocks)
@@ -113,7 +123,7 @@ class Mapper(nn.Module):
 
 
 class Generator(nn.Module):
-    """Text and noise to image. The defaults are the published sizes with the paper's recurrence.
+    """Text and latent to image. The defaults are the published sizes with the paper's recurrence.
 
     clip: the frozen CLIP (`ratlip.clip.FrozenClip`); used are its `image_size`, `grid`, `width`,
         `embed_dim` and `bridge`. It is held aside: it is no submodule, so `parameters()` and `state_dict()`
@@ -129,11 +139,23 @@ class Generator(nn.Module):
     `synthesis_blocks[i]`. Raises ValueError for settings outside these choices.
     """
 
-    def __init__(self, clip, *, image_size: int | None = None, conditioning: str = "rat",
-                 rat_scope: str = "generator", hidden_size: int = 64, attention: str = "shuffle",
-                 attention_groups: int = 8, noise_size: int = 100, base_channels: int = 64,
-                 code_channels: int = 64, mapper_blocks: int = 4,
-                 prompt_blocks: Sequence[int] = tuple(range(1, 9)), bridge_scale: float = 0.1):
+    def __init__(
+        self,
+        clip,
+        *,
+        image_size: int | None = None,
+        conditioning: str = "rat",
+        rat_scope: str = "generator",
+        hidden_size: int = 64,
+        attention: str = "shuffle",
+        attention_groups: int = 8,
+        latent_size: int = 100,
+        base_channels: int = 64,
+        code_channels: int = 64,
+        mapper_blocks: int = 4,
+        prompt_blocks: Sequence[int] = tuple(range(1, 9)),
+        bridge_scale: float = 0.1,
+    ):
         super().__init__()
         _check("conditioning", conditioning, CONDITIONINGS)
         _check("rat_scope", rat_scope, SCOPES)
@@ -141,9 +163,9 @@ class Generator(nn.Module):
         if hidden_size == 0:
             conditioning = "cat"
         self.checkpointing = False  # of synthesis blocks: see `ratlip.fast.options`
-        self.noise_size = noise_size
+        self.latent_size = latent_size
         self.code_shape = (code_channels, clip.grid, clip.grid)
-        condition_size = noise_size + clip.embed_dim
+        condition_size = latent_size + clip.embed_dim
         cat = partial(ConditionalAffine, condition_size)
         recurrent = {
             "cat": cat,
@@ -158,11 +180,17 @@ class Generator(nn.Module):
 
         sizes = synthesis_sizes(clip.grid, image_size or clip.image_size)
         widths = synthesis_channels(base_channels, len(sizes))
-        self.code = nn.Linear(noise_size, code_channels * clip.grid**2)
+        self.code = nn.Linear(latent_size, code_channels * clip.grid**2)
         self.mapper = Mapper(
-            clip, channels=code_channels, out_channels=widths[0], blocks=mapper_blocks,
-            condition_size=condition_size, prompt_blocks=prompt_blocks, scale=bridge_scale,
-            affine=recurrent, conv=conv,
+            clip,
+            channels=code_channels,
+            out_channels=widths[0],
+            blocks=mapper_blocks,
+            condition_size=condition_size,
+            prompt_blocks=prompt_blocks,
+            scale=bridge_scale,
+            affine=recurrent,
+            conv=conv,
         )
         affine = recurrent if rat_scope == "generator" else cat
         self.synthesis_blocks = nn.ModuleList(
@@ -175,28 +203,27 @@ class Generator(nn.Module):
         if conditioning == "rat":
             blocks = mapper_blocks + (len(sizes) if rat_scope == "generator" else 0)
             self.recurrence = Recurrence(
-                sentence_size=clip.embed_dim, noise_size=noise_size, hidden_size=hidden_size,
-                steps=AFFINES * blocks,
+                sentence_size=clip.embed_dim, latent_size=latent_size, hidden_size=hidden_size, steps=AFFINES * blocks
             )
 
-    def forward(self, noise: Tensor, sentence: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, sentence: Tensor) -> Tensor:
         """noise (B,Z) standard normal, sentence (B,E) raw CLIP text embedding -> images (B,3,S,S).
 
         The images are meant for [-1,1] but not limited to it (no tanh, as published): clamp to show them.
         """
-        condition = torch.cat((noise, sentence), dim=1)
-        conditions = self._conditions(noise, sentence, condition)
+        condition = torch.cat((latent, sentence), dim=1)
+        conditions = self._conditions(latent, sentence, condition)
         mapped = AFFINES * len(self.mapper.fusion_blocks)
-        x = self.mapper(self.code(noise).unflatten(1, self.code_shape), condition, conditions[:mapped])
+        x = self.mapper(self.code(latent).unflatten(1, self.code_shape), condition, conditions[:mapped])
         for i, block in enumerate(self.synthesis_blocks):
             start = mapped + AFFINES * i
             four = conditions[start : start + AFFINES]
             x = checkpointed(block, x, four) if self.checkpointing and torch.is_grad_enabled() else block(x, four)
         return self.to_rgb(F.leaky_relu(x, 0.2))
 
-    def _conditions(self, noise: Tensor, sentence: Tensor, condition: Tensor) -> list[Tensor]:
+    def _conditions(self, latent: Tensor, sentence: Tensor, condition: Tensor) -> list[Tensor]:
         """The condition of every affine, in the order of use: the states of the LSTM as far as it reaches."""
-        states = self.recurrence(noise, sentence) if self.recurrence else []
+        states = self.recurrence(latent, sentence) if self.recurrence else []
         affines = AFFINES * (len(self.mapper.fusion_blocks) + len(self.synthesis_blocks))
         return states + [condition] * (affines - len(states))
 

@@ -14,8 +14,7 @@ def hinge(logits: Tensor, real: bool) -> Tensor:
     return F.relu(1 - logits if real else 1 + logits).mean()
 
 
-def ma_gp(logits: Tensor, features: Tensor, sentence: Tensor,
-          weight: float = 2.0, power: float = 6.0) -> Tensor:
+def ma_gp(logits: Tensor, features: Tensor, sentence: Tensor, weight: float = 2.0, power: float = 6.0) -> Tensor:
     """Matching-aware gradient penalty at real, matching pairs.
 
     weight * mean(|| d logit / d (features, sentence) ||^power), the norm taken per sample over both inputs

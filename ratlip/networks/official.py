@@ -68,7 +68,7 @@ class PublishedNetworks:
 
     kind: "RATLIP" or "GALIP".
     clip: the frozen CLIP with the published pre-processing (pixels normalised twice: official.md, row 4).
-    generator: `generator(noise (B,100), sentence (B,512)) -> images (B,3,224,224)`, not clamped.
+    generator: `generator(latent (B,100), sentence (B,512)) -> images (B,3,224,224)`, not clamped.
     judge: the discriminator as a module, None where the checkpoint has none; call it by `discriminator`.
     parts: which of netG, netD, netC there are.
     clip_names: which entries `mapping.CLIP_ViT.*` the checkpoint had; None stands for the whole tower.
@@ -101,8 +101,10 @@ class PublishedNetworks:
         """
         absent = {"netD", "netC"}.difference(self.parts if self.judge else ())
         if absent:
-            raise WeightsError(f"the checkpoint has no {' and no '.join(sorted(absent))}: "
-                               "load one that holds both to judge images, this one only generates")
+            raise WeightsError(
+                f"the checkpoint has no {' and no '.join(sorted(absent))}: "
+                "load one that holds both to judge images, this one only generates"
+            )
         return self.judge
 
 
@@ -131,10 +133,15 @@ def load_checkpoint(source: str | os.PathLike | dict, clip: nn.Module) -> Publis
     problems = _problems(expected, model) + _clip_problems(tower, clip)
     problems += [f"left over: {part}, no part of a checkpoint" for part in model if part not in expected]
     if problems:
-        raise WeightsError("\n  ".join([
-            f"{name} is not a {kind} checkpoint for this CLIP; {len(problems)} entries do not fit "
-            "(use an unmodified published checkpoint, and the CLIP it was trained with):", *problems,
-        ]))
+        raise WeightsError(
+            "\n  ".join(
+                [
+                    f"{name} is not a {kind} checkpoint for this CLIP; {len(problems)} entries do not fit "
+                    "(use an unmodified published checkpoint, and the CLIP it was trained with):",
+                    *problems,
+                ]
+            )
+        )
     for network in filter(None, (generator, judge)):
         _fill(network, kind, model, clip.mean.device)
     return networks
@@ -146,8 +153,10 @@ def save_checkpoint(networks: PublishedNetworks, path: str | os.PathLike) -> Non
     What `load_checkpoint` read is written back exactly, without the prefix `module.`; the optimizers' state
     as it was read. The file is written whole or not at all.
     """
-    model = {part: {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
-             for part, tensors in _published_tensors(networks).items()}
+    model = {
+        part: {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
+        for part, tensors in _published_tensors(networks).items()
+    }
     tower = networks.clip.model.visual.state_dict()
     names = [CLIP_PREFIX + key for key in tower] if networks.clip_names is None else networks.clip_names
     model["netG"] |= {name: tower[_tower_name(name)].cpu().clone() for name in names}
@@ -159,8 +168,10 @@ def published_names(network: Generator | Discriminator, kind: str) -> dict[str, 
     """Our name of each tensor of the network -> (part, published key); kind: "RATLIP" or "GALIP"."""
     if isinstance(network, Generator):
         return {key: ("netG", _generator_name(key, kind)) for key in network.state_dict()}
-    return {key: ("netC" if key.startswith("logit.") else "netD", _rename(key, DISCRIMINATOR_NAMES))
-            for key in network.state_dict()}
+    return {
+        key: ("netC" if key.startswith("logit.") else "netD", _rename(key, DISCRIMINATOR_NAMES))
+        for key in network.state_dict()
+    }
 
 
 def _read(source) -> tuple[dict, str]:
@@ -172,12 +183,16 @@ def _read(source) -> tuple[dict, str]:
         except FileNotFoundError:
             raise WeightsError(f"{name} does not exist: give the path of a published .pth file") from None
         except Exception as error:  # torch.load raises half a dozen kinds for damaged or unsafe files
-            raise WeightsError(f"{name} cannot be read as a checkpoint of tensors; download it again "
-                               f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
+            raise WeightsError(
+                f"{name} cannot be read as a checkpoint of tensors; download it again "
+                f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            ) from error
     model = source.get("model") if isinstance(source, dict) else None
     if not isinstance(model, dict) or not all(isinstance(state, dict) for state in model.values()):
-        raise WeightsError(f'{name} is no published checkpoint: it needs an entry "model" with netG '
-                           "(and netD, netC), each a dict of tensors")
+        raise WeightsError(
+            f'{name} is no published checkpoint: it needs an entry "model" with netG '
+            "(and netD, netC), each a dict of tensors"
+        )
     if "netG" not in model:
         raise WeightsError(f'{name} holds no generator: its "model" has {sorted(model)} and needs netG')
     return source, name
@@ -194,11 +209,16 @@ def _published_clip(clip: nn.Module) -> FrozenClip:
     frozen = FrozenClip(model, tokenizer, name="ViT-B-32 (published)", normalisation="published")
     sizes = {field: getattr(frozen, field) for field in CLIP_SIZES}
     if sizes != CLIP_SIZES:
-        raise WeightsError(f"the published networks see through CLIP ViT-B/32 {CLIP_SIZES}, this CLIP has "
-                           f"{sizes}: pass open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai')")
+        raise WeightsError(
+            f"the published networks see through CLIP ViT-B/32 {CLIP_SIZES}, this CLIP has "
+            f"{sizes}: pass open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai')"
+        )
     if not any(isinstance(module, QuickGELU) for module in model.visual.modules()):
-        warnings.warn("the published networks see through OpenAI's CLIP, whose activation is QuickGELU; this "
-                      "CLIP has another one and gives other images: use 'ViT-B-32-quickgelu'", stacklevel=3)
+        warnings.warn(
+            "the published networks see through OpenAI's CLIP, whose activation is QuickGELU; this "
+            "CLIP has another one and gives other images: use 'ViT-B-32-quickgelu'",
+            stacklevel=3,
+        )
     return frozen
 
 
@@ -207,12 +227,18 @@ def _generator(kind: str, clip: FrozenClip) -> Generator:
 
 
 def _discriminator(clip: FrozenClip) -> Discriminator:
-    return Discriminator(grid=clip.grid, clip_width=clip.width, sentence_size=clip.embed_dim,
-                         feature_blocks=FEATURE_BLOCKS, unused_shortcuts=True).eval()
+    return Discriminator(
+        grid=clip.grid,
+        clip_width=clip.width,
+        sentence_size=clip.embed_dim,
+        feature_blocks=FEATURE_BLOCKS,
+        unused_shortcuts=True,
+    ).eval()
 
 
 def _kind(state: dict[str, Tensor], clip: FrozenClip) -> str:
     """The kind of generator that shares the most keys with `state`, so that a damaged one is known too."""
+
     def shared(kind: str) -> int:
         with torch.device("meta"):
             keys = {key for _, key in published_names(_generator(kind, clip), kind).values()}
@@ -254,8 +280,9 @@ def _problems(expected: dict[str, dict[str, Tensor]], model: dict[str, dict[str,
     problems = []
     for part, tensors in expected.items():
         given = model[part]
-        problems += [f"missing: {part} {key} {tuple(tensor.shape)}"
-                     for key, tensor in tensors.items() if key not in given]
+        problems += [
+            f"missing: {part} {key} {tuple(tensor.shape)}" for key, tensor in tensors.items() if key not in given
+        ]
         problems += [f"left over: {part} {key}" for key in given if key not in tensors]
         for key, tensor in tensors.items():
             other = given.get(key, tensor)
@@ -274,8 +301,10 @@ def _clip_problems(tower: dict[str, Tensor], clip: FrozenClip) -> list[str]:
         if other is None:
             problems.append(f"left over: netG {key}")
         elif not isinstance(tensor, Tensor) or tensor.shape != other.shape:
-            problems.append(f"other shape: netG {key} is {tuple(getattr(tensor, 'shape', ()))}, "
-                            f"the CLIP that was passed has {tuple(other.shape)}")
+            problems.append(
+                f"other shape: netG {key} is {tuple(getattr(tensor, 'shape', ()))}, "
+                f"the CLIP that was passed has {tuple(other.shape)}"
+            )
         else:  # half precision of the same weights is agreement: compare as the narrower of the two
             narrow = min(tensor.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
             if not torch.equal(tensor.cpu().to(narrow), other.cpu().to(narrow)):

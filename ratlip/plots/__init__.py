@@ -1,1 +1,1 @@
-"""plots"""
+"""Figures: one style, pictures, charts."""

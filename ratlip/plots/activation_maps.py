@@ -1,4 +1,5 @@
 """Pictures of class activation maps (`ratlip.studies.grad_cam`), and their numbers against h."""
+
 from __future__ import annotations
 
 import textwrap
@@ -16,8 +17,7 @@ from ratlip.plots.pictures import as_pixels, save
 COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73"), "osD"
 
 
-def overlays(rows: dict[str, tuple[Tensor, Tensor]], captions: Sequence[str],
-             path: str | Path | None = None) -> Figure:
+def overlays(rows: dict[str, tuple[Tensor, Tensor]], captions: Sequence[str], path: str | Path | None = None) -> Figure:
     """One row of pairs a name: the image, and beside it its map laid over the image in grey.
 
     `rows`: name -> images (C,3,S,S) in [-1,1] and maps (C,S,S) in [0,1]; `captions`: C strings.
@@ -47,8 +47,7 @@ def leads(found: dict[str, pd.DataFrame], title: str = "", path: str | Path | No
     ax = figure.subplots()
     for i, ((name, table), colour, marker) in enumerate(zip(found.items(), COLOURS, MARKERS)):
         place = np.arange(len(table)) + (i - (len(found) - 1) / 2) * 0.25
-        ax.errorbar(table["margin"], place, xerr=2 * table["se"], fmt=marker, color=colour, capsize=3,
-                    label=name)
+        ax.errorbar(table["margin"], place, xerr=2 * table["se"], fmt=marker, color=colour, capsize=3, label=name)
     ax.axvline(0, color="#000000", linewidth=1)
     ax.set_yticks(range(len(table)), [f"map - {control}" for control in table.index])
     ax.invert_yaxis()
@@ -59,8 +58,9 @@ def leads(found: dict[str, pd.DataFrame], title: str = "", path: str | Path | No
     return save(figure, path)
 
 
-def scores_against_h(frame: pd.DataFrame, columns: dict[str, str], real: dict[str, dict[str, float]],
-                     path: str | Path | None = None) -> Figure:
+def scores_against_h(
+    frame: pd.DataFrame, columns: dict[str, str], real: dict[str, dict[str, float]], path: str | Path | None = None
+) -> Figure:
     """One panel a column: a dot a run, a line through the means over seeds, a colour a method.
 
     `frame`: from `explain.sweep`; `columns`: those shown -> their titles; `real`: method -> the same scores
@@ -83,6 +83,14 @@ def scores_against_h(frame: pd.DataFrame, columns: dict[str, str], real: dict[st
         ax.set_ylim(bottom=0)
         ax.spines[["top", "right"]].set_visible(False)
     handles, names = ax.get_legend_handles_labels()
-    figure.legend(handles, names, fontsize=8, frameon=False, loc="outside lower center", ncols=len(names),
-                  title="dots: runs; lines: means over seeds; dashed: real images", title_fontsize=8)
+    figure.legend(
+        handles,
+        names,
+        fontsize=8,
+        frameon=False,
+        loc="outside lower center",
+        ncols=len(names),
+        title="dots: runs; lines: means over seeds; dashed: real images",
+        title_fontsize=8,
+    )
     return save(figure, path)

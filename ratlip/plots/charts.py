@@ -1,4 +1,5 @@
-"""Charts of many runs: scores by arm, scores against h. One dot a seed: noise must not pass for news."""
+"""Charts of many runs: scores by variant, scores against h. One dot a seed: noise must not pass for news."""
+
 from __future__ import annotations
 
 import itertools
@@ -23,9 +24,14 @@ def _wrapped(title: str, width: int = 28) -> str:
     return "\n".join(textwrap.fill(line, width) for line in title.splitlines())
 
 
-def by_arm(frame: pd.DataFrame, columns: dict[str, str], real: dict[str, float] | None = None,
-           title: str = "", path: str | Path | None = None) -> Figure:
-    """One panel a score, one line an arm: a dot a seed, a bar at the mean, real images' value dashed.
+def by_variant(
+    frame: pd.DataFrame,
+    columns: dict[str, str],
+    real: dict[str, float] | None = None,
+    title: str = "",
+    path: str | Path | None = None,
+) -> Figure:
+    """One panel a score, one line a variant: a dot a seed, a bar at the mean, real images' value dashed.
 
     `frame`: as of `experiments.results`; `columns`: {score: title of its panel}; `real`: {score: value}.
     """
@@ -36,8 +42,9 @@ def by_arm(frame: pd.DataFrame, columns: dict[str, str], real: dict[str, float] 
         for row, label in enumerate(labels):
             values = frame.loc[frame["label"] == label, column].to_numpy(dtype=float)
             colour, marker = COLOURS[row % len(COLOURS)], MARKERS[row % len(MARKERS)]
-            ax.plot(values, np.full(len(values), row), marker, color=colour, markersize=5, alpha=0.75,
-                    markeredgewidth=0)
+            ax.plot(
+                values, np.full(len(values), row), marker, color=colour, markersize=5, alpha=0.75, markeredgewidth=0
+            )
             ax.plot([values.mean()] * 2, [row - 0.32, row + 0.32], color=colour, linewidth=2)
         if real and column in real:
             ax.axvline(real[column], color="#555555", linestyle="--", linewidth=1)
@@ -54,8 +61,14 @@ def by_arm(frame: pd.DataFrame, columns: dict[str, str], real: dict[str, float] 
     return save(figure, path)
 
 
-def against(frame: pd.DataFrame, x: str, columns: dict[str, str], real: dict[str, float] | None = None,
-            label: str = "", path: str | Path | None = None) -> Figure:
+def against(
+    frame: pd.DataFrame,
+    x: str,
+    columns: dict[str, str],
+    real: dict[str, float] | None = None,
+    label: str = "",
+    path: str | Path | None = None,
+) -> Figure:
     """One panel a score against `x`, whose values have equal room: a dot a seed, the mean as a line."""
     places = {value: i for i, value in enumerate(sorted(frame[x].unique()))}
     rows = -(-len(columns) // 3)
@@ -64,8 +77,15 @@ def against(frame: pd.DataFrame, x: str, columns: dict[str, str], real: dict[str
     for ax, (column, name) in zip(axes, columns.items()):
         means = frame.groupby(x)[column].mean()
         ax.plot([places[value] for value in means.index], means.to_numpy(), color=COLOURS[0], linewidth=1.5)
-        ax.plot([places[value] for value in frame[x]], frame[column].to_numpy(dtype=float), "o",
-                color=COLOURS[1], markersize=4.5, alpha=0.8, markeredgewidth=0)
+        ax.plot(
+            [places[value] for value in frame[x]],
+            frame[column].to_numpy(dtype=float),
+            "o",
+            color=COLOURS[1],
+            markersize=4.5,
+            alpha=0.8,
+            markeredgewidth=0,
+        )
         if real and column in real:
             ax.axhline(real[column], color="#555555", linestyle="--", linewidth=1, label="real images")
             ax.legend(fontsize=7, frameon=False)
@@ -75,13 +95,14 @@ def against(frame: pd.DataFrame, x: str, columns: dict[str, str], real: dict[str
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-    for ax in axes[len(columns):]:
+    for ax in axes[len(columns) :]:
         ax.set_axis_off()
     return save(figure, path)
 
 
-def intervals(differences: dict[str, object], title: str = "", xlabel: str = "",
-              path: str | Path | None = None) -> Figure:
+def intervals(
+    differences: dict[str, object], title: str = "", xlabel: str = "", path: str | Path | None = None
+) -> Figure:
     """Mean differences with 95 % intervals (`experiments.Difference`), zero marked; wide ones are cut."""
     names = list(differences)
     figure = Figure(figsize=(6.4, 0.8 + 0.36 * len(names)), layout="constrained")
@@ -104,17 +125,16 @@ def intervals(differences: dict[str, object], title: str = "", xlabel: str = "",
     return save(figure, path)
 
 
-def samples(images: Sequence, captions: Sequence[str], models: Sequence[str],
-            path: str | Path | None = None) -> Figure:
+def samples(images: Sequence, captions: Sequence[str], models: Sequence[str], path: str | Path | None = None) -> Figure:
     """Images (captions, models, 3, H, W) in [-1,1]: one row a caption, one column a model."""
     figure = Figure(figsize=(2.3 + 1.1 * len(models), 0.55 + 1.1 * len(captions)), layout="constrained")
-    axes = figure.subplots(len(captions), len(models) + 1, squeeze=False,
-                           width_ratios=[2.1, *itertools.repeat(1, len(models))])
+    axes = figure.subplots(
+        len(captions), len(models) + 1, squeeze=False, width_ratios=[2.1, *itertools.repeat(1, len(models))]
+    )
     for ax in axes.flat:
         ax.set_axis_off()
     for line, words, row in zip(axes, captions, images):
-        line[0].text(1, 0.5, textwrap.fill(words, 26), ha="right", va="center", fontsize=8,
-                     transform=line[0].transAxes)
+        line[0].text(1, 0.5, textwrap.fill(words, 26), ha="right", va="center", fontsize=8, transform=line[0].transAxes)
         for ax, picture in zip(line[1:], row):
             ax.imshow(as_pixels(picture), interpolation="nearest")
     for ax, name in zip(axes[0, 1:], models):

@@ -15,10 +15,10 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from ratlip.plots.charts import COLOURS, LINES, MARKERS
-from ratlip.scores.evaluation import generate
 from ratlip.plots.pictures import save
 from ratlip.report.notebooks import figure_path
-from ratlip.training.loop import noise_for
+from ratlip.scores.evaluation import generate
+from ratlip.training.loop import sample_latents
 
 
 def keep(figure: Figure, report: str | Path | None, name: str) -> Figure:
@@ -26,20 +26,16 @@ def keep(figure: Figure, report: str | Path | None, name: str) -> Figure:
     return save(figure, figure_path(report, f"{name}.png"))
 
 
-def training_curves(
-    logs: dict[str, Sequence[pd.DataFrame]], panels: dict[str, str], smooth: int = 1
-) -> Figure:
-    """Losses against steps, one panel a column: each arm its colour and line, seeds thin, their mean thick.
+def training_curves(logs: dict[str, Sequence[pd.DataFrame]], panels: dict[str, str], smooth: int = 1) -> Figure:
+    """Losses against steps, one panel a column: each variant its colour and line, seeds thin, their mean thick.
 
-    `logs`: {arm: one log (`experiments.training_log`) a seed}; `panels`: {column: title}; `smooth`: rows of a
+    `logs`: {variant: one log (`experiments.training_log`) a seed}; `panels`: {column: title}; `smooth`: rows of a
     running mean.
     """
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(9, 2.5 * rows + 0.3 + 0.2 * -(-len(logs) // 4)), layout="constrained")
     axes = figure.subplots(rows, min(2, len(panels)), squeeze=False).ravel()
-    styles = list(
-        zip(itertools.cycle(COLOURS), itertools.cycle(LINES), itertools.cycle(MARKERS), range(len(logs)))
-    )
+    styles = list(zip(itertools.cycle(COLOURS), itertools.cycle(LINES), itertools.cycle(MARKERS), range(len(logs))))
     for ax, (column, title) in zip(axes, panels.items()):
         for seeds, (colour, line, marker, _) in zip(logs.values(), styles):
             series = [log.set_index("step")[column].rolling(smooth, min_periods=1).mean() for log in seeds]
@@ -68,9 +64,7 @@ def training_curves(
         Line2D([], [], color=colour, linestyle=line, marker=marker, markersize=4, label=name)
         for name, (colour, line, marker, _) in zip(logs, styles)
     ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False, handlelength=3
-    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False, handlelength=3)
     return figure
 
 
@@ -87,17 +81,10 @@ def generation_cost(frame: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(9.6, 3.1), layout="constrained")
     axes = figure.subplots(1, 3)
     for i, ((model, device), part) in enumerate(frame.groupby(["model", "device"], sort=False)):
-        style = {
-            "color": COLOURS[i % 7],
-            "linestyle": LINES[i % 4],
-            "marker": MARKERS[i % 7],
-            "markersize": 4,
-        }
+        style = {"color": COLOURS[i % 7], "linestyle": LINES[i % 4], "marker": MARKERS[i % 7], "markersize": 4}
         for ax, column in zip(axes, panels):
             ax.plot(part.batch, part[column], label=f"{model}, {device.upper()}", linewidth=1.5, **style)
-        axes[0].fill_between(
-            part.batch, part.ms_low, part.ms_high, color=style["color"], alpha=0.2, linewidth=0
-        )
+        axes[0].fill_between(part.batch, part.ms_low, part.ms_high, color=style["color"], alpha=0.2, linewidth=0)
     for ax, title in zip(axes, panels.values()):
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
@@ -158,28 +145,26 @@ def distances(spaces: dict) -> Figure:
 
 @torch.no_grad()
 def between_captions(run, first: str, last: str, steps: int = 7, seed: int = 1) -> Tensor:
-    """Images (steps,3,S,S) in [-1,1] with one noise, the sentence moving in a straight line between two
+    """Images (steps,3,S,S) in [-1,1] with one latent, the sentence moving in a straight line between two
     captions.
     """
     ends = run.clip.embed_text([first, last])
     path = torch.lerp(ends[:1], ends[1:], torch.linspace(0, 1, steps, device=ends.device)[:, None])
-    noise = noise_for(seed, 0, 1, run.settings.model.noise_size).expand(steps, -1)
-    return generate(run.generator, noise, path.cpu())
+    latent = sample_latents(seed, 0, 1, run.settings.model.latent_size).expand(steps, -1)
+    return generate(run.generator, latent, path.cpu())
 
 
 @torch.no_grad()
-def between_noises(run, caption: str, steps: int = 7, seed: int = 1) -> Tensor:
-    """Images (steps,3,S,S) in [-1,1] of one caption, the noise turning from one draw to another.
+def between_latents(run, caption: str, steps: int = 7, seed: int = 1) -> Tensor:
+    """Images (steps,3,S,S) in [-1,1] of one caption, the latent turning from one draw to another.
 
-    It turns rather than cuts across (a great circle): halfway along a straight line, normal noise is shorter
+    It turns rather than cuts across (a great circle): halfway along a straight line, a normal draw is shorter
     than any that the generator knows.
     """
-    first, last = noise_for(seed, 0, 2, run.settings.model.noise_size)
+    first, last = sample_latents(seed, 0, 2, run.settings.model.latent_size)
     angle = torch.linspace(0, torch.pi / 2, steps)[:, None]
     return generate(
-        run.generator,
-        angle.cos() * first + angle.sin() * last,
-        run.clip.embed_text([caption]).cpu().expand(steps, -1),
+        run.generator, angle.cos() * first + angle.sin() * last, run.clip.embed_text([caption]).cpu().expand(steps, -1)
     )
 
 

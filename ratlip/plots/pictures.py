@@ -1,4 +1,5 @@
 """Figures. Each function returns a matplotlib Figure, and saves it where a path is given."""
+
 from __future__ import annotations
 
 import itertools
@@ -56,12 +57,13 @@ def mosaic(images: Tensor, columns: int) -> np.ndarray:
     sheet = np.full((rows * (h + 1) - 1, columns * (w + 1) - 1, 3), 255, dtype=np.uint8)
     for i, picture in enumerate(pixels):
         top, left = i // columns * (h + 1), i % columns * (w + 1)
-        sheet[top:top + h, left:left + w] = picture
+        sheet[top : top + h, left : left + w] = picture
     return sheet
 
 
-def caption_grid(images: Tensor, captions: Sequence[str], path: str | Path | None = None, title: str = "",
-                 real: Tensor | None = None) -> Figure:
+def caption_grid(
+    images: Tensor, captions: Sequence[str], path: str | Path | None = None, title: str = "", real: Tensor | None = None
+) -> Figure:
     """One row a caption: the words on the left, generated images beside them, a real one last where given.
 
     `images` (R,C,3,H,W) in [-1,1]; `captions`: R strings; `real` (R,3,H,W) in [-1,1].
@@ -73,8 +75,7 @@ def caption_grid(images: Tensor, captions: Sequence[str], path: str | Path | Non
     for ax in axes.flat:
         ax.set_axis_off()
     for row, (line, words) in enumerate(zip(axes, captions)):
-        line[0].text(1, 0.5, textwrap.fill(words, 30), ha="right", va="center", fontsize=9,
-                     transform=line[0].transAxes)
+        line[0].text(1, 0.5, textwrap.fill(words, 30), ha="right", va="center", fontsize=9, transform=line[0].transAxes)
         pictures = [*images[row], *([real[row]] if real is not None else [])]
         for ax, picture in zip(line[1:], pictures):
             ax.imshow(as_pixels(picture), interpolation="nearest")
@@ -86,8 +87,7 @@ def caption_grid(images: Tensor, captions: Sequence[str], path: str | Path | Non
     return save(figure, path)
 
 
-def picture_sheet(images: Tensor, columns: int = 12, path: str | Path | None = None,
-                  title: str = "") -> Figure:
+def picture_sheet(images: Tensor, columns: int = 12, path: str | Path | None = None, title: str = "") -> Figure:
     """Images (N,3,H,W) in [-1,1] as one sheet."""
     sheet = mosaic(images, columns)
     width = columns * 0.75
@@ -99,15 +99,22 @@ def picture_sheet(images: Tensor, columns: int = 12, path: str | Path | None = N
     return save(figure, path)
 
 
-def curves(rows: Sequence[dict], panels: dict[str, dict[str, str]], path: str | Path | None = None,
-           x: str = "step") -> Figure:
+def curves(
+    rows: Sequence[dict], panels: dict[str, dict[str, str]], path: str | Path | None = None, x: str = "step"
+) -> Figure:
     """Line charts of logged rows: `panels` maps a panel's title to {column: label}."""
     figure = Figure(figsize=(4 * len(panels), 2.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, columns) in zip(axes, panels.items()):
         for (column, label), style in zip(columns.items(), itertools.cycle(("-", "--", ":", "-."))):
-            ax.plot([row[x] for row in rows], [row[column] for row in rows], style, label=label, linewidth=1.5,
-                    marker="o" if len(rows) == 1 else None)
+            ax.plot(
+                [row[x] for row in rows],
+                [row[column] for row in rows],
+                style,
+                label=label,
+                linewidth=1.5,
+                marker="o" if len(rows) == 1 else None,
+            )
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_title(title, fontsize=10)
         ax.set_xlabel(x)
@@ -117,8 +124,9 @@ def curves(rows: Sequence[dict], panels: dict[str, dict[str, str]], path: str | 
     return save(figure, path)
 
 
-def bars(values: dict[str, float], chance: dict[str, float] | None = None, title: str = "",
-         path: str | Path | None = None) -> Figure:
+def bars(
+    values: dict[str, float], chance: dict[str, float] | None = None, title: str = "", path: str | Path | None = None
+) -> Figure:
     """Shares (0 to 1) as horizontal bars, with the chance level as a tick where given."""
     figure = Figure(figsize=(5.8, 0.5 + 0.42 * len(values)), layout="constrained")
     ax = figure.subplots()
@@ -129,8 +137,9 @@ def bars(values: dict[str, float], chance: dict[str, float] | None = None, title
         x = chance[name] if crossed else values[name]
         ax.text(x + 0.01, i, f"{values[name]:.0%}", va="center", fontsize=9)
         if chance:
-            ax.plot([chance[name]] * 2, [i - 0.4, i + 0.4], color="#D55E00", linewidth=2,
-                    label="chance" if i == 0 else None)
+            ax.plot(
+                [chance[name]] * 2, [i - 0.4, i + 0.4], color="#D55E00", linewidth=2, label="chance" if i == 0 else None
+            )
     ax.set_xlim(0, 1.12)
     ax.xaxis.set_major_formatter("{x:.0%}")
     ax.set_title(title, fontsize=10)
@@ -140,8 +149,13 @@ def bars(values: dict[str, float], chance: dict[str, float] | None = None, title
     return save(figure, path)
 
 
-def pictures(images: Sequence[Tensor], titles: Sequence[str] = (), columns: int = 8, width: float = 1.35,
-             path: str | Path | None = None) -> Figure:
+def pictures(
+    images: Sequence[Tensor],
+    titles: Sequence[str] = (),
+    columns: int = 8,
+    width: float = 1.35,
+    path: str | Path | None = None,
+) -> Figure:
     """Images (3,H,W) in [-1,1], of any sizes, each in a frame of its own with its title above, row by row."""
     rows = -(-len(images) // columns)
     lines = max((title.count("\n") + 1 for title in titles if title), default=0)
@@ -155,8 +169,16 @@ def pictures(images: Sequence[Tensor], titles: Sequence[str] = (), columns: int 
     return save(figure, path)
 
 
-def heatmap(values, rows: Sequence[str] = (), images: Sequence[Tensor] = (), title: str = "", side=0.5,
-            label: str = "cosine", axes: str = "", path: str | Path | None = None) -> Figure:
+def heatmap(
+    values,
+    rows: Sequence[str] = (),
+    images: Sequence[Tensor] = (),
+    title: str = "",
+    side=0.5,
+    label: str = "cosine",
+    axes: str = "",
+    path: str | Path | None = None,
+) -> Figure:
     """A matrix (R,C) as colours, zero white; names of the rows at the left, images (3,H,W) of columns on top.
 
     `axes`: what both axes count, instead of names."""
@@ -189,9 +211,13 @@ def heatmap(values, rows: Sequence[str] = (), images: Sequence[Tensor] = (), tit
     return save(figure, path)
 
 
-def grouped_bars(groups: dict[str, dict[str, float]], chance: dict[str, float] | None = None,
-                 errors: dict[str, dict[str, float]] | None = None, title: str = "",
-                 path: str | Path | None = None) -> Figure:
+def grouped_bars(
+    groups: dict[str, dict[str, float]],
+    chance: dict[str, float] | None = None,
+    errors: dict[str, dict[str, float]] | None = None,
+    title: str = "",
+    path: str | Path | None = None,
+) -> Figure:
     """Shares (0 to 1), `groups[who][what]`, side by side, with error bars and chance levels where given."""
     names, colours = list(next(iter(groups.values()))), ("#0072B2", "#BBBBBB", "#009E73")
     figure = Figure(figsize=(1.5 + 1.2 * len(names), 3.1), layout="constrained")
@@ -200,11 +226,19 @@ def grouped_bars(groups: dict[str, dict[str, float]], chance: dict[str, float] |
     for i, ((who, shares), colour) in enumerate(zip(groups.items(), colours)):
         x = np.arange(len(names)) + (i - (len(groups) - 1) / 2) * width
         spread = [errors[who][name] for name in names] if errors and who in errors else None
-        ax.bar(x, [shares[name] for name in names], width * 0.94, yerr=spread, label=who, color=colour,
-               error_kw={"elinewidth": 1, "capsize": 3})
+        ax.bar(
+            x,
+            [shares[name] for name in names],
+            width * 0.94,
+            yerr=spread,
+            label=who,
+            color=colour,
+            error_kw={"elinewidth": 1, "capsize": 3},
+        )
     for i, name in enumerate(names if chance else ()):
-        ax.plot([i - 0.45, i + 0.45], [chance[name]] * 2, color="#D55E00", linewidth=2,
-                label="chance" if i == 0 else None)
+        ax.plot(
+            [i - 0.45, i + 0.45], [chance[name]] * 2, color="#D55E00", linewidth=2, label="chance" if i == 0 else None
+        )
     ax.set_xticks(range(len(names)), names)
     ax.set_ylim(0, 1.05)
     ax.yaxis.set_major_formatter("{x:.0%}")

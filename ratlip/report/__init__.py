@@ -1,1 +1,1 @@
-"""report"""
+"""How answers are shown: executed notebooks, tables, the page."""

@@ -73,9 +73,7 @@ def _drawn(tex: str) -> tuple[str, float, float, float] | None:
     from matplotlib.font_manager import FontProperties
     from matplotlib.mathtext import math_to_image
 
-    tag = re.search(
-        r"\\qquad(?:\s*\\qquad)?\s*\((\d+)\)\s*$", tex
-    )  # the number of an equation stands by itself
+    tag = re.search(r"\\qquad(?:\s*\\qquad)?\s*\((\d+)\)\s*$", tex)  # the number of an equation stands by itself
     body = tex[: tag.start()].rstrip(" ,\n") + (rf"\qquad\qquad ({tag[1]})" if tag else "") if tag else tex
     body = _underbraces(body)
     for old, new in _OTHER_WORDS:
@@ -88,9 +86,7 @@ def _drawn(tex: str) -> tuple[str, float, float, float] | None:
         except ValueError:
             return None
     svg = file.getvalue().decode()
-    width, height = (
-        float(n) / size for n in re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg).groups()
-    )
+    width, height = (float(n) / size for n in re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg).groups())
     svg = re.sub(
         r"<metadata>.*?</metadata>|<\?xml.*?\?>|<!DOCTYPE.*?>|\n\s*",
         lambda m: " " if "\n" in m[0][:1] else "",
@@ -147,8 +143,7 @@ def described(notebook):
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             heading = next(
-                (line.lstrip("# ") for line in reversed(cell.source.splitlines()) if line.startswith("#")),
-                heading,
+                (line.lstrip("# ") for line in reversed(cell.source.splitlines()) if line.startswith("#")), heading
             )
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
@@ -172,9 +167,7 @@ def notebook_page(notebook: str | Path, out: str | Path) -> Path:
     body = _exporter().from_notebook_node(content)[0]
     if len(body.encode()) > LIMIT:
         body = _pictures_apart(body, out.with_name(f"{out.stem}_files"))
-    title = next(
-        (c.source.splitlines()[0].lstrip("# ") for c in content.cells if c.cell_type == "markdown"), out.stem
-    )
+    title = next((c.source.splitlines()[0].lstrip("# ") for c in content.cells if c.cell_type == "markdown"), out.stem)
     page = (
         environment()
         .get_template("notebook.html.j2")

@@ -24,9 +24,9 @@ from typing import Any
 
 import yaml
 
-from ratlip.settings import load_settings
 from ratlip.errors import RatlipError, RunError
 from ratlip.files import write_text
+from ratlip.settings import load_settings
 
 STORY = (
     "01_prepare_data",
@@ -47,7 +47,7 @@ LOCAL = ("profile", "data", "outputs", "report")  # parameters that say where, n
 
 def repository() -> Path:
     """The root of the repository: above the current folder, else around this file; else RunError."""
-    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]):
+    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[2]):
         if (folder / "pyproject.toml").is_file() and (folder / "ratlip").is_dir():
             return folder
     raise RunError(f"{Path.cwd()}: not inside the ratlip repository; start from its root or from notebooks/")
@@ -61,7 +61,7 @@ def outputs_folder(profile: str, outputs: str | Path | None = None) -> Path:
     return repository() / home / Path(profile).stem
 
 
-def workspace(profile: str, outputs: str | Path | None = None, *, settings: Any = None, **overrides):
+def open_workspace(profile: str, outputs: str | Path | None = None, *, settings: Any = None, **overrides):
     """The `Workspace` of a profile, with a notebook's parameters laid over its settings.
 
     `overrides`: "seed", "steps", "epochs" or a name of the section model; None or "" keep what the profile
@@ -173,12 +173,8 @@ def _beat(draft: Path, done: threading.Event, say, start: float) -> None:
             cells = [cell for cell in nbformat.read(draft, 4).cells if cell.cell_type == "code"]
         except (OSError, ValueError, nbformat.reader.NotJSONError):
             continue  # being written at this moment
-        running = [
-            i for i, cell in enumerate(cells) if cell.metadata.get("papermill", {}).get("status") == "running"
-        ]
-        printed = [
-            o.text for i in running for o in cells[i].outputs if o.output_type == "stream" and o.text.strip()
-        ]
+        running = [i for i, cell in enumerate(cells) if cell.metadata.get("papermill", {}).get("status") == "running"]
+        printed = [o.text for i in running for o in cells[i].outputs if o.output_type == "stream" and o.text.strip()]
         last = _last_states(printed[-1]).strip().splitlines()[-1][:100] if printed else ""
         say(f"{_clock(start)}, cell {running[0] + 1 if running else '?'} of {len(cells)}  {last}")
 
@@ -257,9 +253,7 @@ def _private(parameters: dict[str, Any]) -> dict[str, str]:
 
 def _masked(text: str, hide: dict[str, str] | None) -> str:
     for place, name in (hide or {}).items():
-        end = (
-            "" if place.endswith("/") else r"(?![\w.-])"
-        )  # a folder, not the beginning of another one's name
+        end = "" if place.endswith("/") else r"(?![\w.-])"  # a folder, not the beginning of another one's name
         text = re.sub(re.escape(place) + end, name, text)
     return text
 
@@ -278,11 +272,7 @@ def code_digest(notebook) -> str:
 def injected(notebook) -> dict[str, Any]:
     """The parameters that papermill put in."""
     cells = [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
-    return {
-        line.targets[0].id: ast.literal_eval(line.value)
-        for cell in cells
-        for line in ast.parse(cell.source).body
-    }
+    return {line.targets[0].id: ast.literal_eval(line.value) for cell in cells for line in ast.parse(cell.source).body}
 
 
 def refresh(profile: str = "demo") -> list[Path]:
@@ -301,18 +291,14 @@ def refresh(profile: str = "demo") -> list[Path]:
             raise RunError(f"{shown(made)}: not there; run `make reproduce PROFILE={profile}` first")
         notebook, now = nbformat.read(made, 4), nbformat.read(stored, 4)
         changed = {
-            key: value
-            for key, value in injected(notebook).items()
-            if key not in LOCAL and value not in (None, "")
+            key: value for key, value in injected(notebook).items() if key not in LOCAL and value not in (None, "")
         }
         if changed or injected(notebook).get("profile", profile) != profile:
             raise RunError(
                 f"{shown(made)}: was run with {changed or injected(notebook)}, not as it stands in notebooks/"
             )
         if [cell.source for cell in own_cells(notebook)] != [cell.source for cell in now.cells]:
-            raise RunError(
-                f"{shown(made)}: its text is not that of {shown(stored)}; run `make reproduce` again"
-            )
+            raise RunError(f"{shown(made)}: its text is not that of {shown(stored)}; run `make reproduce` again")
         notebook.cells = own_cells(notebook)
         for number, cell in enumerate([cell for cell in notebook.cells if cell.cell_type == "code"], start=1):
             cell.execution_count = number
@@ -347,14 +333,14 @@ def smoke_runs() -> None:
     from ratlip.studies import grid
     from ratlip.workspace import Workspace
 
-    space = Workspace.of(load_settings("smoke"), outputs_folder("smoke"), progress=False)
-    grid.complete(space, door="library")
+    workspace = Workspace.of(load_settings("smoke"), outputs_folder("smoke"), progress=False)
+    grid.complete(workspace, door="library")
 
 
 def main() -> None:
     """Entry point of `python -m ratlip.report.notebooks`."""
     parser = argparse.ArgumentParser(
-        prog="python -m ratlip.notebooks",
+        prog="python -m ratlip.report.notebooks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -370,9 +356,7 @@ def main() -> None:
     chosen = parser.parse_args()
     try:
         if chosen.command == "run":
-            given = {
-                name: yaml.safe_load(value) for name, value in chosen.parameters if value not in ("", "None")
-            }
+            given = {name: yaml.safe_load(value) for name, value in chosen.parameters if value not in ("", "None")}
             execute(chosen.notebook, chosen.out, given)
         else:
             made = refresh(chosen.profile) if chosen.command == "refresh" else smoke_references()

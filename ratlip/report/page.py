@@ -1,6 +1,6 @@
 """The report of a profile: one page to open, reports/<profile>/index.html, and what it links to.
 
-    python -m ratlip.report --profile demo
+    python -m ratlip.report.page --profile demo
 
 It reads what the notebooks have left in the report's folder (executed notebooks, figures, tables, verdicts)
 and the run folders' provenance, and makes the page, the notebooks as web pages, `provenance.json` and
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import yaml
 
-from ratlip.settings import Settings, load_settings
 from ratlip.errors import RatlipError, RunError
 from ratlip.files import read_json, write_json, write_text
 from ratlip.report.notebooks import STORY, outputs_folder, repository, shown
+from ratlip.settings import Settings, load_settings
 
 # What each notebook answers, for the page where it has not been run.
 QUESTIONS = {
@@ -61,8 +61,7 @@ def load_verdicts(report: str | Path) -> dict[str, list[dict]]:
             ]
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"{shown(path)}: damaged ({type(error).__name__}); delete it and run "
-                f"notebooks/{path.stem}.ipynb again"
+                f"{shown(path)}: damaged ({type(error).__name__}); delete it and run notebooks/{path.stem}.ipynb again"
             ) from error
     return found
 
@@ -78,14 +77,8 @@ def answers(report: Path, profile: str) -> list[dict]:
 
     found, rows = load_verdicts(report), []
     for notebook in dict.fromkeys([*QUESTIONS, *found]):
-        unanswered = {
-            "claim": QUESTIONS.get(notebook, notebook),
-            "verdict": summary.OPEN,
-            "evidence": how(profile),
-        }
-        page = (
-            f"notebooks/{notebook}.html" if (report / "notebooks" / f"{notebook}.ipynb").is_file() else None
-        )
+        unanswered = {"claim": QUESTIONS.get(notebook, notebook), "verdict": summary.OPEN, "evidence": how(profile)}
+        page = f"notebooks/{notebook}.html" if (report / "notebooks" / f"{notebook}.ipynb").is_file() else None
         for each in found.get(notebook) or [unanswered]:
             mark, kind = MARKS.get(each["verdict"], ("?", "open"))
             rows.append({"notebook": notebook, "link": page, "mark": mark, "kind": kind, **each})
@@ -119,8 +112,7 @@ def printed_tables(report: Path) -> list[dict]:
 
     found, order = [], ["published_fid", "published_clip_score", "published_and_measured"]
     paths = sorted(
-        (report / "tables").glob("*.md"),
-        key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p.stem),
+        (report / "tables").glob("*.md"), key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p.stem)
     )
     for path in paths:
         try:
@@ -179,9 +171,7 @@ def build(profile: str, outputs: str | Path | None = None, report: str | Path | 
     name = Path(settings.profile).stem
     folder = repository() / (report or f"reports/{name}")
     if report is not None and not folder.is_dir():
-        raise RunError(
-            f"{shown(folder)}: there is no such report; `make reproduce PROFILE={profile}` makes one"
-        )
+        raise RunError(f"{shown(folder)}: there is no such report; `make reproduce PROFILE={profile}` makes one")
     folder.mkdir(parents=True, exist_ok=True)
     provenance = summary.provenance(settings, outputs_folder(settings.profile, outputs), folder)
     write_json(folder / "provenance.json", provenance)
@@ -205,7 +195,7 @@ def build(profile: str, outputs: str | Path | None = None, report: str | Path | 
             runs=[
                 [
                     run["run"],
-                    run["arm"],
+                    run["variant"],
                     run["seed"],
                     f"{run['steps']:,}",
                     f"{run['training_seconds']:.0f}",
@@ -227,12 +217,16 @@ def budget(settings: Settings) -> str:
     e, t = settings.experiments, settings.training
     main = f"{t.steps:,} steps" if t.steps is not None else f"{t.epochs:,} epochs"
     each = f"{e.steps:,} steps" if e.steps is not None else main
-    short = "" if each == main else (
-        f" The main run of notebook 3 was trained for {main}: short trainings compare how fast an arm learns, and "
-        "say nothing about where it ends."
+    short = (
+        ""
+        if each == main
+        else (
+            f" The main run of notebook 3 was trained for {main}: short trainings compare how fast a variant learns, and "
+            "say nothing about where it ends."
+        )
     )
     return (
-        f"The compared runs were trained for {each} each, {e.seeds} seeds an arm ({e.versus_seeds} for published "
+        f"The compared runs were trained for {each} each, {e.seeds} seeds a variant ({e.versus_seeds} for published "
         f"against corrected).{short}"
     )
 
@@ -248,11 +242,9 @@ def _check_private(page: str, folder: Path) -> None:
 
 
 def main() -> None:
-    """Entry point of `python -m ratlip.report`."""
+    """Entry point of `python -m ratlip.report.page`."""
     parser = argparse.ArgumentParser(
-        prog="python -m ratlip.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m ratlip.report.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--profile", "-p", default="demo")
     parser.add_argument("--outputs", help="where the runs are [outputs/<profile>]")

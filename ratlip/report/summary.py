@@ -9,11 +9,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ratlip.studies import grid
-from ratlip.settings import Settings
 from ratlip.files import read_json
-from ratlip.report.notebooks import STORY
 from ratlip.provenance import describe
+from ratlip.report.notebooks import STORY
+from ratlip.settings import Settings
+from ratlip.studies import grid
 
 OPEN = "not answered yet"
 DECIDED = ("supported", "contradicted", "undecided")
@@ -42,7 +42,7 @@ def provenance(settings: Settings, root: Path, report: Path) -> dict[str, Any]:
             rows.append(
                 {
                     "run": name,
-                    "arm": " = ".join(its),
+                    "variant": " = ".join(its),
                     **{
                         key: found.get(key)
                         for key in (
@@ -96,8 +96,7 @@ def _without_paths(settings: Settings) -> dict:
 def _data(root: Path, settings: Settings) -> dict | None:
     found = _read(root / f"prepared-{settings.data_hash}" / "manifest.json")
     return found and {
-        key: found.get(key)
-        for key in ("name", "counts", "captions", "resize", "content_sha256", "records_sha256")
+        key: found.get(key) for key in ("name", "counts", "captions", "resize", "content_sha256", "records_sha256")
     }
 
 
@@ -151,10 +150,7 @@ def origin(content: dict) -> list[tuple[str, str]]:
     if data:
         counts = ", ".join(f"{count:,} {split}" for split, count in data["counts"].items())
         rows.append(
-            (
-                "data",
-                f"{data['name']}: {counts} images; SHA-256 of the prepared content {data['content_sha256']}",
-            )
+            ("data", f"{data['name']}: {counts} images; SHA-256 of the prepared content {data['content_sha256']}")
         )
     for name, key in (("CLIP of the networks", "clip"), ("independent CLIP", "independent_clip")):
         if content[key]:
@@ -179,9 +175,7 @@ def duration(seconds: float) -> str:
     """`1 h 02 min`, `3 min 20 s` or `12 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-    )
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 # ------------------------------------------------------------------------------------------------- summary
@@ -198,9 +192,7 @@ def summary(settings: Settings, claims: list[dict], content: dict) -> list[dict]
         {
             "title": "Communication with original authors",
             "points": [],
-            "text": [
-                "None. What is said of the published code was read from it and measured by running its parts."
-            ],
+            "text": ["None. What is said of the published code was read from it and measured by running its parts."],
         },
     ]
 
@@ -208,8 +200,7 @@ def summary(settings: Settings, claims: list[dict], content: dict) -> list[dict]
 EASY = [
     "The method's parts are standard ones and small: two MLPs an affine, one LSTM cell, shuffle attention"
     " as in SA-Net.",
-    "The published code fixes what the paper leaves out: layer sizes, the mapper, losses, penalty, "
-    "learning rates.",
+    "The published code fixes what the paper leaves out: layer sizes, the mapper, losses, penalty, learning rates.",
     "It can be checked layer by layer: its checkpoints load into the networks written here, and tests "
     "compare maps, logits, losses and gradients.",
 ]
@@ -226,8 +217,7 @@ DIFFICULT = [
     " of another range, and the last partial batch is not counted.",
     "The published numbers come without seeds or spread; on CUB the FID of GALIP is better than RATLIP's;"
     " an earlier version of the table has two columns the other way round.",
-    "The size and the rule of CelebA-tiny are not published, and the paper gives Grad-CAM maps without a "
-    "number.",
+    "The size and the rule of CelebA-tiny are not published, and the paper gives Grad-CAM maps without a number.",
 ]
 
 
@@ -239,9 +229,7 @@ def _scope(s: Settings, claims: list[dict]) -> dict:
         else f"This report is of the profile {Path(s.profile).stem} ({s.summary}), at the paper's 224 px."
     )
     limit = (
-        "What holds at this size need not hold at the paper's, and the reverse."
-        if s.model.image_size != 224
-        else ""
+        "What holds at this size need not hold at the paper's, and the reverse." if s.model.image_size != 224 else ""
     )
     text = [
         "The paper claims that affine transformations connected by an LSTM (RAT) give better images and a "
@@ -249,10 +237,7 @@ def _scope(s: Settings, claims: list[dict]) -> dict:
         f"that a hidden size of 64 is best, and that the result beats earlier models. {scale} {limit}".strip()
     ]
     tested = [each["claim"] for each in claims if each["verdict"] != OPEN]
-    return {
-        "text": [*text, "Tested were:" if tested else "Nothing of this has been tested yet."],
-        "points": tested,
-    }
+    return {"text": [*text, "Tested were:" if tested else "Nothing of this has been tested yet."], "points": tested}
 
 
 def _methodology(s: Settings, content: dict) -> dict:
@@ -262,7 +247,7 @@ def _methodology(s: Settings, content: dict) -> dict:
     points = [
         "Networks, losses and training were written anew from the paper and from the published code; each "
         "difference between the two is a named setting, and the paper's form is the default.",
-        f"Every arm of the grid: {budget} of batch {t.batch_size}, Adam {t.lr_g:g} (generator) and "
+        f"Every variant of the grid: {budget} of batch {t.batch_size}, Adam {t.lr_g:g} (generator) and "
         f"{t.lr_d:g} (discriminator), {e.seeds} seeds ({e.versus_seeds} for the published against the "
         "corrected form).",
         f"Scores from {s.evaluation.images:,} generated images of test captions; features of "
@@ -285,9 +270,7 @@ def _methodology(s: Settings, content: dict) -> dict:
 def _extractor(s: Settings) -> str:
     if s.evaluation.extractor == "inception":
         return "torch-fidelity's Inception"
-    return (
-        f"the {'independent ' if s.independent else ''}CLIP, so that distances are not the literature's FID"
-    )
+    return f"the {'independent ' if s.independent else ''}CLIP, so that distances are not the literature's FID"
 
 
 def _results(claims: list[dict], content: dict) -> dict:
@@ -296,11 +279,7 @@ def _results(claims: list[dict], content: dict) -> dict:
     count = Counter(each["verdict"] for each in claims)
     said = [f"{count[word]} {word}" for word in DECIDED if count[word]]
     said += [f"{number} {word}" for word, number in count.items() if word not in DECIDED]
-    text = [
-        f"Of {_counted(claims, 'claim')}: {', '.join(said)}."
-        if claims
-        else "No claim has been tested yet."
-    ]
+    text = [f"Of {_counted(claims, 'claim')}: {', '.join(said)}." if claims else "No claim has been tested yet."]
     if waiting:
         text.append(f"Not answered yet: {' '.join(waiting)}")
     if content["missing_runs"]:
@@ -311,8 +290,7 @@ def _results(claims: list[dict], content: dict) -> dict:
     return {
         "text": text,
         "points": [
-            f"{each['claim']}: {each['verdict']}"
-            + (f" ({each['evidence']})" if each["verdict"] in DECIDED else "")
+            f"{each['claim']}: {each['verdict']}" + (f" ({each['evidence']})" if each["verdict"] in DECIDED else "")
             for each in claims
         ],
     }
@@ -323,7 +301,7 @@ def markdown(settings: Settings, sections: list[dict]) -> str:
     lines = [
         f"# Reproducibility summary: RATLIP, profile {Path(settings.profile).stem}",
         "",
-        "Headings of the ML Reproducibility Challenge. Made from the results by `python -m ratlip.report`.",
+        "Headings of the ML Reproducibility Challenge. Made from the results by `python -m ratlip.report.page`.",
         "",
     ]
     for part in sections:

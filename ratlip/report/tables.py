@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from ratlip.studies import grid
 from ratlip.errors import RunError
 from ratlip.files import read_json, write_text
+from ratlip.studies import grid
 
 MINE, REAL = "measured here", "real images"
 NONE = "-"  # a cell for which nobody has a number
@@ -83,10 +83,7 @@ def published_rows() -> pd.DataFrame:
 def published_table(score: str) -> Table:
     """The paper's table of "FID" or "CLIP score" in its own shape: a row a model, a column a data set."""
     rows, content = published_rows().query("score == @score"), published()
-    about, better = (
-        content["scores"][score],
-        {"lower": min, "higher": max}[content["scores"][score]["better"]],
-    )
+    about, better = (content["scores"][score], {"lower": min, "higher": max}[content["scores"][score]["better"]])
     view = rows.pivot(index="model", columns="data", values="value")
     view = view[[name for name in ("CUB", "Oxford", "CelebA-tiny") if name in view]].loc[rows.model.unique()]
     best = {name: better(view[name].dropna()) for name in view}
@@ -94,10 +91,7 @@ def published_table(score: str) -> Table:
         {
             "model": view.index,
             **{
-                name: [
-                    NONE if np.isnan(v) else f"{v:.2f}{' (best)' if v == best[name] else ''}"
-                    for v in view[name]
-                ]
+                name: [NONE if np.isnan(v) else f"{v:.2f}{' (best)' if v == best[name] else ''}" for v in view[name]]
                 for name in view
             },
         }
@@ -120,27 +114,27 @@ def published_table(score: str) -> Table:
 # ------------------------------------------------------------------------------------------------- measured
 
 
-def found_groups(space) -> dict[str, pd.DataFrame]:
+def found_groups(workspace) -> dict[str, pd.DataFrame]:
     """`experiments.found` of every group that has a complete run. RunError, with the command, where none has."""
-    groups = {group: frame for group in grid.GROUPS if len(frame := grid.found(space, group))}
+    groups = {group: frame for group in grid.GROUPS if len(frame := grid.found(workspace, group))}
     if not groups:
         raise RunError(
-            f"{space.root / 'runs'}: no complete run; `python -m ratlip.studies.grid --profile "
-            f"{space.settings.profile} --run` makes them"
+            f"{workspace.root / 'runs'}: no complete run; `python -m ratlip.studies.grid --profile "
+            f"{workspace.settings.profile} --run` makes them"
         )
     return groups
 
 
-def measured_rows(space, group: str) -> pd.DataFrame:
-    """One row for each arm of a group and each score: mean, sd over seeds, seeds, images, steps, extractor.
+def measured_rows(workspace, group: str) -> pd.DataFrame:
+    """One row for each variant of a group and each score: mean, sd over seeds, seeds, images, steps, extractor.
 
     The last rows are the scores of real test images, which no model made. Empty where no run is complete.
     """
-    frame = grid.found(space, group)
+    frame = grid.found(workspace, group)
     if frame.empty:
         return pd.DataFrame()
-    first = read_json(space.root / "runs" / frame.run[0] / "scores.json")
-    labels, data, rows = first.get("labels", {}), _data_name(space), []
+    first = read_json(workspace.root / "runs" / frame.run[0] / "scores.json")
+    labels, data, rows = first.get("labels", {}), _data_name(workspace), []
     for column in [name for name in SCORES if name in frame]:
         about = {
             "data": data,
@@ -179,8 +173,8 @@ def measured_rows(space, group: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _data_name(space) -> str:
-    s = space.settings
+def _data_name(workspace) -> str:
+    s = workspace.settings
     name = {"synthetic": "generated set", "birds": "CUB", "flowers": "Oxford", "faces": "CelebA (ours)"}
     return f"{name[s.data.dataset]}, {s.model.image_size} px"
 
@@ -191,18 +185,17 @@ def _extractor(scores: dict, column: str) -> str:
     return inside.group(1) if inside else "judge" if column == "judge_all" else str(scores["extractor"])
 
 
-def measured_table(space, group: str) -> Table:
-    """Scores of every arm of a group as mean ± sd over seeds. RunError where none of its runs is there."""
-    rows = measured_rows(space, group)
+def measured_table(workspace, group: str) -> Table:
+    """Scores of every variant of a group as mean ± sd over seeds. RunError where none of its runs is there."""
+    rows = measured_rows(workspace, group)
     if rows.empty:
         raise RunError(
-            f"{space.root / 'runs'}: no complete run of the group {group}; "
-            f"`python -m ratlip.studies.grid --profile {space.settings.profile} --group {group} --run`"
+            f"{workspace.root / 'runs'}: no complete run of the group {group}; "
+            f"`python -m ratlip.studies.grid --profile {workspace.settings.profile} --group {group} --run`"
         )
     extractors, view = list(dict.fromkeys(rows.extractor)), []
     heads = {
-        row.score: f"{row.label.split(' (')[0]} [{extractors.index(row.extractor) + 1}]"
-        for row in rows.itertuples()
+        row.score: f"{row.label.split(' (')[0]} [{extractors.index(row.extractor) + 1}]" for row in rows.itertuples()
     }
     for model, part in rows.groupby("model", sort=False):
         first = part.iloc[0]
@@ -230,14 +223,14 @@ def measured_table(space, group: str) -> Table:
 
 
 def side_by_side(
-    space, arms: Sequence[tuple[str, str]] = (("ablation", "CAT"), ("ablation", "RAT + SA"))
+    workspace, variants: Sequence[tuple[str, str]] = (("ablation", "CAT"), ("ablation", "RAT + SA"))
 ) -> Table:
-    """Published rows and, below them, ours of some arms (group, label): two blocks, no joint ranking."""
+    """Published rows and, below them, ours of some variants (group, label): two blocks, no joint ranking."""
     theirs, notes = published_rows(), published()["notes"]
-    mine = [measured_rows(space, group) for group in dict.fromkeys(group for group, _ in arms)]
+    mine = [measured_rows(workspace, group) for group in dict.fromkeys(group for group, _ in variants)]
     mine = pd.concat([pd.DataFrame(columns=["group", "model", "score"]), *mine], ignore_index=True)
     wanted = [
-        (group, label) in arms and score in COMPARED
+        (group, label) in variants and score in COMPARED
         for group, label, score in zip(mine.group, mine.model, mine.score)
     ]
     mine = mine[wanted]
@@ -267,20 +260,14 @@ def side_by_side(
         }
         for _, row in mine.iterrows()
     ]
-    data = pd.concat(
-        [theirs.rename(columns={"value": "mean"}).astype(object), mine.astype(object)], ignore_index=True
-    )
+    data = pd.concat([theirs.rename(columns={"value": "mean"}).astype(object), mine.astype(object)], ignore_index=True)
     notes = [
         "Two blocks: the upper is the authors', the lower ours. Data, image size, extractor, number of "
         "images and training differ, so no number of one block may be compared with one of the other.",
         *notes,
     ]
     return Table(
-        "published_and_measured",
-        "Published numbers and ours, each with its owner",
-        data,
-        pd.DataFrame(view),
-        notes,
+        "published_and_measured", "Published numbers and ours, each with its owner", data, pd.DataFrame(view), notes
     )
 
 
@@ -289,9 +276,7 @@ def study_table(rows: Sequence[dict], model: str) -> Table:
 
     def digits(value) -> str:
         return (
-            NONE
-            if value is None
-            else f"{value:.{int(np.clip(2 - np.floor(np.log10(max(abs(value), 1e-9))), 0, 3))}f}"
+            NONE if value is None else f"{value:.{int(np.clip(2 - np.floor(np.log10(max(abs(value), 1e-9))), 0, 3))}f}"
         )
 
     data = pd.DataFrame(rows)
@@ -317,9 +302,7 @@ def study_table(rows: Sequence[dict], model: str) -> Table:
         "One generator, and one change at a time; the first row of each group is the protocol standard.",
         "Distances of different scores (extractors, ranges) have different units.",
     ]
-    return Table(
-        "protocol_study", f"One generator ({model}), measured here in {len(rows)} ways", data, view, notes
-    )
+    return Table("protocol_study", f"One generator ({model}), measured here in {len(rows)} ways", data, view, notes)
 
 
 def spread(mean: float, sd: float) -> str:
@@ -352,10 +335,7 @@ def markdown(table: Table) -> str:
         return "| " + " | ".join(str(cell).replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
 
     rows = [line(table.view.columns), line(["---"] * table.view.shape[1]), *map(line, table.view.to_numpy())]
-    return (
-        "\n".join([f"**{table.caption}**", "", *rows, "", *[f"- {note}" for note in table.notes]]).strip()
-        + "\n"
-    )
+    return "\n".join([f"**{table.caption}**", "", *rows, "", *[f"- {note}" for note in table.notes]]).strip() + "\n"
 
 
 def read_markdown(text: str) -> Table:
@@ -374,9 +354,22 @@ def read_markdown(text: str) -> Table:
 
 
 _LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
-    "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$",
-    "<": r"\textless{}", ">": r"\textgreater{}", "≥": r"$\geq$", "≤": r"$\leq$",
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
 }
 
 
@@ -389,9 +382,7 @@ def latex(table: Table) -> str:
     """The table as a LaTeX float in booktabs style, shrunk to the line where it has many columns."""
     escaped = table.view.map(tex).set_axis([tex(name) for name in table.view.columns], axis=1)
     numbers = [bool(escaped[name].str.match(r"[-\d.,]").all()) for name in escaped]
-    body = escaped.to_latex(
-        index=False, escape=False, column_format="".join("r" if n else "l" for n in numbers)
-    )
+    body = escaped.to_latex(index=False, escape=False, column_format="".join("r" if n else "l" for n in numbers))
     if table.view.shape[1] > 6:
         body = "\\resizebox{\\linewidth}{!}{%\n" + body.strip() + "}\n"
     notes = "".join(f"\\par\\footnotesize {tex(note)}\n" for note in table.notes)

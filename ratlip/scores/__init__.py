@@ -1,1 +1,1 @@
-"""scores"""
+"""Scores of a trained run, each beside what real images get."""

@@ -12,6 +12,7 @@
 Images are made and read batch by batch, and what is read off them goes to disk (`ratlip.cache`): memory
 does not grow with their number, and an interrupted evaluation goes on where it was.
 """
+
 from __future__ import annotations
 
 import shutil
@@ -23,26 +24,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ratlip.cache import Store, digest, weights_digest
 from ratlip.clip.frozen import FrozenClip, with_normalisation
-from ratlip.settings import Settings
 from ratlip.data.batches import real_images
 from ratlip.errors import RunError, SettingsError
-from ratlip.scores.extractors import Extractor, choose_extractor, fit
-from ratlip.cache import Store, digest, weights_digest
-from ratlip.files import read_json, write_json
-from ratlip.scores.judge import Judge, chance, judge_right
-from ratlip.networks.losses import clip_similarity
 from ratlip.fast.memory import keep_freed_memory
+from ratlip.files import read_json, write_json
+from ratlip.networks.losses import clip_similarity
 from ratlip.progress import bar
+from ratlip.scores.extractors import Extractor, choose_extractor, fit
+from ratlip.scores.judge import Judge, chance, judge_right
 from ratlip.scores.metrics import frechet_distance as frechet_distance  # part of this module's interface
 from ratlip.scores.metrics import quality
-from ratlip.training.loop import build_networks, noise_for, read_checkpoint
+from ratlip.settings import Settings
+from ratlip.training.loop import build_networks, read_checkpoint, sample_latents
 
-TEST_NOISE = 2**31  # a "step" that training never reaches: scores are not made from a noise of the training
+TEST_LATENTS = 2**31  # a "step" that training never reaches: scores are not made from a latent of the training
 PROTOCOLS = {  # settings of `evaluation` that have a name together; the extractor is named by each label
     "standard": {"inception_range": "standard", "last_batch": "keep", "clip_score_normalisation": "standard"},
-    "published": {"inception_range": "published", "last_batch": "drop",
-                  "clip_score_normalisation": "published"},  # and 12 passes over the test captions
+    "published": {
+        "inception_range": "published",
+        "last_batch": "drop",
+        "clip_score_normalisation": "published",
+    },  # and 12 passes over the test captions
 }
 PUBLISHED_PASSES = 12
 
@@ -52,14 +56,17 @@ def load_generator(folder: str | Path, settings: Settings, clip: FrozenClip):
     device, identity = clip.mean.device, Path(folder) / "identity.json"
     trained_with = read_json(identity)["clip"] if identity.is_file() else clip.fingerprint
     if trained_with != clip.fingerprint:
-        raise RunError(f"{folder}: was trained with the CLIP {trained_with}, not with {clip.name} "
-                       f"({clip.fingerprint}), which would draw noise; give the folder of its own CLIP")
+        raise RunError(
+            f"{folder}: was trained with the CLIP {trained_with}, not with {clip.name} "
+            f"({clip.fingerprint}), which would draw noise; give the folder of its own CLIP"
+        )
     networks = read_checkpoint(Path(folder) / "checkpoint.pt", device)["networks"]
     with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten, unnoticed by the caller
         generator, _ = build_networks(settings, clip)
     if "average" in networks:
-        state = {key.removeprefix("module."): value for key, value in networks["average"].items()
-                 if key != "n_averaged"}
+        state = {
+            key.removeprefix("module."): value for key, value in networks["average"].items() if key != "n_averaged"
+        }
     else:
         state = networks["generator"]
     generator.load_state_dict(state)
@@ -67,22 +74,29 @@ def load_generator(folder: str | Path, settings: Settings, clip: FrozenClip):
 
 
 @torch.no_grad()
-def generate(generator, noise: Tensor, sentence: Tensor, batch_size: int = 64,
-             progress: bool = False) -> Tensor:
-    """Images (N,3,S,S) clamped to [-1,1] on the CPU for noise (N,Z) and sentences (N,E), in batches."""
+def generate(generator, latent: Tensor, sentence: Tensor, batch_size: int = 64, progress: bool = False) -> Tensor:
+    """Images (N,3,S,S) clamped to [-1,1] on the CPU for latent (N,Z) and sentences (N,E), in batches."""
     device = next(generator.parameters()).device
     if device.type == "cpu":
         keep_freed_memory()
-    batches = list(zip(noise.split(batch_size), sentence.split(batch_size), strict=True))
-    return torch.cat([generator(z.to(device), s.to(device)).clamp(-1, 1).float().cpu()
-                      for z, s in bar(batches, desc="generate", unit="batch", enabled=progress)])
+    batches = list(zip(latent.split(batch_size), sentence.split(batch_size), strict=True))
+    return torch.cat(
+        [
+            generator(z.to(device), s.to(device)).clamp(-1, 1).float().cpu()
+            for z, s in bar(batches, desc="generate", unit="batch", enabled=progress)
+        ]
+    )
 
 
 @torch.no_grad()
 def embed(clip: FrozenClip, images: Tensor, batch_size: int = 128) -> Tensor:
     """Image embeddings (N,E), raw, on the CPU. Images of another size than the CLIP's are resized."""
-    return torch.cat([clip.embed_images(fit(part.to(clip.mean.device), clip.image_size)).float().cpu()
-                      for part in images.split(batch_size)])
+    return torch.cat(
+        [
+            clip.embed_images(fit(part.to(clip.mean.device), clip.image_size)).float().cpu()
+            for part in images.split(batch_size)
+        ]
+    )
 
 
 def test_pairs(prepared, count: int) -> tuple[np.ndarray, list[str]]:
@@ -108,7 +122,7 @@ def protocol_settings(name: str, test_images: int) -> dict:
 
 
 def protocol_name(evaluation, test_images: int) -> str:
-    """"standard", "published", or "mixed" where the settings are some of each (or too few images)."""
+    """ "standard", "published", or "mixed" where the settings are some of each (or too few images)."""
     for name in PROTOCOLS:
         wanted = protocol_settings(name, test_images)
         if all(getattr(evaluation, key.partition(".")[2]) == value for key, value in wanted.items()):
@@ -123,30 +137,37 @@ def counted_images(settings: Settings) -> int:
     e = settings.evaluation
     count = e.images - (e.images % e.batch_size if e.last_batch == "drop" else 0)
     if not count:
-        raise SettingsError(f"evaluation.last_batch=drop leaves none of evaluation.images={e.images} at "
-                            f"evaluation.batch_size={e.batch_size}; lower the batch size, or keep the batch")
+        raise SettingsError(
+            f"evaluation.last_batch=drop leaves none of evaluation.images={e.images} at "
+            f"evaluation.batch_size={e.batch_size}; lower the batch size, or keep the batch"
+        )
     return count
 
 
 class Instruments:
     """All that is read off an image for the scores. One row of `columns` for each image, on disk."""
 
-    def __init__(self, settings: Settings, prepared, clip: FrozenClip, independent: FrozenClip | None,
-                 judge: Judge | None):
+    def __init__(
+        self, settings: Settings, prepared, clip: FrozenClip, independent: FrozenClip | None, judge: Judge | None
+    ):
         self.extractor: Extractor = choose_extractor(settings, prepared, clip, independent)
         self.clips = {"clip_similarity": clip} | (
-            {"independent_similarity": independent} if independent is not None else {})
+            {"independent_similarity": independent} if independent is not None else {}
+        )
         way = settings.evaluation.clip_score_normalisation  # whatever a run was trained with: runs are compared
         self.clips = {score: with_normalisation(each, way) for score, each in self.clips.items()}
         self.judge, self.attributes = judge, list(chance()) if judge is not None else []
         self.columns = {name: ((width,), "float32") for name, width in self.extractor.widths.items()}
         self.columns |= {score: ((), "float32") for score in self.clips}
         self.columns |= {"judge": ((len(self.attributes),), "bool")} if judge is not None else {}
-        self.identity = {"extractor": self.extractor.key, "data": prepared.manifest["content_sha256"],
-                         "normalisation": settings.evaluation.clip_score_normalisation,
-                         "batch_size": settings.evaluation.batch_size,
-                         "clips": {score: each.fingerprint for score, each in self.clips.items()},
-                         "judge": weights_digest(judge) if judge is not None else None}
+        self.identity = {
+            "extractor": self.extractor.key,
+            "data": prepared.manifest["content_sha256"],
+            "normalisation": settings.evaluation.clip_score_normalisation,
+            "batch_size": settings.evaluation.batch_size,
+            "clips": {score: each.fingerprint for score, each in self.clips.items()},
+            "judge": weights_digest(judge) if judge is not None else None,
+        }
 
     def read(self, images: Tensor, captions: Sequence[str], attributes: list[dict] | None) -> dict:
         """Images (B,3,S,S) in [-1,1], their captions, and their true attributes where these are known."""
@@ -165,17 +186,18 @@ class Instruments:
         found |= quality(store["features"], store["logits"], reference["features"])
         if self.judge is not None:
             right = store["judge"]
-            found["judge"] = {name: round(float(share), 4)
-                              for name, share in zip(self.attributes, right.mean(axis=0))}
+            found["judge"] = {name: round(float(share), 4) for name, share in zip(self.attributes, right.mean(axis=0))}
             found["judge_all"] = round(float(right.all(axis=1).mean()), 4)
         return found
 
     def labels(self) -> dict[str, str]:
         """What to print for each score: its name, and whose it is."""
         kinds = {"clip_similarity": "trained with", "independent_similarity": "independent"}
-        labels = {score: f"CLIP similarity ({clip.name}, {kinds[score]}"
-                         f"{', published normalisation' * (clip.normalisation == 'published')})"
-                  for score, clip in self.clips.items()}
+        labels = {
+            score: f"CLIP similarity ({clip.name}, {kinds[score]}"
+            f"{', published normalisation' * (clip.normalisation == 'published')})"
+            for score, clip in self.clips.items()
+        }
         labels |= {score: self.extractor.label(score) for score in self.extractor.names}
         return labels | ({"judge_all": "all attributes right (judge)"} if self.judge is not None else {})
 
@@ -185,14 +207,27 @@ def reference_numbers(prepared, images: int) -> np.ndarray:
     return np.linspace(0, len(prepared.train) - 1, min(4 * images, len(prepared.train))).astype(int)
 
 
-def reference_store(home: Path, settings: Settings, prepared, extractor: Extractor, numbers: np.ndarray,
-                    progress: bool, *, split: str = "train") -> Store:
+def reference_store(
+    home: Path,
+    settings: Settings,
+    prepared,
+    extractor: Extractor,
+    numbers: np.ndarray,
+    progress: bool,
+    *,
+    split: str = "train",
+) -> Store:
     """Features of real images (centre crops), computed once for a workspace and kept in it."""
     crop, size, source = settings.data.crop, settings.model.image_size, prepared[split]
-    identity = {"extractor": extractor.features_key, "data": prepared.manifest["content_sha256"],
-                "split": split, "crop": crop, "image_size": size, "numbers": digest(numbers.tolist())}
-    store = Store(home, "features", identity, len(numbers),
-                  {"features": ((extractor.widths["features"],), "float32")})
+    identity = {
+        "extractor": extractor.features_key,
+        "data": prepared.manifest["content_sha256"],
+        "split": split,
+        "crop": crop,
+        "image_size": size,
+        "numbers": digest(numbers.tolist()),
+    }
+    store = Store(home, "features", identity, len(numbers), {"features": ((extractor.widths["features"],), "float32")})
 
     def read(rows: np.ndarray) -> dict:
         return extractor(real_images(source, numbers[rows], crop, size))
@@ -200,8 +235,9 @@ def reference_store(home: Path, settings: Settings, prepared, extractor: Extract
     return store.fill(read, settings.evaluation.batch_size, desc=f"real {split} images", progress=progress)
 
 
-def _real_scores(home: Path, settings: Settings, prepared, instruments: Instruments, reference: Store,
-                 count: int, progress: bool) -> dict:
+def _real_scores(
+    home: Path, settings: Settings, prepared, instruments: Instruments, reference: Store, count: int, progress: bool
+) -> dict:
     """The same scores of real test images, each counted once: computed once for a workspace."""
     count = min(count, len(prepared.test))
     numbers, captions = test_pairs(prepared, count)
@@ -211,8 +247,9 @@ def _real_scores(home: Path, settings: Settings, prepared, instruments: Instrume
 
     def read(rows: np.ndarray) -> dict:
         truth = attributes and [attributes[i] for i in numbers[rows]]
-        return instruments.read(real_images(prepared.test, numbers[rows], crop, size),
-                                [captions[i] for i in rows], truth)
+        return instruments.read(
+            real_images(prepared.test, numbers[rows], crop, size), [captions[i] for i in rows], truth
+        )
 
     store.fill(read, settings.evaluation.batch_size, desc="real test images", progress=progress)
     path = store.folder / f"scores-{reference.folder.name}.json"
@@ -221,12 +258,20 @@ def _real_scores(home: Path, settings: Settings, prepared, instruments: Instrume
     return read_json(path)
 
 
-def evaluate(folder: str | Path, settings: Settings, prepared, clip: FrozenClip, judge: Judge | None = None,
-             *, independent: FrozenClip | None = None, home: str | Path | None = None,
-             progress: bool = True) -> dict:
+def evaluate(
+    folder: str | Path,
+    settings: Settings,
+    prepared,
+    clip: FrozenClip,
+    judge: Judge | None = None,
+    *,
+    independent: FrozenClip | None = None,
+    home: str | Path | None = None,
+    progress: bool = True,
+) -> dict:
     """All scores of the run in `folder` as one dict of plain numbers; `real` holds those of real test images.
 
-    Test captions in order, one image each from noise that follows from the run's seed; the reference of the
+    Test captions in order, one image each from latent that follows from the run's seed; the reference of the
     distances are training images, spread evenly over the split. `home`: the workspace, where features of real
     images are kept (default: two folders above the run). Images are not kept, and what was read off the
     generated ones goes when the scores are made. `seconds_per_image` is the time of generating, on the device
@@ -236,36 +281,46 @@ def evaluate(folder: str | Path, settings: Settings, prepared, clip: FrozenClip,
     folder, home = Path(folder), Path(home) if home else Path(folder).resolve().parents[1]
     count = counted_images(settings)
     instruments = Instruments(settings, prepared, clip, independent, judge)
-    reference = reference_store(home, settings, prepared, instruments.extractor,
-                                reference_numbers(prepared, count), progress)
+    reference = reference_store(
+        home, settings, prepared, instruments.extractor, reference_numbers(prepared, count), progress
+    )
     store = _read_generated(folder, settings, prepared, clip, instruments, count, progress)
     found = instruments.scores(store, reference)
     real = _real_scores(home, settings, prepared, instruments, reference, count, progress)
     seconds = float(np.sum(store["seconds"], dtype=np.float64))
     shutil.rmtree(store.folder)
-    scores = {"run": folder.name, "arm": settings.model.arm, "seed": settings.seed, "images": count,
-              "protocol": protocol_name(settings.evaluation, len(prepared.test)),
-              "extractor": instruments.extractor.name, "reference": f"{reference.rows} training images",
-              "seconds_per_image": round(seconds / count, 5), **found, "labels": instruments.labels(),
-              "real": real}
+    scores = {
+        "run": folder.name,
+        "variant": settings.model.variant,
+        "seed": settings.seed,
+        "images": count,
+        "protocol": protocol_name(settings.evaluation, len(prepared.test)),
+        "extractor": instruments.extractor.name,
+        "reference": f"{reference.rows} training images",
+        "seconds_per_image": round(seconds / count, 5),
+        **found,
+        "labels": instruments.labels(),
+        "real": real,
+    }
     if judge is not None:
         scores["chance"] = {"judge": {name: round(share, 4) for name, share in chance().items()}}
     return scores
 
 
-def _read_generated(folder: Path, settings: Settings, prepared, clip: FrozenClip, instruments: Instruments,
-                    count: int, progress: bool) -> Store:
+def _read_generated(
+    folder: Path, settings: Settings, prepared, clip: FrozenClip, instruments: Instruments, count: int, progress: bool
+) -> Store:
     """Generate, read, forget, batch by batch; what was read goes to `<folder>/evaluation-<hash>`."""
     generator = load_generator(folder, settings, clip)
     numbers, captions = test_pairs(prepared, count)
-    noise = noise_for(settings.seed, TEST_NOISE, count, settings.model.noise_size)
+    latent = sample_latents(settings.seed, TEST_LATENTS, count, settings.model.latent_size)
     attributes = prepared.test.attributes
 
     def read(rows: np.ndarray) -> dict:
         said = [captions[i] for i in rows]
         sentence = clip.embed_text(said).cpu()
         start = time.perf_counter()
-        images = generate(generator, noise[rows], sentence, len(rows))
+        images = generate(generator, latent[rows], sentence, len(rows))
         seconds = (time.perf_counter() - start) / len(rows)
         found = instruments.read(images, said, attributes and [attributes[i] for i in numbers[rows]])
         return {**found, "seconds": np.full(len(rows), seconds)}

@@ -8,6 +8,7 @@
 
 All take 8-bit images, as torch-fidelity's do: a generated image is rounded as if it were saved first.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -30,10 +31,15 @@ from ratlip.errors import WeightsError
 CLASSES = 1000  # captions that serve as classes, at most
 OFFICIAL_INCEPTION = "6726825d"  # first digits of the SHA-256 of torch-fidelity's weights
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NAMES = {"frechet_distance": "FD", "kernel_distance": "KD", "kernel_distance_sd": "sd of KD",
-         "inception_score": "IS", "precision": "precision", "recall": "recall"}
-INCEPTION_NAMES = NAMES | {"frechet_distance": "FID", "kernel_distance": "KID",
-                           "kernel_distance_sd": "sd of KID"}
+NAMES = {
+    "frechet_distance": "FD",
+    "kernel_distance": "KD",
+    "kernel_distance_sd": "sd of KD",
+    "inception_score": "IS",
+    "precision": "precision",
+    "recall": "recall",
+}
+INCEPTION_NAMES = NAMES | {"frechet_distance": "FID", "kernel_distance": "KID", "kernel_distance_sd": "sd of KID"}
 
 
 def fit(images: Tensor, size: int) -> Tensor:
@@ -86,8 +92,9 @@ class Extractor:
         return f"{self.names[score]} ({self.name})"
 
 
-def _register(key: str, layers: tuple[str, ...], network: nn.Module,
-              read: Callable[[Tensor], dict[str, Tensor]]) -> FeatureExtractorBase:
+def _register(
+    key: str, layers: tuple[str, ...], network: nn.Module, read: Callable[[Tensor], dict[str, Tensor]]
+) -> FeatureExtractorBase:
     """Make `network` known to torch-fidelity as `key`; `read`: images in [-1,1] -> {layer: values}."""
 
     class Registered(FeatureExtractorBase):
@@ -122,8 +129,7 @@ def class_captions(split, limit: int = CLASSES) -> list[str]:
     return [distinct[i] for i in np.linspace(0, len(distinct) - 1, min(limit, len(distinct))).astype(int)]
 
 
-def clip_extractor(clip: FrozenClip, captions: Sequence[str] = (),
-                   value_range: str = "standard") -> Extractor:
+def clip_extractor(clip: FrozenClip, captions: Sequence[str] = (), value_range: str = "standard") -> Extractor:
     """A CLIP as extractor: image embeddings, not normalised, and, with `captions`, its zero-shot logits
     against them. Images of another size are resized (`fit`). The standard normalisation, whatever `clip` has.
     """
@@ -158,8 +164,9 @@ def judge_extractor(judge: nn.Module, digest: str) -> Extractor:
     return Extractor("judge", key, key, module, {"features": judge.trunk[-2].out_features}, NAMES)
 
 
-def inception_extractor(weights: str | Path | None = None, value_range: str = "standard",
-                        device: str | torch.device = "cpu") -> Extractor:
+def inception_extractor(
+    weights: str | Path | None = None, value_range: str = "standard", device: str | torch.device = "cpu"
+) -> Extractor:
     """torch-fidelity's Inception-v3: pool features (2048) and logits without bias (1008).
 
     `weights`: a local file, else torch-fidelity's own are downloaded once (into torch's cache). Raises
@@ -168,9 +175,11 @@ def inception_extractor(weights: str | Path | None = None, value_range: str = "s
     """
     path = Path(weights) if weights else _downloaded_inception()
     if not path.is_file():
-        raise WeightsError(f"evaluation.extractor_weights={path}: there is no such file; give torch-"
-                           f"fidelity's {Path(URL_INCEPTION_V3).name} ({URL_INCEPTION_V3}), or set "
-                           f"evaluation.extractor: clip, or use the profile demo, which needs none")
+        raise WeightsError(
+            f"evaluation.extractor_weights={path}: there is no such file; give torch-"
+            f"fidelity's {Path(URL_INCEPTION_V3).name} ({URL_INCEPTION_V3}), or set "
+            f"evaluation.extractor: clip, or use the profile demo, which needs none"
+        )
     layers = ("2048", "logits_unbiased")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     key = "inception-v3-compat" if value_range == "standard" else "inception-v3-compat-published"
@@ -180,18 +189,26 @@ def inception_extractor(weights: str | Path | None = None, value_range: str = "s
             module = FeatureExtractorInceptionV3(key, list(layers), feature_extractor_weights_path=str(path))
     except Exception as error:  # unpickling, zip and shape errors share no base class
         brief = " ".join(str(error).split())[:120]
-        raise WeightsError(f"{path}: is no intact file of torch-fidelity's Inception ({brief}); copy "
-                           f"{Path(URL_INCEPTION_V3).name} again (pickled code is never run)") from error
+        raise WeightsError(
+            f"{path}: is no intact file of torch-fidelity's Inception ({brief}); copy "
+            f"{Path(URL_INCEPTION_V3).name} again (pickled code is never run)"
+        ) from error
     if value_range == "published":
-        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1)
-                     for values in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         # The network's own first step gives (byte - 128) / 128. Resizing is linear, so this may come after.
-        module.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, inputs: (
-            published_range((inputs[0] * 128 + 128) / 127.5 - 1, mean, std),))
+        module.Conv2d_1a_3x3.register_forward_pre_hook(
+            lambda _, inputs: (published_range((inputs[0] * 128 + 128) / 127.5 - 1, mean, std),)
+        )
     official = digest == OFFICIAL_INCEPTION
     name = _ranged("Inception-v3" if official else f"Inception-v3, other weights {digest}", value_range)
-    return Extractor(name, f"{key}-{digest}", f"{key}-{digest}", module.to(device),
-                     {"features": 2048, "logits": 1008}, INCEPTION_NAMES if official else NAMES)
+    return Extractor(
+        name,
+        f"{key}-{digest}",
+        f"{key}-{digest}",
+        module.to(device),
+        {"features": 2048, "logits": 1008},
+        INCEPTION_NAMES if official else NAMES,
+    )
 
 
 def _ranged(name: str, value_range: str) -> str:
@@ -209,24 +226,24 @@ def _downloaded_inception() -> Path:
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=OFFICIAL_INCEPTION,
-                                           progress=False)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=OFFICIAL_INCEPTION, progress=False)
         except Exception as error:  # urllib, sockets, the hash, a read-only cache
             brief = " ".join(str(error).split())[:120]
             raise WeightsError(
                 f"Inception weights are not here and could not be downloaded: fetch {URL_INCEPTION_V3} "
                 f"where there is network, copy it here and set evaluation.extractor_weights: FILE; or use "
-                f"the profile demo, which needs no download ({type(error).__name__}: {brief})") from error
+                f"the profile demo, which needs no download ({type(error).__name__}: {brief})"
+            ) from error
     return path
 
 
-def choose_extractor(settings, prepared, clip: FrozenClip,
-                     independent: FrozenClip | None = None) -> Extractor:
+def choose_extractor(settings, prepared, clip: FrozenClip, independent: FrozenClip | None = None) -> Extractor:
     """The extractor that `settings.evaluation` asks for: Inception, or the independent CLIP (the CLIP of the
     training where the profile names no other), with test captions as classes.
     """
     e = settings.evaluation
     if e.extractor == "inception":
         return inception_extractor(e.extractor_weights, e.inception_range, clip.mean.device)
-    return clip_extractor(independent if independent is not None else clip, class_captions(prepared.test),
-                          e.inception_range)
+    return clip_extractor(
+        independent if independent is not None else clip, class_captions(prepared.test), e.inception_range
+    )

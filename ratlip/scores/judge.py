@@ -4,6 +4,7 @@ It is trained on real training images alone, never on generated ones and never o
 flattered by what the generator was trained on. `judge()` reports its own accuracy on real test images: a
 score on generated images means something only next to that.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -41,8 +42,9 @@ class Judge(nn.Module):
 
 def attribute_targets(attributes: list[dict[str, str]]) -> dict[str, Tensor]:
     """Known attributes of N images -> int64 (N,) for each attribute."""
-    return {name: torch.tensor([values.index(each[name]) for each in attributes])
-            for name, values in ATTRIBUTES.items()}
+    return {
+        name: torch.tensor([values.index(each[name]) for each in attributes]) for name, values in ATTRIBUTES.items()
+    }
 
 
 def judge_shares(judge: Judge, images: Tensor, attributes: list[dict[str, str]]) -> dict[str, float]:
@@ -56,8 +58,10 @@ def judge_right(judge: Judge, images: Tensor, attributes: list[dict[str, str]]) 
     """For each attribute, whether the judge finds the named value in each image: bool (N,)."""
     targets = attribute_targets(attributes)
     parts = [judge(part.clamp(-1, 1)) for part in images.split(256)]
-    return {name: torch.cat([part[name] for part in parts]).argmax(dim=1).cpu() == target
-            for name, target in targets.items()}
+    return {
+        name: torch.cat([part[name] for part in parts]).argmax(dim=1).cpu() == target
+        for name, target in targets.items()
+    }
 
 
 def chance() -> dict[str, float]:
@@ -65,26 +69,34 @@ def chance() -> dict[str, float]:
     return {name: 1 / len(values) for name, values in ATTRIBUTES.items()}
 
 
-def load_judge(prepared, folder: str | Path, *, crop: int, image_size: int, steps: int = 600, seed: int = 0,
-               progress: bool = True) -> Judge:
+def load_judge(
+    prepared, folder: str | Path, *, crop: int, image_size: int, steps: int = 600, seed: int = 0, progress: bool = True
+) -> Judge:
     """The judge for a prepared generated set, trained on its first use and kept in `folder`."""
     folder = Path(folder)
     if prepared.train.attributes is None:
-        raise DataError(f"{prepared.folder}: the judge needs images whose attributes are known "
-                        "(the generated set)")
-    identity = {"data": prepared.manifest["content_sha256"], "crop": crop, "image_size": image_size,
-                "steps": steps, "seed": seed}
+        raise DataError(f"{prepared.folder}: the judge needs images whose attributes are known (the generated set)")
+    identity = {
+        "data": prepared.manifest["content_sha256"],
+        "crop": crop,
+        "image_size": image_size,
+        "steps": steps,
+        "seed": seed,
+    }
     judge = Judge(image_size)
     if (folder / "judge.json").is_file() and read_json(folder / "judge.json")["identity"] == identity:
         try:
             judge.load_state_dict(torch.load(folder / "judge.pt", weights_only=True))
         except Exception as error:  # a torn file raises a dozen classes
-            raise WeightsError(f"{folder / 'judge.pt'}: not readable ({type(error).__name__}); "
-                               "delete the folder and the judge is trained anew") from error
+            raise WeightsError(
+                f"{folder / 'judge.pt'}: not readable ({type(error).__name__}); "
+                "delete the folder and the judge is trained anew"
+            ) from error
         return judge.eval()
     _fit(judge, prepared.train, crop=crop, image_size=image_size, steps=steps, seed=seed, progress=progress)
-    accuracy = judge_shares(judge, real_images(prepared.test, range(len(prepared.test)), crop, image_size),
-                            prepared.test.attributes)
+    accuracy = judge_shares(
+        judge, real_images(prepared.test, range(len(prepared.test)), crop, image_size), prepared.test.attributes
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "judge.pt") as draft:
         torch.save(judge.state_dict(), draft)

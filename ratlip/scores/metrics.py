@@ -5,6 +5,7 @@ and recall with the third nearest neighbour; IS as the mean of 10 parts. No more
 memory, but precision and recall compare a block with all others (1000 x n distances), and IS reads a tenth
 of the rows at once.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from ratlip.errors import SettingsError
 from ratlip.cache import blocks
+from ratlip.errors import SettingsError
 
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE, NEIGHBOURHOOD, PARTS, SEED = 100, 1000, 3, 10, 2020
 
@@ -70,17 +71,28 @@ def frechet_distance(first, second) -> float:
 def kernel_distance(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     """Squared MMD with a cubic kernel, unbiased: mean and standard deviation over the subsets."""
     found = kid_features_to_metric(
-        *map(torch.from_numpy, (first, second)), kid_subsets=KERNEL_SUBSETS, verbose=False, rng_seed=SEED,
-        kid_subset_size=min(KERNEL_SUBSET_SIZE, len(first), len(second)))
+        *map(torch.from_numpy, (first, second)),
+        kid_subsets=KERNEL_SUBSETS,
+        verbose=False,
+        rng_seed=SEED,
+        kid_subset_size=min(KERNEL_SUBSET_SIZE, len(first), len(second)),
+    )
     return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
 
 
 def inception_score(logits: np.ndarray) -> float:
     """exp of the mean divergence of p(class | image) from p(class), mean over 10 parts in shuffled order."""
     order, parts = np.random.RandomState(SEED).permutation(len(logits)), min(PARTS, len(logits))
-    found = [isc_features_to_metric(torch.from_numpy(np.asarray(logits[np.sort(order[
-        part * len(logits) // parts:(part + 1) * len(logits) // parts])])), splits=1, shuffle=False)
-        for part in range(parts)]
+    found = [
+        isc_features_to_metric(
+            torch.from_numpy(
+                np.asarray(logits[np.sort(order[part * len(logits) // parts : (part + 1) * len(logits) // parts])])
+            ),
+            splits=1,
+            shuffle=False,
+        )
+        for part in range(parts)
+    ]
     return float(np.mean([each["inception_score_mean"] for each in found]))
 
 
@@ -90,13 +102,19 @@ def precision_recall(generated: np.ndarray, real: np.ndarray) -> tuple[float, fl
     Source: Kynkaanniemi et al. (2019), in the features of whatever extractor made them.
     """
     neighbourhood = min(NEIGHBOURHOOD, len(generated) - 1, len(real) - 1)
-    found = prc_features_to_metric(*map(torch.from_numpy, (generated, real)), prc_neighborhood=neighbourhood,
-                                   prc_batch_size=1000, save_cpu_ram=True, verbose=False)
+    found = prc_features_to_metric(
+        *map(torch.from_numpy, (generated, real)),
+        prc_neighborhood=neighbourhood,
+        prc_batch_size=1000,
+        save_cpu_ram=True,
+        verbose=False,
+    )
     return found["precision"], found["recall"]
 
 
-def quality(features: np.ndarray, logits: np.ndarray, reference: np.ndarray,
-            reference_moments: Moments | None = None) -> dict[str, float]:
+def quality(
+    features: np.ndarray, logits: np.ndarray, reference: np.ndarray, reference_moments: Moments | None = None
+) -> dict[str, float]:
     """The scores that compare a set of images with a reference, rounded to 5 significant digits.
 
     features (N,E), logits (N,C), reference (M,E).
@@ -104,6 +122,12 @@ def quality(features: np.ndarray, logits: np.ndarray, reference: np.ndarray,
     distance = frechet(moments(features), reference_moments or moments(reference))
     kernel, kernel_sd = kernel_distance(features, reference)
     precision, recall = precision_recall(features, reference)
-    found = {"frechet_distance": distance, "kernel_distance": kernel, "kernel_distance_sd": kernel_sd,
-             "inception_score": inception_score(logits), "precision": precision, "recall": recall}
+    found = {
+        "frechet_distance": distance,
+        "kernel_distance": kernel,
+        "kernel_distance_sd": kernel_sd,
+        "inception_score": inception_score(logits),
+        "precision": precision,
+        "recall": recall,
+    }
     return {name: float(f"{value:.5g}") for name, value in found.items()}

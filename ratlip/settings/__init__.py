@@ -4,6 +4,7 @@ A profile (`profiles/*.yaml`) names a dataset, sizes and a budget. A profile may
 (`{"model.conditioning": "rat", "seed": 1}`) are laid over it. Published behaviour that ratlip corrects by
 default is one named setting each (see `docs` in the field descriptions and `profiles/*-published.yaml`).
 """
+
 from __future__ import annotations
 
 import difflib
@@ -29,8 +30,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """Immutable, and a misspelt key is an error rather than a silent default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True,
-                              allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True, allow_inf_nan=False)
 
 
 class DataSettings(Section):
@@ -57,8 +57,12 @@ class DataSettings(Section):
     @property
     def stored(self) -> dict[str, Any]:
         """What decides what `prepare` writes: not the crop, the flip, or another dataset's options."""
-        used = {"synthetic": ("train_images", "test_images", "seed"), "flowers": ("human_captions_only",),
-                "faces": ("tiny",), "birds": ()}[self.dataset]
+        used = {
+            "synthetic": ("train_images", "test_images", "seed"),
+            "flowers": ("human_captions_only",),
+            "faces": ("tiny",),
+            "birds": (),
+        }[self.dataset]
         return {name: getattr(self, name) for name in ("dataset", "resize", *used)}
 
 
@@ -70,7 +74,8 @@ class ClipSettings(Section):
     pretrained: str = Field("openai", description="open_clip weight tag (pretrained)")
     path: Path | None = Field(None, description="local checkpoint (file)")
     normalisation: Literal["standard", "published"] = Field(
-        "standard", description="published: pixels go to [0,1] twice before mean and std (difference 4)")
+        "standard", description="published: pixels go to [0,1] twice before mean and std (difference 4)"
+    )
     patch_size: PositiveInt = 4
     width: PositiveInt = 64
     layers: Annotated[int, Field(ge=2, le=48)] = 4
@@ -95,8 +100,7 @@ class ClipSettings(Section):
         if self.width % (4 * self.heads):
             raise ValueError(f"width={self.width} must be a multiple of {4 * self.heads} = 4 x heads")
         if self.text_width % self.text_heads:
-            raise ValueError(f"text_width={self.text_width} must be a multiple of "
-                             f"text_heads={self.text_heads}")
+            raise ValueError(f"text_width={self.text_width} must be a multiple of text_heads={self.text_heads}")
         return self
 
 
@@ -105,13 +109,15 @@ class ModelSettings(Section):
 
     conditioning: Conditioning = "rat"
     rat_scope: Literal["mapper", "generator"] = Field(
-        "generator", description="recurrent: all of the generator (paper), or the mapper's (published)")
+        "generator", description="recurrent: all of the generator (paper), or the mapper's (published)"
+    )
     hidden_size: Annotated[int, Field(ge=0, le=1024)] = Field(64, description="h of the LSTM; 0 means CAT")
     attention: Literal["shuffle", "none", "norm"] = Field(
-        "shuffle", description="none: plain convolutions (GALIP); norm: shuffle's batch norm, no attention")
+        "shuffle", description="none: plain convolutions (GALIP); norm: shuffle's batch norm, no attention"
+    )
     attention_groups: PositiveInt = 8
     image_size: Annotated[int, Field(ge=16, le=1024)] = 224
-    noise_size: PositiveInt = 100
+    latent_size: PositiveInt = 100
     base_channels: PositiveInt = 64
     code_channels: PositiveInt = 64
     mapper_blocks: PositiveInt = 4
@@ -121,7 +127,8 @@ class ModelSettings(Section):
     d_channels: PositiveInt = 512
     logit_channels: PositiveInt = 128
     gate: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="what the discriminator's residual gates start at; 0 as published")
+        0.0, description="what the discriminator's residual gates start at; 0 as published"
+    )
     unused_shortcuts: bool = Field(False, description="published: build D's dead 1x1 convolutions")
 
     @model_validator(mode="after")
@@ -138,15 +145,16 @@ class ModelSettings(Section):
             step = 2 * self.attention_groups
             for name in ("base_channels", "code_channels"):
                 if getattr(self, name) % step:
-                    raise ValueError(f"{name}={getattr(self, name)} must be a multiple of {step} = "
-                                     "2 x attention_groups")
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} must be a multiple of {step} = 2 x attention_groups"
+                    )
         if self.code_channels % 2:
             raise ValueError(f"code_channels={self.code_channels} must be even")
         return self
 
     @property
-    def arm(self) -> str:
-        """Short name of the ablation arm, e.g. `rat-h64-shuffle`, `rat-mapper-h16-shuffle`, `cat-none`."""
+    def variant(self) -> str:
+        """Short name of the ablation variant, e.g. `rat-h64-shuffle`, `rat-mapper-h16-shuffle`, `cat-none`."""
         if self.conditioning == "cat" or self.hidden_size == 0:
             return f"cat-{self.attention}"
         scope = "-mapper" if self.conditioning == "rat" and self.rat_scope == "mapper" else ""
@@ -167,20 +175,27 @@ class TrainingSettings(Section):
     penalty_weight: Weight = 2.0
     penalty_power: Weight = 6.0
     mismatch: Literal["roll", "similar", "published"] = Field(
-        "roll", description="roll: the neighbour's sentence in the batch; similar: another caption close to "
-                            "the true one; published: roll even in a batch of one, where it is the true "
-                            "sentence (difference 7)")
+        "roll",
+        description="roll: the neighbour's sentence in the batch; similar: another caption close to "
+        "the true one; published: roll even in a batch of one, where it is the true "
+        "sentence (difference 7)",
+    )
     real_resize: Literal["antialias", "nearest"] = Field(
-        "antialias", description="how crops become image_size; nearest as published (difference 5)")
+        "antialias", description="how crops become image_size; nearest as published (difference 5)"
+    )
     resume: Literal["exact", "published"] = Field(
-        "exact", description="exact: as if never stopped; published: a whole epoch begins with the random "
-                             "numbers of a fresh start, and the loss scale is not restored (difference 12)")
+        "exact",
+        description="exact: as if never stopped; published: a whole epoch begins with the random "
+        "numbers of a fresh start, and the loss scale is not restored (difference 12)",
+    )
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     checkpointing: bool = Field(False, description="make maps again for the backward pass: less memory, more time")
     compile: bool = Field(False, description="torch.compile for the generator and CLIP, never for D")
     channels_last: bool = Field(False, description="weights of convolutions with the channels last")
-    cached_features: bool = Field(False, description="CLIP features of real images made once and kept; needs square "
-                                                     "images, crop = resize and no flip")
+    cached_features: bool = Field(
+        False,
+        description="CLIP features of real images made once and kept; needs square images, crop = resize and no flip",
+    )
     log_every: PositiveInt = 25
     sample_every: PositiveInt = 500
     checkpoint_every: PositiveInt = 500
@@ -190,8 +205,10 @@ class TrainingSettings(Section):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give the budget as steps or as epochs: exactly one of them")
         if self.batch_size == 1 and self.mismatch != "published":
-            raise ValueError("batch_size=1 has no other sentence to mismatch with; use 2 or more "
-                             "(mismatch: published reruns what the published code does there)")
+            raise ValueError(
+                "batch_size=1 has no other sentence to mismatch with; use 2 or more "
+                "(mismatch: published reruns what the published code does there)"
+            )
         return self
 
 
@@ -204,26 +221,34 @@ class EvaluationSettings(Section):
     grid_images: PositiveInt = Field(4, description="images a caption in the sample grid")
     judge_steps: Count = Field(600, description="training steps of the attribute classifier (synthetic only)")
     extractor: Literal["clip", "inception"] = Field(
-        "clip", description="features of FID, KID, IS, precision, recall: the independent CLIP's (labelled so), "
-                            "or torch-fidelity's Inception")
+        "clip",
+        description="features of FID, KID, IS, precision, recall: the independent CLIP's (labelled so), "
+        "or torch-fidelity's Inception",
+    )
     extractor_weights: Path | None = Field(
-        None, description="inception: local file of torch-fidelity's weights; none: it downloads them")
+        None, description="inception: local file of torch-fidelity's weights; none: it downloads them"
+    )
     inception_range: Literal["standard", "published"] = Field(
-        "standard", description="published: pixels reach the extractor as if they were in [0,1] and normalised "
-                                "again (difference 6)")
+        "standard",
+        description="published: pixels reach the extractor as if they were in [0,1] and normalised "
+        "again (difference 6)",
+    )
     last_batch: Literal["keep", "drop"] = Field(
-        "keep", description="drop: as published, a last batch that is not full is not counted (difference 9)")
+        "keep", description="drop: as published, a last batch that is not full is not counted (difference 9)"
+    )
     clip_score_normalisation: Literal["standard", "published"] = Field(
-        "standard", description="of the CLIP score; published: pixels normalised twice (difference 4)")
+        "standard", description="of the CLIP score; published: pixels normalised twice (difference 4)"
+    )
     study: tuple[PositiveInt, ...] = Field(
-        (1000, 2000, 5000, 10000, 20000, 30000), description="numbers of images of the protocol study")
+        (1000, 2000, 5000, 10000, 20000, 30000), description="numbers of images of the protocol study"
+    )
 
 
 class ExperimentSettings(Section):
     """The grid of runs behind notebooks 04 to 08 (`ratlip.studies.grid`)."""
 
     steps: PositiveInt | None = Field(None, description="training steps of each run; none: as training says")
-    seeds: PositiveInt = Field(3, description="runs of each arm of the ablation and the sweep")
+    seeds: PositiveInt = Field(3, description="runs of each variant of the ablation and the sweep")
     versus_seeds: PositiveInt = Field(3, description="runs of the published and the corrected form")
     hidden_sizes: tuple[Count, ...] = Field((0, 4, 8, 16, 32, 64, 128), description="h of the sweep; 0: CAT")
 
@@ -245,24 +270,31 @@ class Settings(Section):
     training: TrainingSettings
     evaluation: EvaluationSettings = EvaluationSettings()
     independent: ClipSettings | None = Field(
-        None, description="a second CLIP, which no generator was trained with, for scores only")
+        None, description="a second CLIP, which no generator was trained with, for scores only"
+    )
     experiments: ExperimentSettings = ExperimentSettings()
 
     @model_validator(mode="after")
     def _fits(self):
         size, clip, model = self.model.image_size, self.clip, self.model
         if self.independent and self._clip_hash(self.independent) == self.clip_hash:
-            raise ValueError("independent is the CLIP that the generator is trained with; give it another seed "
-                             "and width (or other pretrained weights)")
+            raise ValueError(
+                "independent is the CLIP that the generator is trained with; give it another seed "
+                "and width (or other pretrained weights)"
+            )
         if clip.source == "train":
             if size % clip.patch_size or not 4 <= size // clip.patch_size <= 32:
-                raise ValueError(f"model.image_size={size} and clip.patch_size={clip.patch_size}: the patch "
-                                 "must divide the image into a grid of 4 to 32 patches a side")
+                raise ValueError(
+                    f"model.image_size={size} and clip.patch_size={clip.patch_size}: the patch "
+                    "must divide the image into a grid of 4 to 32 patches a side"
+                )
             layers = clip.layers
             for name in ("prompt_blocks", "feature_blocks"):
                 if max(getattr(model, name), default=0) >= layers:
-                    raise ValueError(f"model.{name}={list(getattr(model, name))}: the CLIP has blocks 0 to "
-                                     f"{layers - 1} (clip.layers={layers})")
+                    raise ValueError(
+                        f"model.{name}={list(getattr(model, name))}: the CLIP has blocks 0 to "
+                        f"{layers - 1} (clip.layers={layers})"
+                    )
         return self
 
     @property
@@ -283,8 +315,12 @@ class Settings(Section):
     def _clip_hash(self, c: ClipSettings) -> str:
         content = {"data": self.data_hash}
         if c.source == "train":  # without the normalisation: a small CLIP is trained with the standard one
-            content |= {"crop": self.data.crop, "flip": self.data.flip, "image_size": self.model.image_size,
-                        **c.model_dump(mode="json", exclude={"model", "pretrained", "path", "normalisation"})}
+            content |= {
+                "crop": self.data.crop,
+                "flip": self.data.flip,
+                "image_size": self.model.image_size,
+                **c.model_dump(mode="json", exclude={"model", "pretrained", "path", "normalisation"}),
+            }
         else:
             where = "pretrained" if c.source == "pretrained" else "path"
             content |= c.model_dump(mode="json", include={"source", "model", where})
@@ -293,28 +329,43 @@ class Settings(Section):
     @property
     def judge_hash(self) -> str:
         """Identity of the attribute classifier (generated set only)."""
-        return _digest({"data": self.data_hash, "crop": self.data.crop, "image_size": self.model.image_size,
-                        "steps": self.evaluation.judge_steps})
+        return _digest(
+            {
+                "data": self.data_hash,
+                "crop": self.data.crop,
+                "image_size": self.model.image_size,
+                "steps": self.evaluation.judge_steps,
+            }
+        )
 
     @property
     def run_hash(self) -> str:
         """Identity of a run: every setting that changes its weights (how often it logs or saves does not)."""
-        content = self.model_dump(mode="json", exclude={
-            "profile": True, "summary": True, "evaluation": True, "independent": True, "experiments": True,
-            "training": {"log_every", "sample_every", "checkpoint_every"}})
+        content = self.model_dump(
+            mode="json",
+            exclude={
+                "profile": True,
+                "summary": True,
+                "evaluation": True,
+                "independent": True,
+                "experiments": True,
+                "training": {"log_every", "sample_every", "checkpoint_every"},
+            },
+        )
+        content["model"]["noise_size"] = content["model"].pop("latent_size")  # its name when runs were first named
         if self.training.resume == "exact":  # as before this setting was there
             del content["training"]["resume"]
         for option in ("checkpointing", "compile", "channels_last", "cached_features"):
             if not content["training"][option]:  # as before these settings were there
                 del content["training"][option]
-        if self.model.arm.startswith("cat-"):  # no LSTM: how large it would be and where is no difference
+        if self.model.variant.startswith("cat-"):  # no LSTM: how large it would be and where is no difference
             content["model"] |= {"conditioning": "cat", "hidden_size": 0, "rat_scope": "generator"}
         return _digest(content)
 
     @property
     def run_name(self) -> str:
-        """Folder name of the run: arm, seed, identity."""
-        return f"{self.model.arm}-seed{self.seed}-{self.run_hash}"
+        """Folder name of the run: variant, seed, identity."""
+        return f"{self.model.variant}-seed{self.seed}-{self.run_hash}"
 
     def to_yaml(self) -> str:
         """The settings as YAML that `load_settings` reads back to the same identity."""
@@ -323,16 +374,20 @@ class Settings(Section):
 
 def profile_names() -> list[str]:
     """The profiles that come with ratlip."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("ratlip.settings.profiles").iterdir()
-                  if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml")
+        for p in resources.files("ratlip.settings.profiles").iterdir()
+        if p.name.endswith(".yaml")
+    )
 
 
 def _read_profile(profile: str | Path, chain: tuple[str, ...] = ()) -> tuple[str, dict]:
     path = Path(profile)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise SettingsError(f"{path}: no such profile file; give a path that exists or one of "
-                                f"{', '.join(profile_names())}")
+            raise SettingsError(
+                f"{path}: no such profile file; give a path that exists or one of {', '.join(profile_names())}"
+            )
         name, text = str(path), path.read_text(encoding="utf-8")
     elif profile in profile_names():
         name = f"profile {profile}"
@@ -340,15 +395,18 @@ def _read_profile(profile: str | Path, chain: tuple[str, ...] = ()) -> tuple[str
     else:
         near = difflib.get_close_matches(str(profile), profile_names(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise SettingsError(f"there is no profile {str(profile)!r}{hint} "
-                            f"Profiles: {', '.join(profile_names())}; or give the path of a .yaml file.")
+        raise SettingsError(
+            f"there is no profile {str(profile)!r}{hint} "
+            f"Profiles: {', '.join(profile_names())}; or give the path of a .yaml file."
+        )
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"{name}: not readable as YAML: {error}") from None
     if not isinstance(content, dict):
-        raise SettingsError(f"{name}: should be a mapping of sections (data, clip, model, training), "
-                            f"not {type(content).__name__}")
+        raise SettingsError(
+            f"{name}: should be a mapping of sections (data, clip, model, training), not {type(content).__name__}"
+        )
     parent = content.pop("extends", None)
     if parent:
         beside = path.parent / str(parent)  # a path is meant from the file that names it
@@ -425,4 +483,3 @@ def _explain(name: str, error: ValidationError) -> str:
         else:
             lines.append(f"{dotted}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
     return f"{name}: {len(lines)} setting(s) wrong:\n" + "\n".join(f"  {line}" for line in lines)
-

@@ -1,1 +1,1 @@
-"""studies"""
+"""One file a question that a notebook asks."""

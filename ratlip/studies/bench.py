@@ -7,6 +7,7 @@ belong to one machine: what is asserted in tests is that both forms compute the 
 The images are generated shapes in the profile's sizes, so that no data set is needed; CLIP's weights are random,
 which changes no time.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,21 +27,21 @@ import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ratlip.training import loop
-from ratlip.studies.bench_parts import Parts, count_operations, matrix_rate, step_in_parts, synchronise
-from ratlip.studies.bench_plain import Towers, plain_generate, plain_optimisers, plain_step
 from ratlip.clip.frozen import FrozenClip, build_small_clip
 from ratlip.clip.small import ARCHITECTURE
-from ratlip.settings import Settings, load_settings
+from ratlip.clip.vocabulary import Vocabulary
 from ratlip.data.batches import Batches
-from ratlip.scores.evaluation import embed
-from ratlip.files import read_json, write_json
 from ratlip.fast.memory import LARGEST, keep_freed_memory, return_freed_memory
-from ratlip.workspace import Workspace
+from ratlip.files import read_json, write_json
 from ratlip.progress import bar
 from ratlip.provenance import describe
+from ratlip.scores.evaluation import embed
+from ratlip.settings import Settings, load_settings
+from ratlip.studies.bench_parts import Parts, count_operations, matrix_rate, step_in_parts, synchronise
+from ratlip.studies.bench_plain import Towers, plain_generate, plain_optimisers, plain_step
+from ratlip.training import loop
 from ratlip.training.loop import Session, peak_memory_mib, training_step
-from ratlip.clip.vocabulary import Vocabulary
+from ratlip.workspace import Workspace
 
 FORMS = ("plain", "ours")
 
@@ -55,10 +56,10 @@ class World:
     towers: Towers
 
     def inputs(self, count: int) -> tuple[Tensor, Tensor]:
-        """Noise (count,Z) and sentences (count,E)."""
-        noise = loop.noise_for(0, 0, count, self.run.settings.model.noise_size).to(self.run.device)
+        """Latents (count,Z) and sentences (count,E)."""
+        latent = loop.sample_latents(0, 0, count, self.run.settings.model.latent_size).to(self.run.device)
         rows = torch.arange(count, device=self.run.device) % len(self.run.sentences)
-        return noise, self.run.sentences[rows]
+        return latent, self.run.sentences[rows]
 
     def become(self, form: str, drawing: bool = False) -> None:
         """Work as one of `FORMS`: CLIP's modules, and whether freed memory is kept (for drawing, all of it)."""
@@ -78,15 +79,24 @@ class World:
         return lambda: plain_step(self.run, self.batches[self.run.step], optimisers, self.captions)
 
 
-def world(profile: str, batch: int, folder: str | Path, overrides: dict | None = None,
-          accelerator: str = "auto") -> World:
+def world(
+    profile: str, batch: int, folder: str | Path, overrides: dict | None = None, accelerator: str = "auto"
+) -> World:
     """A session with the profile's sizes: random weights, `batch` images a step, generated shapes in `folder`."""
     images = max(64, 2 * batch)
-    settings = load_settings(profile, {
-        "data.dataset": "synthetic", "data.flip": False, "data.train_images": images, "data.test_images": 16,
-        "training.batch_size": batch, **(overrides or {})})
-    space = Workspace.of(settings, folder, progress=False)
-    captions = list(space.prepared.train.all_captions)
+    settings = load_settings(
+        profile,
+        {
+            "data.dataset": "synthetic",
+            "data.flip": False,
+            "data.train_images": images,
+            "data.test_images": 16,
+            "training.batch_size": batch,
+            **(overrides or {}),
+        },
+    )
+    workspace = Workspace.of(settings, folder, progress=False)
+    captions = list(workspace.prepared.train.all_captions)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, tokenizer = _random_clip(settings, captions)
@@ -95,9 +105,11 @@ def world(profile: str, batch: int, folder: str | Path, overrides: dict | None =
     fabric = loop._launched(accelerator, 1, settings.training)
     clip.to(fabric.device)
     sentences = clip.embed_text(captions, batch_size=32)
-    run = Session(fabric, settings, space.prepared, clip, sentences, Path(folder) / "run")
+    run = Session(fabric, settings, workspace.prepared, clip, sentences, Path(folder) / "run")
     crop, flip = settings.data.crop, settings.data.flip
-    return World(run, Batches(space.prepared.train, crop=crop, flip=flip, batch_size=batch, seed=0), captions, towers)
+    return World(
+        run, Batches(workspace.prepared.train, crop=crop, flip=flip, batch_size=batch, seed=0), captions, towers
+    )
 
 
 def _random_clip(settings: Settings, captions: Sequence[str]):
@@ -124,8 +136,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def compare(here: World, works: dict[str, Callable[[], object]], iterations: int, name: str,
-            progress: bool = True, drawing: bool = False) -> dict:
+def compare(
+    here: World,
+    works: dict[str, Callable[[], object]],
+    iterations: int,
+    name: str,
+    progress: bool = True,
+    drawing: bool = False,
+) -> dict:
     """Both forms in turn, `iterations` times after one unmeasured round: seconds of each and their ratio."""
     seconds: dict[str, list[float]] = {form: [] for form in FORMS}
     for i in bar(range(iterations + 1), desc=name, unit="round", enabled=progress):
@@ -135,8 +153,11 @@ def compare(here: World, works: dict[str, Callable[[], object]], iterations: int
             if i:
                 seconds[form].append(spent)
     ratios = [plain / ours for plain, ours in zip(*seconds.values(), strict=True)]
-    return {**{form: spread(values) for form, values in seconds.items()}, "ratio": spread(ratios),
-            "iterations": iterations}
+    return {
+        **{form: spread(values) for form, values in seconds.items()},
+        "ratio": spread(ratios),
+        "iterations": iterations,
+    }
 
 
 def generation(here: World, batches: Sequence[int], iterations: int, progress: bool) -> list[dict]:
@@ -144,21 +165,27 @@ def generation(here: World, batches: Sequence[int], iterations: int, progress: b
     generator, clip = here.run.networks["generator"].eval(), here.run.clip
     rows = []
     for batch in batches:
-        noise, sentence = here.inputs(batch)
+        latent, sentence = here.inputs(batch)
         said = [here.captions[i % len(here.captions)] for i in range(batch)]
 
-        def draw(form: str, noise=noise, sentence=sentence) -> Tensor:
+        def draw(form: str, latent=latent, sentence=sentence) -> Tensor:
             with torch.no_grad(), here.run.fabric.autocast():
                 way = generator if form == "ours" else (lambda *given: plain_generate(generator, *given))
-                return way(noise, sentence).clamp(-1, 1)
+                return way(latent, sentence).clamp(-1, 1)
 
         def score(form: str, draw=draw, said=said) -> None:
             clip.embed_text(said)
             embed(clip, draw(form).float())
 
         for kind, work in (("generation", draw), ("evaluation", score)):
-            found = compare(here, {form: lambda form=form, work=work: work(form) for form in FORMS}, iterations,
-                            f"{kind}, batch {batch}", progress, drawing=True)
+            found = compare(
+                here,
+                {form: lambda form=form, work=work: work(form) for form in FORMS},
+                iterations,
+                f"{kind}, batch {batch}",
+                progress,
+                drawing=True,
+            )
             rate = {form: batch / found[form]["median"] for form in FORMS}
             rows.append({"kind": kind, "batch": batch, "images_per_second": rate, **found})
     generator.train()
@@ -175,8 +202,10 @@ def parts(here: World, iterations: int, progress: bool) -> dict:
         measured += [part.totals] if i else []
     counted = Parts(here.run.device, count=True)
     step_in_parts(here.run, here.batches, counted)
-    rows = [{"part": name, "seconds": statistics.median(each[name] for each in measured),
-             "operations": operations} for name, operations in counted.totals.items()]
+    rows = [
+        {"part": name, "seconds": statistics.median(each[name] for each in measured), "operations": operations}
+        for name, operations in counted.totals.items()
+    ]
     operations = {form: 0 for form in FORMS}
     for form in FORMS:
         here.become(form)
@@ -191,8 +220,10 @@ def scaling(profile: str, folder: str | Path, iterations: int, progress: bool) -
     side, batch = settings.model.image_size, settings.training.batch_size
     cases = [("batch", size, {}) for size in (batch // 2, batch, 2 * batch)]
     if settings.clip.source == "train":  # another CLIP's grid is fixed
-        cases += [("image_size", size, {"model.image_size": size, "data.crop": size, "data.resize": size})
-                  for size in sorted({max(16, side // 2), side, 2 * side})]
+        cases += [
+            ("image_size", size, {"model.image_size": size, "data.crop": size, "data.resize": size})
+            for size in sorted({max(16, side // 2), side, 2 * side})
+        ]
     cases += [("hidden_size", size, {"model.hidden_size": size}) for size in (0, 16, 64, 256)]
     rows = []
     for name, value, overrides in bar(cases, desc="scaling", unit="case", enabled=progress):
@@ -203,16 +234,28 @@ def scaling(profile: str, folder: str | Path, iterations: int, progress: bool) -
         step()
         seconds = [clock(step, here.run.device) for _ in range(iterations)]
         generator = sum(p.numel() for p in here.run.networks["generator"].parameters())
-        rows.append({"changes": name, "value": value, "batch": size, "seconds": spread(seconds),
-                     "generator_parameters": generator})
+        rows.append(
+            {
+                "changes": name,
+                "value": value,
+                "batch": size,
+                "seconds": spread(seconds),
+                "generator_parameters": generator,
+            }
+        )
     return rows
 
 
 def waiting(here: World, steps: int, workers: int) -> dict:
     """Share of a training loop's time spent waiting for data, with loader processes as in training."""
     here.become("ours")
-    loader = DataLoader(here.batches, batch_size=None, sampler=range(here.run.step, here.run.step + steps + 1),
-                        num_workers=workers, pin_memory=here.run.device.type == "cuda")
+    loader = DataLoader(
+        here.batches,
+        batch_size=None,
+        sampler=range(here.run.step, here.run.step + steps + 1),
+        num_workers=workers,
+        pin_memory=here.run.device.type == "cuda",
+    )
     source, waited, total = iter(loader), 0.0, 0.0
     training_step(here.run, next(source))  # the processes start
     for _ in range(steps):
@@ -239,10 +282,27 @@ def memory(options: argparse.Namespace) -> dict:
     """`alone` in a fresh process for each form."""
     found = {}
     for form in bar(FORMS, desc="memory", unit="process", enabled=options.progress):
-        command = [sys.executable, "-m", "ratlip.bench", "--profile", options.profile, "--batch", str(options.batch),
-                   "--iterations", str(options.iterations), "--threads", str(torch.get_num_threads()),
-                   "--precision", options.precision, "--accelerator", options.accelerator, "--form", form,
-                   "--set", *options.settings]
+        command = [
+            sys.executable,
+            "-m",
+            "ratlip.studies.bench",
+            "--profile",
+            options.profile,
+            "--batch",
+            str(options.batch),
+            "--iterations",
+            str(options.iterations),
+            "--threads",
+            str(torch.get_num_threads()),
+            "--precision",
+            options.precision,
+            "--accelerator",
+            options.accelerator,
+            "--form",
+            form,
+            "--set",
+            *options.settings,
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
         found[form] = json.loads(done.stdout.splitlines()[-1])
     return found | {"ratio": found["ours"]["peak_mib"] / found["plain"]["peak_mib"]}
@@ -250,36 +310,54 @@ def memory(options: argparse.Namespace) -> dict:
 
 def report(found: dict) -> str:
     """The measurements as tables to read."""
+
     def rate(row: dict) -> str:
         ratio = row["ratio"]
-        return (f"{row['plain']['median']:9.3f} s {row['ours']['median']:9.3f} s   {ratio['median']:5.2f} x "
-                f"({ratio['low']:.2f} to {ratio['high']:.2f})")
+        return (
+            f"{row['plain']['median']:9.3f} s {row['ours']['median']:9.3f} s   {ratio['median']:5.2f} x "
+            f"({ratio['low']:.2f} to {ratio['high']:.2f})"
+        )
 
-    lines = [f"profile {' '.join([found['profile'], *found['settings']])}, {found['image_size']} px, "
-             f"batch {found['batch']}, {found['precision']}, {found['device']}, "
-             f"{found['environment']['threads']} threads",
-             f"{'':26s}{'plain':>11s} {'ours':>11s}   ratio (range)", f"{'training step':26s}{rate(found['step'])}"]
+    lines = [
+        f"profile {' '.join([found['profile'], *found['settings']])}, {found['image_size']} px, "
+        f"batch {found['batch']}, {found['precision']}, {found['device']}, "
+        f"{found['environment']['threads']} threads",
+        f"{'':26s}{'plain':>11s} {'ours':>11s}   ratio (range)",
+        f"{'training step':26s}{rate(found['step'])}",
+    ]
     lines += [f"{row['kind'] + ', batch ' + str(row['batch']):26s}{rate(row)}" for row in found["generation"]]
     if "memory" in found:
         m = found["memory"]
-        lines.append(f"{'peak memory, own process':26s}{m['plain']['peak_mib']:7d} MiB {m['ours']['peak_mib']:7d} MiB"
-                     f"   {m['ratio']:5.2f} x")
-        lines.append(f"{'step, own process':26s}{m['plain']['seconds']['median']:9.3f} s "
-                     f"{m['ours']['seconds']['median']:9.3f} s")
+        lines.append(
+            f"{'peak memory, own process':26s}{m['plain']['peak_mib']:7d} MiB {m['ours']['peak_mib']:7d} MiB"
+            f"   {m['ratio']:5.2f} x"
+        )
+        lines.append(
+            f"{'step, own process':26s}{m['plain']['seconds']['median']:9.3f} s {m['ours']['seconds']['median']:9.3f} s"
+        )
     table, total = found["parts"], sum(row["seconds"] for row in found["parts"]["rows"])
-    lines += ["", f"matrix rate {table['matrix_rate'] / 1e9:.0f} GFLOP/s; operations of a step: plain "
-              f"{table['step_operations']['plain'] / 1e9:.4g}, "
-              f"ours {table['step_operations']['ours'] / 1e9:.4g} GFLOP",
-              f"{'part':38s}{'s':>8s}{'share':>8s}{'GFLOP':>9s}{'GFLOP/s':>9s}{'of rate':>9s}"]
+    lines += [
+        "",
+        f"matrix rate {table['matrix_rate'] / 1e9:.0f} GFLOP/s; operations of a step: plain "
+        f"{table['step_operations']['plain'] / 1e9:.4g}, "
+        f"ours {table['step_operations']['ours'] / 1e9:.4g} GFLOP",
+        f"{'part':38s}{'s':>8s}{'share':>8s}{'GFLOP':>9s}{'GFLOP/s':>9s}{'of rate':>9s}",
+    ]
     for row in table["rows"]:
         pace = row["operations"] / row["seconds"]
-        lines.append(f"{row['part']:38s}{row['seconds']:8.3f}{row['seconds'] / total:8.1%}"
-                     f"{row['operations'] / 1e9:9.1f}{pace / 1e9:9.1f}{pace / table['matrix_rate']:9.1%}")
-    lines.append(f"{'all parts':38s}{total:8.3f}   waiting for data: {found['waiting']['share_waiting']:.1%} of the "
-                 f"loop with {found['waiting']['workers']} loader processes")
+        lines.append(
+            f"{row['part']:38s}{row['seconds']:8.3f}{row['seconds'] / total:8.1%}"
+            f"{row['operations'] / 1e9:9.1f}{pace / 1e9:9.1f}{pace / table['matrix_rate']:9.1%}"
+        )
+    lines.append(
+        f"{'all parts':38s}{total:8.3f}   waiting for data: {found['waiting']['share_waiting']:.1%} of the "
+        f"loop with {found['waiting']['workers']} loader processes"
+    )
     for row in found.get("scaling", []):
-        lines.append(f"{row['changes']} {row['value']}: {row['seconds']['median']:.3f} s a step "
-                     f"({row['seconds']['low']:.3f} to {row['seconds']['high']:.3f}), batch {row['batch']}")
+        lines.append(
+            f"{row['changes']} {row['value']}: {row['seconds']['median']:.3f} s a step "
+            f"({row['seconds']['low']:.3f} to {row['seconds']['high']:.3f}), batch {row['batch']}"
+        )
     return "\n".join(lines)
 
 
@@ -293,8 +371,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed", "16-mixed"])
     parser.add_argument("--accelerator", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--set", dest="settings", nargs="*", default=[], metavar="KEY=VALUE",
-                        help="other settings, e.g. training.compile=true (see `ratlip.fast.options`)")
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="other settings, e.g. training.compile=true (see `ratlip.fast.options`)",
+    )
     parser.add_argument("--workers", type=int, default=0, help="loader processes where waiting is measured")
     parser.add_argument("--scaling", action="store_true", help="also: growth with batch, image size and h")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="skip the two fresh processes")
@@ -313,8 +397,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if options.threads:
         torch.set_num_threads(options.threads)
-    overrides = {"training.precision": options.precision,
-                 **{key: yaml.safe_load(value) for key, value in (each.split("=", 1) for each in options.settings)}}
+    overrides = {
+        "training.precision": options.precision,
+        **{key: yaml.safe_load(value) for key, value in (each.split("=", 1) for each in options.settings)},
+    }
     with tempfile.TemporaryDirectory() as folder:
         if options.form:
             here = world(options.profile, options.batch, folder, overrides, options.accelerator)
@@ -323,14 +409,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = {"memory": memory(options)} if options.memory else {}
         here = world(options.profile, options.batch, folder, overrides, options.accelerator)
         steps = {form: here.step(form) for form in FORMS}
-        found |= {"profile": options.profile, "settings": options.settings, "batch": options.batch,
-                  "precision": options.precision,
-                  "image_size": here.run.settings.model.image_size, "device": here.run.device.type,
-                  "environment": describe(),
-                  "step": compare(here, steps, options.iterations, "training step", options.progress),
-                  "parts": parts(here, options.iterations, options.progress),
-                  "waiting": waiting(here, options.iterations, options.workers),
-                  "generation": generation(here, options.generation, options.iterations, options.progress)}
+        found |= {
+            "profile": options.profile,
+            "settings": options.settings,
+            "batch": options.batch,
+            "precision": options.precision,
+            "image_size": here.run.settings.model.image_size,
+            "device": here.run.device.type,
+            "environment": describe(),
+            "step": compare(here, steps, options.iterations, "training step", options.progress),
+            "parts": parts(here, options.iterations, options.progress),
+            "waiting": waiting(here, options.iterations, options.workers),
+            "generation": generation(here, options.generation, options.iterations, options.progress),
+        }
         if options.scaling:
             found["scaling"] = scaling(options.profile, folder, options.iterations, options.progress)
     print(report(found))

@@ -1,4 +1,5 @@
 """Where a training step's time goes: seconds and floating-point operations of each part, and the machine's rate."""
+
 from __future__ import annotations
 
 import time
@@ -12,9 +13,9 @@ from torch.utils.flop_counter import flop_registry
 
 from ratlip.data.batches import to_network
 from ratlip.fast.tower import frozen_linear
-from ratlip.networks.losses import generator_loss, hinge, ma_gp
 from ratlip.networks.generator import AFFINES
-from ratlip.training.loop import Session, mismatch, noise_for
+from ratlip.networks.losses import generator_loss, hinge, ma_gp
+from ratlip.training.loop import Session, mismatch, sample_latents
 
 
 def synchronise(device: torch.device) -> None:
@@ -50,11 +51,15 @@ def _attention_backward(_grad: Tensor, q: Tensor, k: Tensor, *_, **__) -> int:
     return _attention(q, k) * 5 // 2  # five products
 
 
-OWN_FORMULAS = {name: formula for library, name, formula in (
-    (torch.ops.mkldnn, "_linear_pointwise", _linear),
-    (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", _attention),
-    (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", _attention_backward),
-) if hasattr(library, name)}
+OWN_FORMULAS = {
+    name: formula
+    for library, name, formula in (
+        (torch.ops.mkldnn, "_linear_pointwise", _linear),
+        (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", _attention),
+        (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", _attention_backward),
+    )
+    if hasattr(library, name)
+}
 
 
 class Operations(TorchDispatchMode):
@@ -123,18 +128,18 @@ def step_in_parts(run: Session, batches, part: Parts) -> None:
         real = to_network(batch["images"].to(run.device), m.image_size, t.real_resize)
         numbers = batch["caption"].to(run.device)
         sentence = run.sentences[numbers]
-        noise = noise_for(run.settings.seed, run.draw, len(real), m.noise_size).to(run.device)
+        latent = sample_latents(run.settings.seed, run.draw, len(real), m.latent_size).to(run.device)
         wrong = mismatch(numbers, run.sentences, run.groups, t.mismatch, run.settings.seed, run.draw)
-    fake, backward = _generate_in_parts(run.networks["generator"], noise, sentence, part)
-    image, = _leaf(fake)
+    fake, backward = _generate_in_parts(run.networks["generator"], latent, sentence, part)
+    (image,) = _leaf(fake)
     with part("CLIP on generated images, forward"):
         features, embedding = run.clip.features(image, m.feature_blocks)
     with part("CLIP on real images, forward"), torch.no_grad():
         real_features, _ = run.clip.features(real, m.feature_blocks, embedding=False)
 
     _judge_in_parts(run, real_features, features.detach(), sentence, wrong, part)
-    seen, = _leaf(features)
-    told, = _leaf(embedding)
+    (seen,) = _leaf(features)
+    (told,) = _leaf(embedding)
     with part("D for G's step, forward and backward"):
         frozen = run.networks["discriminator"].requires_grad_(False)
         generator_loss(frozen, seen, told, sentence, t.similarity_weight).total.backward()
@@ -150,8 +155,9 @@ def step_in_parts(run: Session, batches, part: Parts) -> None:
     run.step += 1
 
 
-def _judge_in_parts(run: Session, real_features: Tensor, fake_features: Tensor, sentence: Tensor, wrong: Tensor,
-                    part: Parts) -> None:
+def _judge_in_parts(
+    run: Session, real_features: Tensor, fake_features: Tensor, sentence: Tensor, wrong: Tensor, part: Parts
+) -> None:
     """D's step, as `losses.discriminator_loss` has it."""
     t, discriminator = run.settings.training, run.networks["discriminator"]
     real_features, own = _leaf(real_features, sentence)
@@ -168,16 +174,16 @@ def _judge_in_parts(run: Session, real_features: Tensor, fake_features: Tensor, 
         run.optimiser_d.step()
 
 
-def _generate_in_parts(generator, noise: Tensor, sentence: Tensor, part: Parts):
+def _generate_in_parts(generator, latent: Tensor, sentence: Tensor, part: Parts):
     """The generated images, and a function that takes their gradient back through the generator."""
     mapper = generator.mapper
     mapped = AFFINES * len(mapper.fusion_blocks)
     with part("mapper, forward"):
-        condition = torch.cat((noise, sentence), dim=1)
-        conditions = generator._conditions(noise, sentence, condition)
-        x = generator.code(noise).unflatten(1, generator.code_shape)
+        condition = torch.cat((latent, sentence), dim=1)
+        conditions = generator._conditions(latent, sentence, condition)
+        x = generator.code(latent).unflatten(1, generator.code_shape)
         for i, block in enumerate(mapper.fusion_blocks):
-            x = block(x, conditions[AFFINES * i:AFFINES * (i + 1)])
+            x = block(x, conditions[AFFINES * i : AFFINES * (i + 1)])
         x = mapper.to_clip(x)
         prompts = mapper.prompts(condition).view(len(x), len(mapper.prompt_blocks), x.shape[1])
     patches, tokens = _leaf(x, prompts)
@@ -190,7 +196,7 @@ def _generate_in_parts(generator, noise: Tensor, sentence: Tensor, part: Parts):
     with part("synthesis blocks, forward"):
         y = first
         for i, block in enumerate(generator.synthesis_blocks):
-            y = block(y, states[AFFINES * i:AFFINES * (i + 1)])
+            y = block(y, states[AFFINES * i : AFFINES * (i + 1)])
         images = generator.to_rgb(torch.nn.functional.leaky_relu(y, 0.2))
 
     def backward(grad: Tensor) -> None:
@@ -201,9 +207,14 @@ def _generate_in_parts(generator, noise: Tensor, sentence: Tensor, part: Parts):
         with part("CLIP as bridge, backward"):
             bridged.backward(crossed.grad)
         with part("mapper, backward"):
-            carried = [(made, state.grad) for made, state in zip(conditions[mapped:], states)
-                       if made.requires_grad and state.grad is not None]
-            torch.autograd.backward((x, prompts, *(made for made, _ in carried)),
-                                    (straight.grad + patches.grad, tokens.grad, *(g for _, g in carried)))
+            carried = [
+                (made, state.grad)
+                for made, state in zip(conditions[mapped:], states)
+                if made.requires_grad and state.grad is not None
+            ]
+            torch.autograd.backward(
+                (x, prompts, *(made for made, _ in carried)),
+                (straight.grad + patches.grad, tokens.grad, *(g for _, g in carried)),
+            )
 
     return images, backward

@@ -7,6 +7,7 @@ operations, CLIP is open_clip's own code with all its blocks for real and genera
 called, gradients flow down to the real image, D works through real, mismatched and generated pairs in three
 passes, its weights stay in the graph of G's step, and Adam takes one operation after the other (`foreach`).
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ratlip.data.batches import to_network
-from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss, clip_similarity, hinge, ma_gp
 from ratlip.networks import ConvShuffle, Generator, OfficialRecurrentAffine
 from ratlip.networks.generator import AFFINES
-from ratlip.training.loop import Session, mismatch, noise_for
+from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss, clip_similarity, hinge, ma_gp
+from ratlip.training.loop import Session, mismatch, sample_latents
 
 
 class Towers:
@@ -30,8 +31,11 @@ class Towers:
 
     def __init__(self, model: nn.Module):
         blocks = model.visual.transformer.resblocks
-        self.places = [place for block in blocks for place in (
-            (block, "attn"), *((block.mlp, name) for name, _ in block.mlp.named_children()))]
+        self.places = [
+            place
+            for block in blocks
+            for place in ((block, "attn"), *((block.mlp, name) for name, _ in block.mlp.named_children()))
+        ]
         self.blocks, self.plain = list(blocks), self._modules()
         self.compiled: list | None = None
         self.ours: list[nn.Module] | None = None
@@ -49,14 +53,14 @@ class Towers:
             setattr(parent, name, module)
 
 
-def plain_generate(generator: Generator, noise: Tensor, sentence: Tensor) -> Tensor:
-    """What `generator(noise, sentence)` gives, (B,3,S,S), computed plainly."""
-    condition = torch.cat((noise, sentence), dim=1)
-    conditions = _states(generator, noise, sentence)
+def plain_generate(generator: Generator, latent: Tensor, sentence: Tensor) -> Tensor:
+    """What `generator(latent, sentence)` gives, (B,3,S,S), computed plainly."""
+    condition = torch.cat((latent, sentence), dim=1)
+    conditions = _states(generator, latent, sentence)
     blocks = [*generator.mapper.fusion_blocks, *generator.synthesis_blocks]
     conditions += [condition] * (AFFINES * len(blocks) - len(conditions))
-    mapper, of = generator.mapper, [conditions[AFFINES * i:AFFINES * (i + 1)] for i in range(len(blocks))]
-    x = generator.code(noise).unflatten(1, generator.code_shape)
+    mapper, of = generator.mapper, [conditions[AFFINES * i : AFFINES * (i + 1)] for i in range(len(blocks))]
+    x = generator.code(latent).unflatten(1, generator.code_shape)
     for block in mapper.fusion_blocks:
         four = of.pop(0)
         h = _fuse(block.fuse1, block.conv1(x), four[:2])
@@ -72,10 +76,10 @@ def plain_generate(generator: Generator, noise: Tensor, sentence: Tensor) -> Ten
     return generator.to_rgb(F.leaky_relu(x, 0.2))
 
 
-def _states(generator: Generator, noise: Tensor, sentence: Tensor) -> list[Tensor]:
+def _states(generator: Generator, latent: Tensor, sentence: Tensor) -> list[Tensor]:
     if generator.recurrence is None:
         return []
-    state = generator.recurrence.initial(noise).chunk(2, dim=1)
+    state = generator.recurrence.initial(latent).chunk(2, dim=1)
     states = []
     for _ in range(generator.recurrence.steps):
         state = generator.recurrence.cell(sentence, state)
@@ -110,24 +114,27 @@ def _conv(conv: nn.Module, x: Tensor) -> Tensor:
 def plain_optimisers(run: Session) -> dict[str, torch.optim.Adam]:
     """Adam for both networks of the run, one operation after the other for all tensors."""
     t = run.settings.training
-    return {name: torch.optim.Adam(run.networks[name].parameters(), lr, betas=t.betas, foreach=True)
-            for name, lr in (("generator", t.lr_g), ("discriminator", t.lr_d))}
+    return {
+        name: torch.optim.Adam(run.networks[name].parameters(), lr, betas=t.betas, foreach=True)
+        for name, lr in (("generator", t.lr_g), ("discriminator", t.lr_d))
+    }
 
 
-def plain_step(run: Session, batch: dict[str, Tensor], optimisers: dict[str, torch.optim.Optimizer],
-               captions: Sequence[str]) -> tuple[DiscriminatorLoss, GeneratorLoss]:
+def plain_step(
+    run: Session, batch: dict[str, Tensor], optimisers: dict[str, torch.optim.Optimizer], captions: Sequence[str]
+) -> tuple[DiscriminatorLoss, GeneratorLoss]:
     """What `training.training_step(run, batch)` does, computed plainly; `captions`: all training captions."""
     t, m, clip = run.settings.training, run.settings.model, run.clip
     generator, discriminator = run.networks["generator"], run.networks["discriminator"]
     real = to_network(batch["images"].to(run.device), m.image_size, t.real_resize).requires_grad_()
     numbers = batch["caption"].to(run.device)
     sentence = clip.embed_text([captions[i] for i in batch["caption"].tolist()])
-    noise = noise_for(run.settings.seed, run.draw, len(real), m.noise_size, run.rank).to(run.device)
+    latent = sample_latents(run.settings.seed, run.draw, len(real), m.latent_size, run.rank).to(run.device)
     mismatched = mismatch(numbers, run.sentences, run.groups, t.mismatch, run.settings.seed, run.draw, run.rank)
 
     with run.fabric.autocast():
         real_features, _ = clip.features(real, m.feature_blocks)
-        fake = plain_generate(generator, noise, sentence)
+        fake = plain_generate(generator, latent, sentence)
         fake_features, fake_embedding = clip.features(fake, m.feature_blocks)
     real_features, sentence = real_features.float(), sentence.requires_grad_()
     real_logits = discriminator(real_features, sentence)
@@ -150,5 +157,7 @@ def plain_step(run: Session, batch: dict[str, Tensor], optimisers: dict[str, tor
     if "average" in run.networks:
         run.networks["average"].update_parameters(generator)
     run.step += 1
-    return (DiscriminatorLoss(loss_real, loss_mismatch, loss_fake, penalty, total),
-            GeneratorLoss(logit, similarity, loss))
+    return (
+        DiscriminatorLoss(loss_real, loss_mismatch, loss_fake, penalty, total),
+        GeneratorLoss(logit, similarity, loss),
+    )

@@ -3,10 +3,11 @@
     python -m ratlip.studies.campaign env/gpu/birds.yaml --data data/birds --minutes 25 --collect results
 
 A campaign is a YAML file with `stages`; each names a profile, a group of `ratlip.studies.grid`, and optionally
-`arms` of it and `settings` laid over the profile. When the time is used, the run at work saves its
+`variants` of it and `settings` laid over the profile. When the time is used, the run at work saves its
 checkpoint. The command then says what is left, and exits with 0 where nothing is and with 3 where something
 is.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,11 +21,11 @@ from typing import Any
 
 import yaml
 
-from ratlip.studies import grid
-from ratlip.settings import load_settings
 from ratlip.errors import RatlipError, SettingsError
 from ratlip.files import write_json
 from ratlip.provenance import describe
+from ratlip.settings import load_settings
+from ratlip.studies import grid
 
 UNFINISHED = 3
 BRING = ("config.yaml", "identity.json", "metrics.jsonl", "provenance.json", "scores.json")
@@ -36,14 +37,14 @@ class Stage:
 
     profile: str
     group: str
-    arms: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def runs(self) -> list[grid.Experiment]:
         """Its runs, seed by seed."""
         settings = load_settings(self.profile, self.settings)
         every = grid.plan(settings, self.group)
-        return [run for run in every if not self.arms or run.label in self.arms]
+        return [run for run in every if not self.variants or run.label in self.variants]
 
 
 def read_campaign(path: str | Path) -> list[Stage]:
@@ -62,22 +63,28 @@ def read_campaign(path: str | Path) -> list[Stage]:
 
 
 def _stage(path: Path, number: int, content: Any) -> Stage:
-    where, known = f"{path}: stage {number}", ("profile", "group", "arms", "settings")
+    where, known = f"{path}: stage {number}", ("profile", "group", "variants", "settings")
     if not isinstance(content, dict) or not {"profile", "group"} <= set(content) <= set(known):
-        raise SettingsError(f"{where}: should name profile and group, and may name arms and settings")
+        raise SettingsError(f"{where}: should name profile and group, and may name variants and settings")
     if content["group"] not in grid.GROUPS:
-        raise SettingsError(f"{where}: group={content['group']!r}: one of {', '.join(experiments.GROUPS)}")
-    stage = Stage(content["profile"], content["group"], tuple(content.get("arms") or ()),
-                  dict(content.get("settings") or {}))
-    arms = grid.arms(load_settings(stage.profile, stage.settings), stage.group)
-    unknown = [arm for arm in stage.arms if arm not in arms]
+        raise SettingsError(f"{where}: group={content['group']!r}: one of {', '.join(grid.GROUPS)}")
+    stage = Stage(
+        content["profile"], content["group"], tuple(content.get("variants") or ()), dict(content.get("settings") or {})
+    )
+    variants = grid.variants(load_settings(stage.profile, stage.settings), stage.group)
+    unknown = [variant for variant in stage.variants if variant not in variants]
     if unknown:
-        raise SettingsError(f"{where}: no arms {', '.join(unknown)}; {stage.group} has {', '.join(arms)}")
+        raise SettingsError(f"{where}: no variants {', '.join(unknown)}; {stage.group} has {', '.join(variants)}")
     return stage
 
 
-def carry_out(stages: list[Stage], root: Path | None = None, data: str | None = None,
-              minutes: float | None = None, progress: bool = True) -> list[grid.Experiment]:
+def carry_out(
+    stages: list[Stage],
+    root: Path | None = None,
+    data: str | None = None,
+    minutes: float | None = None,
+    progress: bool = True,
+) -> list[grid.Experiment]:
     """Train and score what is missing, stage by stage; the runs that are still missing when the time is used.
 
     `root`: a folder for all profiles' outputs; `outputs` in the repository where None.
@@ -85,11 +92,11 @@ def carry_out(stages: list[Stage], root: Path | None = None, data: str | None = 
     end = None if minutes is None else time.monotonic() + 60 * minutes
     left = []
     for stage in stages:
-        left += grid.train_missing(workspace(stage, root, progress), stage.runs(), "library", end, data)
+        left += grid.train_missing(stage_workspace(stage, root, progress), stage.runs(), "library", end, data)
     return left
 
 
-def workspace(stage: Stage, root: Path | None = None, progress: bool = True):
+def stage_workspace(stage: Stage, root: Path | None = None, progress: bool = True):
     """The `Workspace` of a stage's profile."""
     from ratlip.report import notebooks
     from ratlip.workspace import Workspace
@@ -107,9 +114,9 @@ def collect(stages: list[Stage], folder: str | Path, root: Path | None = None, w
     """
     folder = Path(folder)
     for stage in stages:
-        space = workspace(stage, root, progress=False)
+        workspace = stage_workspace(stage, root, progress=False)
         for run in stage.runs():
-            source, target = run.folder(space.root), folder / space.settings.profile / run.name
+            source, target = run.folder(workspace.root), folder / workspace.settings.profile / run.name
             if not (source / "checkpoint.pt").is_file():
                 continue
             target.mkdir(parents=True, exist_ok=True)
@@ -117,8 +124,10 @@ def collect(stages: list[Stage], folder: str | Path, root: Path | None = None, w
             for path in [*(source / name for name in BRING if (source / name).is_file()), *grids]:
                 shutil.copy(path, target / path.name)
             checkpoint = source / "checkpoint.pt"
-            write_json(target / "checkpoint.json", {"label": run.label, "bytes": checkpoint.stat().st_size,
-                                                    "sha256": _sha256(checkpoint)})
+            write_json(
+                target / "checkpoint.json",
+                {"label": run.label, "bytes": checkpoint.stat().st_size, "sha256": _sha256(checkpoint)},
+            )
             if weights:
                 shutil.copy(checkpoint, target / checkpoint.name)
     write_json(folder / "machine.json", describe())
@@ -127,14 +136,18 @@ def collect(stages: list[Stage], folder: str | Path, root: Path | None = None, w
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
-            hashlib.sha256(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )
 
 
 def main() -> None:
     """Entry point of `python -m ratlip.studies.campaign`."""
-    parser = argparse.ArgumentParser(prog="python -m ratlip.campaign", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m ratlip.campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("campaign", type=Path, help="a file such as env/gpu/birds.yaml")
     parser.add_argument("--data", help="root of the dataset")
     parser.add_argument("--minutes", type=float, help="stop cleanly after so many minutes")

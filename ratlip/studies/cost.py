@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ratlip.report.tables import MINE, NONE, Table
 from ratlip.studies import grid
 from ratlip.studies.bench_parts import synchronise
+from ratlip.training.loop import sample_latents
 from ratlip.workspace import best_device
-from ratlip.report.tables import MINE, NONE, Table
-from ratlip.training.loop import noise_for
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -93,13 +93,13 @@ def generation(
     clip, generator, rows = run.clip.to(device), run.generator.to(device).eval(), []
     for batch in batch_sizes:
         words = [captions[i % len(captions)] for i in range(batch)]
-        noise = noise_for(0, 0, batch, run.settings.model.noise_size).to(device)
+        latent = sample_latents(0, 0, batch, run.settings.model.latent_size).to(device)
 
-        def draw(words=words, noise=noise) -> tuple[float, float]:
+        def draw(words=words, latent=latent) -> tuple[float, float]:
             times = [_now(device)]
             sentence = clip.embed_text(words)
             times.append(_now(device))
-            generator(noise, sentence).clamp(-1, 1)
+            generator(latent, sentence).clamp(-1, 1)
             return times[1] - times[0], _now(device) - times[1]
 
         memory = peak_memory(draw, clip, generator)  # and the pass that warms up
@@ -135,7 +135,7 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def step_times(space, frame: pd.DataFrame) -> pd.DataFrame:
+def step_times(workspace, frame: pd.DataFrame) -> pd.DataFrame:
     """Training time of each run of `frame` (rows of `experiments.results`): label, seed, steps, seconds a
     step.
 
@@ -144,11 +144,9 @@ def step_times(space, frame: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for run in frame.itertuples():
-        log = grid.training_log(space, run).drop_duplicates("step", keep="last")
+        log = grid.training_log(workspace, run).drop_duplicates("step", keep="last")
         stretches = (log.seconds.diff() / log.step.diff()).dropna()
-        step = (
-            stretches[stretches > 0].median() if len(stretches) else log.seconds.iloc[-1] / log.step.iloc[-1]
-        )
+        step = stretches[stretches > 0].median() if len(stretches) else log.seconds.iloc[-1] / log.step.iloc[-1]
         rows.append(
             {
                 "label": run.label,
@@ -161,13 +159,13 @@ def step_times(space, frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def table(space, generated: pd.DataFrame, runs: pd.DataFrame) -> Table:
+def table(workspace, generated: pd.DataFrame, runs: pd.DataFrame) -> Table:
     """The table of costs: a row a model and device, from `generation` (with a column model) and `step_times`.
 
     `runs`: rows of `experiments.results`. Latency is that of one image, throughput that of the best batch
     size.
     """
-    steps, rows = step_times(space, runs), []
+    steps, rows = step_times(workspace, runs), []
     sizes = runs.drop_duplicates("label").set_index("label")["generator_parameters"]
     for (model, device), part in generated.groupby(["model", "device"], sort=False):
         one, best = part[part.batch == part.batch.min()].iloc[0], part.loc[part.images_per_second.idxmax()]
@@ -195,9 +193,7 @@ def table(space, generated: pd.DataFrame, runs: pd.DataFrame) -> Table:
                 "whose": row.whose,
                 "device": row.device.upper()
                 + (f", {row.threads} thread{'s' * (row.threads != 1)}" if row.device == "cpu" else ""),
-                "parameters": NONE
-                if pd.isna(row.trained_parameters)
-                else f"{row.trained_parameters / 1e6:.3f} M",
+                "parameters": NONE if pd.isna(row.trained_parameters) else f"{row.trained_parameters / 1e6:.3f} M",
                 "training step": f"{row.training_ms_a_step:.0f} ms",
                 "one image": f"{row.latency_ms:.1f} ms",
                 "images a second": f"{row.images_per_second:.0f}",
@@ -214,7 +210,7 @@ def table(space, generated: pd.DataFrame, runs: pd.DataFrame) -> Table:
     ]
     return Table(
         "cost",
-        f"What training and generating cost, measured here at {space.settings.model.image_size} px",
+        f"What training and generating cost, measured here at {workspace.settings.model.image_size} px",
         data,
         view,
         notes,

@@ -5,6 +5,7 @@ h and gives no number; here every map is measured: `energy_on_object`, `coverage
 map is believed it has to beat controls on real images, whose masks are exact (`validate`, after Adebayo et
 al., "Sanity checks for saliency maps", 2018). Charts are in `ratlip.plots.activation_maps`.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -21,20 +22,20 @@ from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ratlip.studies import grid
 from ratlip.clip.frozen import FrozenClip
 from ratlip.data.batches import centre_crop, real_images
 from ratlip.data.synthetic import object_mask
-from ratlip.scores.evaluation import generate
 from ratlip.plots.pictures import as_pixels
 from ratlip.progress import bar
-from ratlip.training.loop import noise_for
+from ratlip.scores.evaluation import generate
+from ratlip.studies import grid
+from ratlip.training.loop import sample_latents
 
 CAMS = ("GradCAM", "HiResCAM", "ScoreCAM")  # classes of pytorch_grad_cam; no SVD, whose sign is arbitrary
 TARGETS = ("cosine", "projection")
 HALF = 0.5  # `coverage` counts pixels from this share of a map's maximum on
 WHOLE = 0.8  # "the whole object": the best map of a real object, on the patch grid, reaches 0.9 of its pixels
-EXPLAINED_NOISE = 2**31 + 6  # a "step" that neither training nor the scores use
+EXPLAINED_LATENTS = 2**31 + 6  # a "step" that neither training nor the scores use
 CONTROLS = ("area", "wrong caption", "random weights", "another image")
 
 
@@ -55,8 +56,7 @@ class Method:
 
     def __post_init__(self):
         if self.cam not in CAMS or self.target not in TARGETS:
-            raise ValueError(f"a method is one of {CAMS} and one of {TARGETS}, "
-                             f"not {self.cam!r} and {self.target!r}")
+            raise ValueError(f"a method is one of {CAMS} and one of {TARGETS}, not {self.cam!r} and {self.target!r}")
 
     def __str__(self) -> str:
         places = {-1: "the last block", -2: "the last but one"}
@@ -74,8 +74,11 @@ def candidates(clip: FrozenClip) -> list[Method]:
     CLIP the image through each channel, and weighs the channel by the similarity that is left.
     """
     blocks = range(-1, -1 - min(3, clip.layers), -1)
-    return [*(Method("GradCAM", block, target) for target in TARGETS for block in blocks),
-            Method("HiResCAM", -1, "projection"), Method("ScoreCAM", -1, "cosine")]
+    return [
+        *(Method("GradCAM", block, target) for target in TARGETS for block in blocks),
+        Method("HiResCAM", -1, "projection"),
+        Method("ScoreCAM", -1, "cosine"),
+    ]
 
 
 # --------------------------------------------------------------------------------------------------- maps
@@ -103,13 +106,14 @@ def _patches(clip: FrozenClip):
 
     def reshape(tokens: Tensor) -> Tensor:
         tokens = tokens if batch_first else tokens.transpose(0, 1)
-        return tokens[:, -clip.grid**2:].transpose(1, 2).unflatten(2, (clip.grid, clip.grid))
+        return tokens[:, -(clip.grid**2) :].transpose(1, 2).unflatten(2, (clip.grid, clip.grid))
 
     return reshape
 
 
-def similarity_maps(clip: FrozenClip, images: Tensor, sentences: Tensor, method: Method = PAPER,
-                    batch_size: int = 64) -> Tensor:
+def similarity_maps(
+    clip: FrozenClip, images: Tensor, sentences: Tensor, method: Method = PAPER, batch_size: int = 64
+) -> Tensor:
     """Which pixels make CLIP find the sentence: (N,S,S) float32 in [0,1] on the CPU.
 
     images (N,3,S,S) in [-1,1], S = `clip.image_size`; sentences (N,E), their text embeddings, of any length.
@@ -160,8 +164,10 @@ def shuffled(clip: FrozenClip, seed: int = 0) -> FrozenClip:
 
 def _checked(maps: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
     if maps.ndim != 3 or (masks is not None and masks.shape != maps.shape):
-        raise ValueError(f"maps must be (N,S,S) and masks of the same shape, not {tuple(maps.shape)} and "
-                         f"{None if masks is None else tuple(masks.shape)}")
+        raise ValueError(
+            f"maps must be (N,S,S) and masks of the same shape, not {tuple(maps.shape)} and "
+            f"{None if masks is None else tuple(masks.shape)}"
+        )
     return maps.double(), torch.ones_like(maps).double() if masks is None else masks.double()
 
 
@@ -261,17 +267,17 @@ class Material:
         return Material(*(None if part is None else part[:count] for part in parts))
 
 
-def real_material(space, split: str, count: int, seed: int = 0) -> Material:
+def real_material(workspace, split: str, count: int, seed: int = 0) -> Material:
     """`count` real images of a split of a `Workspace` (fewer where it has fewer), drawn by `seed`, each with
     one caption.
     """
-    part, s = space.prepared[split], space.settings
+    part, s = workspace.prepared[split], workspace.settings
     rng = np.random.default_rng([seed, 6])
     numbers = rng.permutation(len(part))[:count].tolist()
     captions = [part.captions[n][int(rng.integers(len(part.captions[n])))] for n in numbers]
     place = (part, numbers, s.data.crop, s.model.image_size)
     known = part.attributes and [part.attributes[n]["background"] for n in numbers]
-    sentences = space.clip.embed_text(captions).cpu()
+    sentences = workspace.clip.embed_text(captions).cpu()
     return Material(real_images(*place), sentences, captions, real_masks(*place), known)
 
 
@@ -286,11 +292,15 @@ def validate(clip: FrozenClip, stranger: FrozenClip, material: Material, method:
     maps = similarity_maps(clip, m.images, m.sentences, method)
     wrong = similarity_maps(clip, m.images, m.sentences.roll(half, 0), method)
     random = similarity_maps(stranger, m.images, m.sentences, method)
-    return pd.DataFrame({
-        "map": energy_on_object(maps, m.masks), "area": m.masks.double().mean((1, 2)),
-        "wrong caption": energy_on_object(wrong, m.masks),
-        "random weights": energy_on_object(random, m.masks),
-        "another image": energy_on_object(maps.roll(half, 0), m.masks)})
+    return pd.DataFrame(
+        {
+            "map": energy_on_object(maps, m.masks),
+            "area": m.masks.double().mean((1, 2)),
+            "wrong caption": energy_on_object(wrong, m.masks),
+            "random weights": energy_on_object(random, m.masks),
+            "another image": energy_on_object(maps.roll(half, 0), m.masks),
+        }
+    )
 
 
 def margins(energies: pd.DataFrame) -> pd.DataFrame:
@@ -312,8 +322,12 @@ def compare(clip: FrozenClip, material: Material, methods: Sequence[Method]) -> 
         energies = validate(clip, stranger, material, method)
         beaten = margins(energies)
         worst = beaten["margin"].idxmin()
-        rows[method] = {**energies.mean(), "margin": beaten["margin"][worst], "se": beaten["se"][worst],
-                        "valid": bool(beaten["beaten"].all())}
+        rows[method] = {
+            **energies.mean(),
+            "margin": beaten["margin"][worst],
+            "se": beaten["se"][worst],
+            "valid": bool(beaten["beaten"].all()),
+        }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -323,10 +337,10 @@ def compare(clip: FrozenClip, material: Material, methods: Sequence[Method]) -> 
 def drawn(run, material: Material, seed: int = 0) -> Tensor:
     """What a run (`generation.Run`) draws for the captions of `material`: images (N,3,S,S) in [-1,1].
 
-    The noise of image i is a function of `seed` and i alone, so that all runs get the same.
+    The latent of image i is a function of `seed` and i alone, so that all runs get the same.
     """
-    noise = noise_for(seed, EXPLAINED_NOISE, len(material), run.settings.model.noise_size)
-    return generate(run.generator, noise, material.sentences)
+    latent = sample_latents(seed, EXPLAINED_LATENTS, len(material), run.settings.model.latent_size)
+    return generate(run.generator, latent, material.sentences)
 
 
 def map_scores(maps: Tensor, masks: Tensor | None = None) -> dict[str, float]:
@@ -337,13 +351,17 @@ def map_scores(maps: Tensor, masks: Tensor | None = None) -> dict[str, float]:
     if masks is None:
         each = {"coverage": coverage(maps)}
     else:
-        each = {"coverage": coverage(maps, masks), "spill": coverage(maps, ~masks),
-                "energy": energy_on_object(maps, masks), "area": masks.double().mean((1, 2))}
+        each = {
+            "coverage": coverage(maps, masks),
+            "spill": coverage(maps, ~masks),
+            "energy": energy_on_object(maps, masks),
+            "area": masks.double().mean((1, 2)),
+        }
     each["concentration"] = concentration(maps)
     return {name: float(values.nanmean()) for name, values in each.items()}
 
 
-def sweep(space, runs: pd.DataFrame, material: Material, methods: dict[str, Method]) -> pd.DataFrame:
+def sweep(workspace, runs: pd.DataFrame, material: Material, methods: dict[str, Method]) -> pd.DataFrame:
     """`map_scores` of every run (a row of `experiments.results`) by every method: one row each.
 
     Columns: method (its key), label, seed, hidden_size, the scores and, where the background is known,
@@ -351,8 +369,8 @@ def sweep(space, runs: pd.DataFrame, material: Material, methods: dict[str, Meth
     scores but "concentration" are about these images.
     """
     rows = []
-    for row in bar(list(runs.itertuples()), desc="maps", unit="run", enabled=space.progress):
-        run, kept, masks = grid.open_run(space, row), slice(None), None
+    for row in bar(list(runs.itertuples()), desc="maps", unit="run", enabled=workspace.progress):
+        run, kept, masks = grid.open_run(workspace, row), slice(None), None
         images, found = drawn(run, material), {}
         if material.backgrounds is not None:
             masks = estimated_masks(images, material.backgrounds)
@@ -360,14 +378,22 @@ def sweep(space, runs: pd.DataFrame, material: Material, methods: dict[str, Meth
             masks, found = masks[kept], {"found": float(kept.double().mean())}
         for name, method in methods.items():
             maps = similarity_maps(run.clip, images, material.sentences, method)
-            rows.append({"method": name, "label": row.label, "seed": row.seed, "hidden_size": row.hidden_size,
-                         **map_scores(maps[kept], masks), **found,
-                         "concentration": float(concentration(maps).mean())})
+            rows.append(
+                {
+                    "method": name,
+                    "label": row.label,
+                    "seed": row.seed,
+                    "hidden_size": row.hidden_size,
+                    **map_scores(maps[kept], masks),
+                    **found,
+                    "concentration": float(concentration(maps).mean()),
+                }
+            )
     return pd.DataFrame(rows)
 
 
 def whole_object(frame: pd.DataFrame, label: str) -> tuple[float, str]:
-    """Mean coverage of an arm over its seeds, and the verdict on "its maps cover the whole object".
+    """Mean coverage of a variant over its seeds, and the verdict on "its maps cover the whole object".
 
     "supported" where the 95 % t interval lies above `WHOLE`, "contradicted" where below, else "undecided".
     """
@@ -380,7 +406,7 @@ def whole_object(frame: pd.DataFrame, label: str) -> tuple[float, str]:
 
 
 def against_others(frame: pd.DataFrame, label: str, column: str = "coverage") -> pd.DataFrame:
-    """The arm `label` minus each other arm by `experiments.paired`: one row an arm: difference, low, high,
+    """The variant `label` minus each other variant by `experiments.paired`: one row a variant: difference, low, high,
     verdict on "more than there". Arms without a number (no object found) are "undecided".
     """
     rows = {}
@@ -390,6 +416,5 @@ def against_others(frame: pd.DataFrame, label: str, column: str = "coverage") ->
             rows[other] = {"difference": np.nan, "low": np.nan, "high": np.nan, "verdict": "undecided"}
             continue
         found = grid.paired(frame, label, other, column)
-        rows[other] = {"difference": found.mean, "low": found.low, "high": found.high,
-                       "verdict": found.verdict}
+        rows[other] = {"difference": found.mean, "low": found.low, "high": found.high, "verdict": found.verdict}
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -1,4 +1,4 @@
-"""The grid of runs behind notebooks 04 to 08: which arms and seeds, what is missing, what came out.
+"""The grid of runs behind notebooks 04 to 08: which variants and seeds, what is missing, what came out.
 
     python -m ratlip.studies.grid --profile demo            the plan, and what of it is done
     python -m ratlip.studies.grid --profile demo --run      trains what is missing, and goes on where it stopped
@@ -8,6 +8,7 @@ A run is `notebooks/03_train` executed by papermill with other parameters; its f
 hash, so that a run which several notebooks read is made once. Nothing here trains: a run folder is complete,
 resumable, or missing.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,23 +23,30 @@ from typing import Any, Iterable
 import numpy as np
 import pandas as pd
 
-from ratlip.settings import Settings, lay, load_settings, profile_names
 from ratlip.errors import RatlipError, RunError
 from ratlip.files import read_json, write_text
 from ratlip.progress import bar
+from ratlip.settings import Settings, lay, load_settings, profile_names
 
 GROUPS = ("ablation", "sweep", "versus")
 CAT = {"model.conditioning": "cat"}
 RAT = {"model.conditioning": "rat", "model.rat_scope": "generator"}
 OFFICIAL = {"model.conditioning": "rat-official", "model.rat_scope": "mapper"}
 ATTENTION, NONE = {"model.attention": "shuffle"}, {"model.attention": "none"}
-PUBLISHED = {**OFFICIAL, **ATTENTION, "clip.normalisation": "published", "model.unused_shortcuts": True,
-             "training.real_resize": "nearest", "training.mismatch": "published", "training.resume": "published"}
+PUBLISHED = {
+    **OFFICIAL,
+    **ATTENTION,
+    "clip.normalisation": "published",
+    "model.unused_shortcuts": True,
+    "training.real_resize": "nearest",
+    "training.mismatch": "published",
+    "training.resume": "published",
+}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run of the grid: the arm's `label`, the `seed`, all `settings`, and what sets the arm apart."""
+    """One run of the grid: the variant's `label`, the `seed`, all `settings`, and what sets the variant apart."""
 
     label: str
     group: str
@@ -63,8 +71,8 @@ class Experiment:
 # ------------------------------------------------------------------------------------------------ the plan
 
 
-def arms(settings: Settings, group: str) -> dict[str, dict[str, Any]]:
-    """The arms of a group: label -> what each lays over the profile. Raises ValueError for another group.
+def variants(settings: Settings, group: str) -> dict[str, dict[str, Any]]:
+    """The variants of a group: label -> what each lays over the profile. Raises ValueError for another group.
 
     ablation: conditioning x attention, and RAT in the mapper alone (paper, ablations). sweep: the LSTM's
     hidden size h, 0 meaning none (CAT). versus: the published form, all differences switched back at once,
@@ -72,21 +80,30 @@ def arms(settings: Settings, group: str) -> dict[str, dict[str, Any]]:
     """
     if group == "ablation":
         return {
-            "CAT": {**CAT, **NONE}, "CAT + SA": {**CAT, **ATTENTION},
-            "RAT": {**RAT, **NONE}, "RAT + SA": {**RAT, **ATTENTION},
+            "CAT": {**CAT, **NONE},
+            "CAT + SA": {**CAT, **ATTENTION},
+            "RAT": {**RAT, **NONE},
+            "RAT + SA": {**RAT, **ATTENTION},
             "RAT in the mapper + SA": {**RAT, **ATTENTION, "model.rat_scope": "mapper"},
-            "published RAT": {**OFFICIAL, **NONE}, "published RAT + SA": {**OFFICIAL, **ATTENTION}}
+            "published RAT": {**OFFICIAL, **NONE},
+            "published RAT + SA": {**OFFICIAL, **ATTENTION},
+        }
     if group == "sweep":
-        return {f"h = {h}": {**(RAT if h else CAT), **ATTENTION, "model.hidden_size": h}
-                for h in settings.experiments.hidden_sizes}
+        return {
+            f"h = {h}": {**(RAT if h else CAT), **ATTENTION, "model.hidden_size": h}
+            for h in settings.experiments.hidden_sizes
+        }
     if group == "versus":
-        return {"corrected": {**RAT, **ATTENTION}, "published": PUBLISHED,
-                "published normalisation": {**RAT, **ATTENTION, "clip.normalisation": "published"}}
+        return {
+            "corrected": {**RAT, **ATTENTION},
+            "published": PUBLISHED,
+            "published normalisation": {**RAT, **ATTENTION, "clip.normalisation": "published"},
+        }
     raise ValueError(f"group must be one of {', '.join(GROUPS)}, not {group!r}")
 
 
 def plan(settings: Settings, *groups: str) -> list[Experiment]:
-    """The runs of some groups (all of them if none is named), seed by seed, arm by arm.
+    """The runs of some groups (all of them if none is named), seed by seed, variant by variant.
 
     Several groups may hold the same run; it is then in the list once for each of them.
     """
@@ -94,7 +111,7 @@ def plan(settings: Settings, *groups: str) -> list[Experiment]:
     for group in groups or GROUPS:
         seeds = e.versus_seeds if group == "versus" else e.seeds
         for seed in range(seeds):
-            for label, overrides in arms(settings, group).items():
+            for label, overrides in variants(settings, group).items():
                 laid = dict(overrides)
                 if e.steps is not None:
                     laid["training.steps"] = e.steps
@@ -136,54 +153,60 @@ def _flat(settings: Settings) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- doing it
 
 
-def complete(space, *groups: str, door: str = "papermill", minutes: float | None = None) -> list[Experiment]:
+def complete(workspace, *groups: str, door: str = "papermill", minutes: float | None = None) -> list[Experiment]:
     """Train and score what is missing of the groups' runs; returns at once where nothing is.
 
-    `space`: a `Workspace`. `door`: "papermill" executes 03_train for each run and keeps the notebook in the
+    `workspace`: a `Workspace`. `door`: "papermill" executes 03_train for each run and keeps the notebook in the
     run's folder; "library" calls what that notebook calls. After `minutes` the run at work saves a checkpoint
     and no further one starts: the runs that are still missing are returned, for another sitting.
     """
-    runs = unique(plan(space.settings, *groups))
-    return train_missing(space, runs, door, None if minutes is None else time.monotonic() + 60 * minutes)
+    runs = unique(plan(workspace.settings, *groups))
+    return train_missing(workspace, runs, door, None if minutes is None else time.monotonic() + 60 * minutes)
 
 
-def train_missing(space, runs: list[Experiment], door: str = "papermill", end: float | None = None,
-                  data: str | None = None) -> list[Experiment]:
+def train_missing(
+    workspace, runs: list[Experiment], door: str = "papermill", end: float | None = None, data: str | None = None
+) -> list[Experiment]:
     """Train and score what is missing of `runs` until `end`, a `time.monotonic()`; what is missing then.
 
     `data`: the dataset's root, where the data are not prepared yet.
     """
-    missing = [run for run in runs if not run.complete(space.root)]
+    missing = [run for run in runs if not run.complete(workspace.root)]
     if not missing or (end is not None and time.monotonic() >= end):
         return missing
     if data:
-        space.prepare(data)
-    _ = space.prepared, space.clip, space.judge, space.independent  # made once, before any run asks for them
-    for run in bar(missing, desc="runs", unit="run", enabled=space.progress):
+        workspace.prepare(data)
+    _ = (
+        workspace.prepared,
+        workspace.clip,
+        workspace.judge,
+        workspace.independent,
+    )  # made once, before any run asks for them
+    for run in bar(missing, desc="runs", unit="run", enabled=workspace.progress):
         if end is not None and time.monotonic() >= end:
             break
-        execute(run, space, door, end)
-    return [run for run in runs if not run.complete(space.root)]
+        execute(run, workspace, door, end)
+    return [run for run in runs if not run.complete(workspace.root)]
 
 
-def execute(run: Experiment, space, door: str = "papermill", end: float | None = None) -> Path:
+def execute(run: Experiment, workspace, door: str = "papermill", end: float | None = None) -> Path:
     """Train and score one run; its folder. `end`: a `time.monotonic()` at which it saves and stops."""
     from ratlip.report import notebooks
     from ratlip.workspace import Workspace
 
-    folder = run.folder(space.root)
+    folder = run.folder(workspace.root)
     if door == "library" or end is not None:
-        own = Workspace.of(run.settings, space.root, progress=space.progress)
-        own.__dict__.update({name: getattr(space, name) for name in ("prepared", "judge", "independent")})
-        if own.settings.clip.normalisation == space.settings.clip.normalisation:
-            own.__dict__["clip"] = space.clip
+        own = Workspace.of(run.settings, workspace.root, progress=workspace.progress)
+        own.__dict__.update({name: getattr(workspace, name) for name in ("prepared", "judge", "independent")})
+        if own.settings.clip.normalisation == workspace.settings.clip.normalisation:
+            own.__dict__["clip"] = workspace.clip
         own.train(end=end)
         if not (folder / "provenance.json").is_file():
             return folder
         if door == "library":
             own.evaluate()
             return folder
-    given = {**parameters(run, space.root), "outputs": str(space.root)}
+    given = {**parameters(run, workspace.root), "outputs": str(workspace.root)}
     source = notebooks.repository() / "notebooks" / "03_train.ipynb"
     notebooks.execute(source, folder / "03_train.ipynb", given, talk=False)
     return folder
@@ -192,28 +215,30 @@ def execute(run: Experiment, space, door: str = "papermill", end: float | None =
 # ------------------------------------------------------------------------------------------ what came out
 
 
-def results(space, group: str) -> pd.DataFrame:
+def results(workspace, group: str) -> pd.DataFrame:
     """One row a run of the group: label, seed, run, hidden_size, steps, every number of its scores, its cost.
 
     Numbers of scores.json are named with dots ("judge.object", "real.frechet_distance"). RunError names the
     runs that are missing.
     """
-    runs = plan(space.settings, group)
-    missing = [run for run in runs if not run.complete(space.root)]
+    runs = plan(workspace.settings, group)
+    missing = [run for run in runs if not run.complete(workspace.root)]
     if missing:
         names = ", ".join(run.name for run in missing[:4]) + (" ..." if len(missing) > 4 else "")
-        raise RunError(f"{space.root / 'runs'}: {len(missing)} of {len(runs)} runs are missing ({names}); "
-                       f"`make reproduce PROFILE={space.settings.profile}` makes them, or "
-                       f"`python -m ratlip.studies.grid --profile {space.settings.profile} --run`")
-    return found(space, group)
+        raise RunError(
+            f"{workspace.root / 'runs'}: {len(missing)} of {len(runs)} runs are missing ({names}); "
+            f"`make reproduce PROFILE={workspace.settings.profile}` makes them, or "
+            f"`python -m ratlip.studies.grid --profile {workspace.settings.profile} --run`"
+        )
+    return found(workspace, group)
 
 
-def found(space, group: str) -> pd.DataFrame:
+def found(workspace, group: str) -> pd.DataFrame:
     """As `results`, of those runs of the group that are there; no row where none is."""
-    order = list(arms(space.settings, group))
-    runs = [run for run in plan(space.settings, group) if run.complete(space.root)]
+    order = list(variants(workspace.settings, group))
+    runs = [run for run in plan(workspace.settings, group) if run.complete(workspace.root)]
     runs.sort(key=lambda run: (order.index(run.label), run.seed))
-    return pd.DataFrame([row(run, space.root) for run in runs])
+    return pd.DataFrame([row(run, workspace.root) for run in runs])
 
 
 def row(run: Experiment, root: Path) -> dict[str, Any]:
@@ -221,12 +246,18 @@ def row(run: Experiment, root: Path) -> dict[str, Any]:
     folder = run.folder(root)
     provenance, scores = read_json(folder / "provenance.json"), read_json(folder / "scores.json")
     numbers = {key: value for key, value in _numbers(scores).items() if key not in ("seed", "images")}
-    return {"label": run.label, "seed": run.seed, "run": run.name,
-            "hidden_size": run.settings.model.hidden_size, "steps": provenance["steps"],
-            "images": scores["images"], **numbers,
-            "generator_parameters": provenance.get("generator_parameters"),
-            "training_seconds": provenance["training_seconds"],
-            "peak_memory_mib": provenance.get("peak_memory_mib")}
+    return {
+        "label": run.label,
+        "seed": run.seed,
+        "run": run.name,
+        "hidden_size": run.settings.model.hidden_size,
+        "steps": provenance["steps"],
+        "images": scores["images"],
+        **numbers,
+        "generator_parameters": provenance.get("generator_parameters"),
+        "training_seconds": provenance["training_seconds"],
+        "peak_memory_mib": provenance.get("peak_memory_mib"),
+    }
 
 
 def _numbers(content: dict, prefix: str = "") -> dict[str, float]:
@@ -239,13 +270,13 @@ def _numbers(content: dict, prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def score_names(space, group: str = "ablation") -> dict[str, str]:
+def score_names(workspace, group: str = "ablation") -> dict[str, str]:
     """What each score is called in print, with the extractor it depends on: column -> label.
 
     Without the fingerprint of a CLIP that was trained here, which is another one on another processor.
     """
-    run = next(run for run in plan(space.settings, group) if run.complete(space.root))
-    labels = read_json(run.folder(space.root) / "scores.json").get("labels", {})
+    run = next(run for run in plan(workspace.settings, group) if run.complete(workspace.root))
+    labels = read_json(run.folder(workspace.root) / "scores.json").get("labels", {})
     return {column: plain(label) for column, label in labels.items()}
 
 
@@ -255,18 +286,20 @@ def plain(label: str) -> str:
 
 
 def summary(frame: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Mean, standard deviation over seeds (NaN for one) and number of runs of each arm, in the given order."""
+    """Mean, standard deviation over seeds (NaN for one) and number of runs of each variant, in the given order."""
     return frame.groupby("label", sort=False)[column].agg(mean="mean", sd="std", n="count")
 
 
 def table(frame: pd.DataFrame, scores: dict[str, tuple[str, bool]]) -> pd.DataFrame:
-    """Mean ± standard deviation over seeds as text: one row an arm, one column a score of `quality`."""
+    """Mean ± standard deviation over seeds as text: one row a variant, one column a score of `quality`."""
     columns = {}
     for column, (name, _) in scores.items():
         found = summary(frame, column)
         digits = decimals(*found["mean"])
-        columns[name] = {label: f"{row['mean']:.{digits}f}" + (f" ± {row['sd']:.{digits}f}" if row["n"] > 1 else "")
-                         for label, row in found.iterrows()}
+        columns[name] = {
+            label: f"{row['mean']:.{digits}f}" + (f" ± {row['sd']:.{digits}f}" if row["n"] > 1 else "")
+            for label, row in found.iterrows()
+        }
     return pd.DataFrame(columns)
 
 
@@ -304,7 +337,7 @@ def half_interval(values) -> float:
 
 
 def paired(frame: pd.DataFrame, a: str, b: str, column: str, higher_is_better: bool = True) -> Difference:
-    """Mean of a - b over the seeds that both arms have, with a 95 % t interval.
+    """Mean of a - b over the seeds that both variants have, with a 95 % t interval.
 
     The verdict on "a is better than b": "supported" or "contradicted" where the interval lies on one side of
     zero, else "undecided". Two seeds leave one degree of freedom, and an interval of 12.7 standard errors.
@@ -322,14 +355,20 @@ def paired(frame: pd.DataFrame, a: str, b: str, column: str, higher_is_better: b
 
 
 def quality(frame: pd.DataFrame, names: dict[str, str] | None = None) -> dict[str, tuple[str, bool]]:
-    """The scores by which arms are compared, as far as the runs have them: column -> (label, higher is better).
+    """The scores by which variants are compared, as far as the runs have them: column -> (label, higher is better).
 
     The training CLIP's similarity is not among them: the generator was trained to raise it.
     """
-    every = {"judge_all": ("all attributes right", True), "frechet_distance": ("Fréchet distance", False),
-             "independent_similarity": ("similarity, independent CLIP", True)}
-    return {column: ((names or {}).get(column, label), up) for column, (label, up) in every.items()
-            if column in frame and frame[column].notna().all()}
+    every = {
+        "judge_all": ("all attributes right", True),
+        "frechet_distance": ("Fréchet distance", False),
+        "independent_similarity": ("similarity, independent CLIP", True),
+    }
+    return {
+        column: ((names or {}).get(column, label), up)
+        for column, (label, up) in every.items()
+        if column in frame and frame[column].notna().all()
+    }
 
 
 def compare(frame: pd.DataFrame, a: str, b: str) -> dict[str, Difference]:
@@ -346,19 +385,19 @@ def verdict(differences: Iterable[Difference]) -> str:
     return said.pop() if len(said) == 1 else "undecided"
 
 
-def open_run(space, run):
+def open_run(workspace, run):
     """The `generation.Run` of an Experiment, of a row of `results`, or of a run's name."""
     from ratlip.training import generation
 
     name = getattr(run, "name", None) if isinstance(run, Experiment) else getattr(run, "run", run)
-    clip_folder = space.clip_folder if space.settings.clip.source == "train" else None
-    return generation.Run(space.root / "runs" / str(name), clip_folder=clip_folder)
+    clip_folder = workspace.clip_folder if workspace.settings.clip.source == "train" else None
+    return generation.Run(workspace.root / "runs" / str(name), clip_folder=clip_folder)
 
 
-def training_log(space, run) -> pd.DataFrame:
+def training_log(workspace, run) -> pd.DataFrame:
     """The rows of a run's metrics.jsonl: step, seconds, and every term of both losses."""
     name = run.name if isinstance(run, Experiment) else getattr(run, "run", run)
-    lines = (space.root / "runs" / str(name) / "metrics.jsonl").read_text().splitlines()
+    lines = (workspace.root / "runs" / str(name) / "metrics.jsonl").read_text().splitlines()
     return pd.DataFrame([json.loads(line) for line in lines])
 
 
@@ -367,12 +406,13 @@ def training_log(space, run) -> pd.DataFrame:
 
 def main() -> None:
     """Entry point of `python -m ratlip.studies.grid`."""
-    from ratlip.report import notebooks
     from ratlip.cli import read_overrides
+    from ratlip.report import notebooks
     from ratlip.workspace import Workspace
 
-    parser = argparse.ArgumentParser(prog="python -m ratlip.experiments", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m ratlip.studies.grid", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--profile", "-p", default="demo")
     parser.add_argument("--data", help="root of the dataset (not for demo, smoke)")
     parser.add_argument("--out", help="where everything goes [outputs/<profile>]")
@@ -384,16 +424,21 @@ def main() -> None:
     chosen = parser.parse_args()
     try:
         settings = load_settings(chosen.profile, read_overrides(chosen.set))
-        space = Workspace.of(settings, notebooks.outputs_folder(settings.profile, chosen.out))
+        workspace = Workspace.of(settings, notebooks.outputs_folder(settings.profile, chosen.out))
         if chosen.run:
-            space.prepare(chosen.data)
-            complete(space, *chosen.group, door=chosen.door, minutes=chosen.minutes)
+            workspace.prepare(chosen.data)
+            complete(workspace, *chosen.group, door=chosen.door, minutes=chosen.minutes)
         runs = unique(plan(settings, *chosen.group))
         for run in runs:
-            state = ("done" if run.complete(space.root) else
-                     "begun" if (run.folder(space.root) / "checkpoint.pt").is_file() else "missing")
+            state = (
+                "done"
+                if run.complete(workspace.root)
+                else "begun"
+                if (run.folder(workspace.root) / "checkpoint.pt").is_file()
+                else "missing"
+            )
             print(f"{state:<8} {run.label:<24} seed {run.seed}  {run.name}")
-        left = sum(not run.complete(space.root) for run in runs)
+        left = sum(not run.complete(workspace.root) for run in runs)
         print(f"{len(runs) - left} of {len(runs)} runs done")
     except RatlipError as error:
         sys.exit(f"ratlip: {error}")

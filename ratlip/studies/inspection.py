@@ -27,8 +27,7 @@ def standard_error(share: float, count: int) -> float:
 def parameter_counts(network: nn.Module) -> dict[str, int]:
     """Trainable parameters of each direct part of a network."""
     return {
-        name: sum(p.numel() for p in part.parameters() if p.requires_grad)
-        for name, part in network.named_children()
+        name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in network.named_children()
     }
 
 
@@ -75,11 +74,11 @@ def patch_colours(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def affines(generator: Generator, noise: Tensor, sentence: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Scale and shift (B,C) of every affine in the order of use, for noise (B,Z) and sentence (B,E)."""
+def affines(generator: Generator, latent: Tensor, sentence: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Scale and shift (B,C) of every affine in the order of use, for latent (B,Z) and sentence (B,E)."""
     layers = [module for module in generator.modules() if isinstance(module, ConditionalAffine)]
     with _outputs([part for layer in layers for part in (layer.gamma, layer.beta)]) as seen:
-        generator(noise, sentence)
+        generator(latent, sentence)
     return list(zip(seen[::2], seen[1::2], strict=True))
 
 
@@ -98,15 +97,15 @@ def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def steering(generator: Generator, sentences: Tensor, noise: Tensor) -> list[dict[str, float]]:
-    """How far words and noise each move the affine of every layer: one row a layer.
+def steering(generator: Generator, sentences: Tensor, latent: Tensor) -> list[dict[str, float]]:
+    """How far words and latent each move the affine of every layer: one row a layer.
 
-    sentences (N,E), noise (N,Z). "words": the standard deviation of gamma over the sentences with the first
-    noise, averaged over channels; "noise": the same over the noises with the first sentence; "size" and
+    sentences (N,E), latent (N,Z). "words": the standard deviation of gamma over the sentences with the first
+    latent, averaged over channels; "noise": the same over the latents with the first sentence; "size" and
     "shift": mean |gamma - 1| and |beta| over the sentences.
     """
-    same_noise = affines(generator, noise[:1].expand_as(noise), sentences)
-    same_words = affines(generator, noise, sentences[:1].expand_as(sentences))
+    same_noise = affines(generator, latent[:1].expand_as(latent), sentences)
+    same_words = affines(generator, latent, sentences[:1].expand_as(sentences))
     return [
         {
             "layer": i + 1,
@@ -117,4 +116,3 @@ def steering(generator: Generator, sentences: Tensor, noise: Tensor) -> list[dic
         }
         for i, ((words, beta), (other, _)) in enumerate(zip(same_noise, same_words, strict=True))
     ]
-

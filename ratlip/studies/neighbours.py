@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from ratlip.clip.frozen import FrozenClip
 from ratlip.data.batches import real_images
-from ratlip.scores.evaluation import embed
 from ratlip.progress import bar
+from ratlip.scores.evaluation import embed
 
 SPACES = ("independent CLIP", "pixels")
 THUMB = 32  # side in pixels at which images are compared; larger ones are averaged down
@@ -108,10 +108,7 @@ def search(
         queries = torch.cat([queries, queries.flip(-1)])
     wanted = features(queries, clip)
     best = {
-        space: (
-            torch.full((len(queries),), torch.inf, dtype=torch.double),
-            torch.zeros(len(queries), dtype=torch.long),
-        )
+        space: (torch.full((len(queries),), torch.inf, dtype=torch.double), torch.zeros(len(queries), dtype=torch.long))
         for space in SPACES
     }
     for numbers, images in _batches(split, crop, image_size, progress):
@@ -131,9 +128,7 @@ def _parted(distance: Tensor, number: Tensor, generated: int, real: int, flip: b
     return Neighbours(distance[:generated], distance[generated:], number[:generated], number[generated:])
 
 
-def _batches(
-    split, crop: int, image_size: int, progress: bool, size: int = 256
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(split, crop: int, image_size: int, progress: bool, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
     parts = torch.arange(len(split)).split(size)
     for numbers in bar(parts, desc="nearest", unit="batch", enabled=progress):
         yield numbers, real_images(split, numbers.numpy(), crop, image_size)

@@ -2,6 +2,7 @@
 
 The rows on images, scores, the discriminator's training and files are in `differences_protocol`.
 """
+
 from __future__ import annotations
 
 import copy
@@ -19,47 +20,105 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn import functional as F
 
-from ratlip.plots.charts import COLOURS, MARKERS
 from ratlip.clip.frozen import FrozenClip, with_normalisation
-from ratlip.settings import Settings, load_settings
 from ratlip.data.batches import real_images
 from ratlip.errors import RunError
-from ratlip.scores.evaluation import TEST_NOISE, embed, generate, test_pairs
-from ratlip.plots.pictures import save
-from ratlip.scores.judge import Judge, judge_right
-from ratlip.networks.losses import clip_similarity
 from ratlip.networks import ConditionalAffine, Discriminator, Generator
 from ratlip.networks.affine import OfficialRecurrentAffine
-from ratlip.training.loop import build_networks, noise_for
+from ratlip.networks.losses import clip_similarity
+from ratlip.plots.charts import COLOURS, MARKERS
+from ratlip.plots.pictures import save
+from ratlip.scores.evaluation import TEST_LATENTS, embed, generate, test_pairs
+from ratlip.scores.judge import Judge, judge_right
+from ratlip.settings import Settings, load_settings
+from ratlip.training.loop import build_networks, sample_latents
 
 NOT_STATED = "not stated"
 TABLE = (  # paper or what a reader expects, published code, our default, setting to switch back, from GALIP?
-    ("each image's scale and shift come from its own text", "the batch is the LSTM's time axis: one state",
-     "model.conditioning: rat", "model.conditioning: rat-official", "no: GALIP has no RAT"),
-    ("one LSTM runs over the blocks and hands h and c on", "an LSTM for each affine, no state handed on",
-     "model.conditioning: rat", "model.conditioning: rat-official", "no: GALIP has no RAT"),
-    ("RAT connects the fusion blocks of the generator", "RAT in the mapper, CAT in the synthesis blocks",
-     "model.rat_scope: generator", "model.rat_scope: mapper", "no: GALIP has no RAT"),
-    ("CLIP sees images as it was trained to", "pixels go to [0,1] twice before mean and std",
-     "clip.normalisation: standard", "clip.normalisation: published; "
-     "evaluation.clip_score_normalisation: published", "yes, with its CLIP score"),
-    ("real and fake images come the same way", "real images 256 -> 224 by nearest, fakes drawn at 224",
-     "training.real_resize: antialias", "training.real_resize: nearest", NOT_STATED),
-    ("FID: Inception sees values in [-1, 1]", "it sees about [-0.2, 0.43]",
-     "evaluation.inception_range: standard", "evaluation.inception_range: published", NOT_STATED),
-    ("the batch size is the yaml's, 16", "the command line's default, 1, overrides it",
-     "the profile's training.batch_size; 1 is refused",
-     "training.batch_size: 1; training.mismatch: published", NOT_STATED),
-    ("the code runs", "calls that need a process group, a GPU, older pandas and scipy", "runs on a CPU alone",
-     "none: it cannot run", NOT_STATED),
-    ("all test images count", "a last batch that is not full is dropped",
-     "evaluation.last_batch: keep", "evaluation.last_batch: drop", NOT_STATED),
-    ("every generated image is kept", "files are named by the step, later ones overwrite",
-     "ratlip generate --names caption", "ratlip generate --names published", NOT_STATED),
-    ("every parameter is used", "1x1 shortcuts are built and never used",
-     "model.unused_shortcuts: false", "model.unused_shortcuts: true", "yes: GALIP's checkpoints hold them"),
-    ("a run that was stopped goes on", "next epoch, neither scaler nor random state restored",
-     "training.resume: exact", "training.resume: published", NOT_STATED),
+    (
+        "each image's scale and shift come from its own text",
+        "the batch is the LSTM's time axis: one state",
+        "model.conditioning: rat",
+        "model.conditioning: rat-official",
+        "no: GALIP has no RAT",
+    ),
+    (
+        "one LSTM runs over the blocks and hands h and c on",
+        "an LSTM for each affine, no state handed on",
+        "model.conditioning: rat",
+        "model.conditioning: rat-official",
+        "no: GALIP has no RAT",
+    ),
+    (
+        "RAT connects the fusion blocks of the generator",
+        "RAT in the mapper, CAT in the synthesis blocks",
+        "model.rat_scope: generator",
+        "model.rat_scope: mapper",
+        "no: GALIP has no RAT",
+    ),
+    (
+        "CLIP sees images as it was trained to",
+        "pixels go to [0,1] twice before mean and std",
+        "clip.normalisation: standard",
+        "clip.normalisation: published; evaluation.clip_score_normalisation: published",
+        "yes, with its CLIP score",
+    ),
+    (
+        "real and fake images come the same way",
+        "real images 256 -> 224 by nearest, fakes drawn at 224",
+        "training.real_resize: antialias",
+        "training.real_resize: nearest",
+        NOT_STATED,
+    ),
+    (
+        "FID: Inception sees values in [-1, 1]",
+        "it sees about [-0.2, 0.43]",
+        "evaluation.inception_range: standard",
+        "evaluation.inception_range: published",
+        NOT_STATED,
+    ),
+    (
+        "the batch size is the yaml's, 16",
+        "the command line's default, 1, overrides it",
+        "the profile's training.batch_size; 1 is refused",
+        "training.batch_size: 1; training.mismatch: published",
+        NOT_STATED,
+    ),
+    (
+        "the code runs",
+        "calls that need a process group, a GPU, older pandas and scipy",
+        "runs on a CPU alone",
+        "none: it cannot run",
+        NOT_STATED,
+    ),
+    (
+        "all test images count",
+        "a last batch that is not full is dropped",
+        "evaluation.last_batch: keep",
+        "evaluation.last_batch: drop",
+        NOT_STATED,
+    ),
+    (
+        "every generated image is kept",
+        "files are named by the step, later ones overwrite",
+        "ratlip generate --names caption",
+        "ratlip generate --names published",
+        NOT_STATED,
+    ),
+    (
+        "every parameter is used",
+        "1x1 shortcuts are built and never used",
+        "model.unused_shortcuts: false",
+        "model.unused_shortcuts: true",
+        "yes: GALIP's checkpoints hold them",
+    ),
+    (
+        "a run that was stopped goes on",
+        "next epoch, neither scaler nor random state restored",
+        "training.resume: exact",
+        "training.resume: published",
+        NOT_STATED,
+    ),
 )
 
 
@@ -68,8 +127,13 @@ def table(measured: dict[int, str]) -> pd.DataFrame:
     missing = [str(row) for row in range(1, len(TABLE) + 1) if not measured.get(row)]
     if missing:
         raise RunError(f"rows {', '.join(missing)} of the table were not measured: run the cells above")
-    names = ("paper, or what a reader expects", "published code", "our default", "setting to switch it back",
-             "inherited from GALIP")
+    names = (
+        "paper, or what a reader expects",
+        "published code",
+        "our default",
+        "setting to switch it back",
+        "inherited from GALIP",
+    )
     frame = pd.DataFrame(TABLE, columns=list(names), index=pd.RangeIndex(1, len(TABLE) + 1, name="row"))
     frame.insert(2, "measured effect", [measured[row] for row in frame.index])
     return frame
@@ -95,18 +159,19 @@ class BatchEffect:
         return f"{self.change.mean():.2f} (90 % of captions: {low:.2f} to {high:.2f})"
 
 
-def batch_effect(generator: Generator, noise: Tensor, sentence: Tensor, *, batch_size: int, draws: int = 4,
-                 seed: int = 0) -> BatchEffect:
-    """Draw each noise (N,Z) and sentence (N,E) as the first of a batch, `draws` times among other mates.
+def batch_effect(
+    generator: Generator, latent: Tensor, sentence: Tensor, *, batch_size: int, draws: int = 4, seed: int = 0
+) -> BatchEffect:
+    """Draw each latent (N,Z) and sentence (N,E) as the first of a batch, `draws` times among other mates.
 
-    Mates are others of the N sentences, each with a noise of its own, drawn by `seed`.
+    Mates are others of the N sentences, each with a latent of its own, drawn by `seed`.
     """
     rng, images = np.random.default_rng([seed, 71]), []
     for i in range(len(sentence)):
         others = np.delete(np.arange(len(sentence)), i)
         for draw in range(draws):
-            z = noise_for(seed, 1 + i * draws + draw, batch_size, noise.shape[1])
-            z[0] = noise[i]
+            z = sample_latents(seed, 1 + i * draws + draw, batch_size, latent.shape[1])
+            z[0] = latent[i]
             s = sentence[[i, *rng.choice(others, batch_size - 1)]]
             images.append(generate(generator, z, s, batch_size)[0])
     images = torch.stack(images).unflatten(0, (-1, draws))
@@ -131,17 +196,18 @@ def with_random_affines(generator: Generator, seed: int = 0) -> Generator:
     return other
 
 
-def position_effect(generator: Generator, noise: Tensor, sentence: Tensor, *, batch_size: int,
-                    seed: int = 0) -> list[dict[str, float]]:
+def position_effect(
+    generator: Generator, latent: Tensor, sentence: Tensor, *, batch_size: int, seed: int = 0
+) -> list[dict[str, float]]:
     """How far image 0 moves (standard deviations, mean over N batches) when the mate at one place is another.
 
-    noise (N,Z), sentence (N,E) of the images 0. One row a place: "position" 2 .. batch_size and "change".
+    latent (N,Z), sentence (N,E) of the images 0. One row a place: "position" 2 .. batch_size and "change".
     """
     rng, moved, shown = np.random.default_rng([seed, 72]), [], []
     for i in range(len(sentence)):
-        z = noise_for(seed, 10_000 + i, 2 * batch_size, noise.shape[1])
+        z = sample_latents(seed, 10_000 + i, 2 * batch_size, latent.shape[1])
         s = sentence[rng.integers(0, len(sentence), 2 * batch_size)]
-        z[0], s[0] = noise[i], sentence[i]
+        z[0], s[0] = latent[i], sentence[i]
         rows = torch.arange(batch_size)
         exchanged = [rows, *(torch.where(rows == k, rows + batch_size, rows) for k in range(1, batch_size))]
         drawn = [generate(generator, z[row], s[row], batch_size)[0] for row in exchanged]
@@ -155,19 +221,20 @@ def position_effect(generator: Generator, noise: Tensor, sentence: Tensor, *, ba
 def test_images(run, prepared, count: int, batch_size: int = 64, order: Tensor | None = None) -> Tensor:
     """Images (count,3,S,S) of a `generation.Run` for the test captions that the scores use, in their order.
 
-    `order` (count,): in which order they are drawn, that is, who is in whose batch; noise and caption of an
+    `order` (count,): in which order they are drawn, that is, who is in whose batch; latent and caption of an
     image stay the same.
     """
     _, captions = test_pairs(prepared, count)
     sentence = run.clip.embed_text(captions).cpu()
-    noise = noise_for(run.settings.seed, TEST_NOISE, count, run.settings.model.noise_size)
+    latent = sample_latents(run.settings.seed, TEST_LATENTS, count, run.settings.model.latent_size)
     order = torch.arange(count) if order is None else order
-    images = generate(run.generator, noise[order], sentence[order], batch_size)
+    images = generate(run.generator, latent[order], sentence[order], batch_size)
     return images[order.argsort()]
 
 
-def composition_scores(run, prepared, clip: FrozenClip, judge: Judge | None, count: int = 240,
-                       sizes: Sequence[int] = (1, 16, 64)) -> pd.DataFrame:
+def composition_scores(
+    run, prepared, clip: FrozenClip, judge: Judge | None, count: int = 240, sizes: Sequence[int] = (1, 16, 64)
+) -> pd.DataFrame:
     """Scores of the same images drawn in batches of several sizes and in another order: one row each.
 
     Columns: "CLIP similarity" (standard normalisation) and, with a judge, "all right": the share of images of
@@ -177,7 +244,8 @@ def composition_scores(run, prepared, clip: FrozenClip, judge: Judge | None, cou
     sentence = clip.embed_text(captions).cpu()
     shuffled = torch.from_numpy(np.random.default_rng(73).permutation(count))
     ways = {f"batches of {size}": (size, None) for size in sizes} | {
-        f"batches of {sizes[-1]}, shuffled": (sizes[-1], shuffled)}
+        f"batches of {sizes[-1]}, shuffled": (sizes[-1], shuffled)
+    }
     rows = {}
     for name, (size, order) in ways.items():
         images = test_images(run, prepared, count, size, order)
@@ -192,33 +260,36 @@ def composition_scores(run, prepared, clip: FrozenClip, judge: Judge | None, cou
 # ----------------------------------------------------------------------- rows 2 and 3: recurrence over depth
 
 
-def states(generator: Generator, noise: Tensor, sentence: Tensor) -> list[Tensor]:
+def states(generator: Generator, latent: Tensor, sentence: Tensor) -> list[Tensor]:
     """The LSTM state that each recurrent affine is made from, in the order of use, with their graph.
 
     RAT: (B,H), one for each image. RAT as published: (1,H), one for the batch. CAT: none.
     """
     device = next(generator.parameters()).device
-    noise, sentence = noise.to(device), sentence.to(device)
+    latent, sentence = latent.to(device), sentence.to(device)
     if generator.recurrence is not None:
-        return generator.recurrence(noise, sentence)
+        return generator.recurrence(latent, sentence)
     seen: list[Tensor] = []
-    hooks = [module.lstm.register_forward_hook(lambda _module, _given, result: seen.append(result[1][0][0]))
-             for module in generator.modules() if isinstance(module, OfficialRecurrentAffine)]
+    hooks = [
+        module.lstm.register_forward_hook(lambda _module, _given, result: seen.append(result[1][0][0]))
+        for module in generator.modules()
+        if isinstance(module, OfficialRecurrentAffine)
+    ]
     try:
-        generator(noise, sentence)
+        generator(latent, sentence)
     finally:
         for hook in hooks:
             hook.remove()
     return seen
 
 
-def reach(generator: Generator, noise: Tensor, sentence: Tensor) -> Tensor:
+def reach(generator: Generator, latent: Tensor, sentence: Tensor) -> Tensor:
     """(T,T): how much the state of layer u (column) moves when that of layer t (row) is pushed, t < u.
 
     Mean over images of the norm of d(r . h_u)/d h_t, r a random direction of length 1; exactly 0 where
     nothing is handed on.
     """
-    h = states(generator, noise, sentence)
+    h = states(generator, latent, sentence)
     moved, draw = torch.zeros(len(h), len(h)), torch.Generator().manual_seed(0)
     for u in range(1, len(h)):
         direction = F.normalize(torch.randn(h[u].shape, generator=draw), dim=1).to(h[u].device)
@@ -229,9 +300,9 @@ def reach(generator: Generator, noise: Tensor, sentence: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def settling(generator: Generator, noise: Tensor, sentence: Tensor) -> Tensor:
+def settling(generator: Generator, latent: Tensor, sentence: Tensor) -> Tensor:
     """(T-1,N): how far each image's state moves at layer t = 2 .. T, relative to its length."""
-    h = torch.stack(states(generator, noise, sentence))
+    h = torch.stack(states(generator, latent, sentence))
     return ((h[1:] - h[:-1]).norm(dim=2) / h[1:].norm(dim=2)).cpu()
 
 
@@ -280,16 +351,27 @@ def as_clip_sees(clip: FrozenClip, images: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def spread_figure(values: dict[str, Sequence[float]], label: str, reference: dict[str, float] | None = None,
-                  path: str | Path | None = None) -> Figure:
+def spread_figure(
+    values: dict[str, Sequence[float]],
+    label: str,
+    reference: dict[str, float] | None = None,
+    path: str | Path | None = None,
+) -> Figure:
     """One line a group: each value a dot (at a random height), the mean a bar; `reference` values dashed."""
     figure = Figure(figsize=(6.4, 1.0 + 0.5 * len(values)), layout="constrained")
     ax = figure.subplots()
     rng = np.random.default_rng(0)
     for row, (name, each) in enumerate(values.items()):
         each = np.asarray(each, dtype=float)
-        ax.plot(each, row + rng.uniform(-0.22, 0.22, len(each)), MARKERS[row], color=COLOURS[row],
-                markersize=4, alpha=0.6, markeredgewidth=0)
+        ax.plot(
+            each,
+            row + rng.uniform(-0.22, 0.22, len(each)),
+            MARKERS[row],
+            color=COLOURS[row],
+            markersize=4,
+            alpha=0.6,
+            markeredgewidth=0,
+        )
         ax.plot([each.mean()] * 2, [row - 0.36, row + 0.36], color="black", linewidth=2)
     for name, value in (reference or {}).items():
         ax.axvline(value, color="#555555", linestyle="--", linewidth=1)
@@ -310,8 +392,12 @@ def reach_figure(moved: dict[str, Tensor], path: str | Path | None = None) -> Fi
     for ax, (title, each) in zip(axes, moved.items()):
         ax.set_facecolor("#DDDDDD")
         count = len(each)
-        shown = ax.imshow(np.ma.masked_equal(each.numpy(), 0), cmap="viridis", norm=LogNorm(1e-4 * top, top),
-                          extent=(0.5, count + 0.5, count + 0.5, 0.5))
+        shown = ax.imshow(
+            np.ma.masked_equal(each.numpy(), 0),
+            cmap="viridis",
+            norm=LogNorm(1e-4 * top, top),
+            extent=(0.5, count + 0.5, count + 0.5, 0.5),
+        )
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("state of layer", fontsize=9)
         ax.set_ylabel("pushed layer", fontsize=9)

@@ -1,6 +1,7 @@
 """Notebook 07: where paper and published code part, in images, scores, training, files (official.md, rows 5
 to 12). The other rows, and the table of all, are in `differences`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,20 +22,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.inception import Inception3
 
-from ratlip.plots.charts import COLOURS, LINES
 from ratlip.clip.frozen import FrozenClip, with_normalisation
-from ratlip.settings import Settings, load_settings
 from ratlip.data import synthetic
 from ratlip.data.batches import Batches, real_images, to_network
+from ratlip.networks import Discriminator
+from ratlip.networks.losses import discriminator_loss, hinge
+from ratlip.plots.charts import COLOURS, LINES
+from ratlip.plots.pictures import save, save_images
 from ratlip.scores.evaluation import embed, test_pairs
 from ratlip.scores.extractors import published_range
-from ratlip.plots.pictures import save, save_images
-from ratlip.training.generation import file_names
-from ratlip.networks.losses import discriminator_loss, hinge
-from ratlip.networks import Discriminator
-from ratlip.workspace import Workspace
 from ratlip.scores.metrics import frechet_distance
+from ratlip.settings import Settings, load_settings
+from ratlip.training.generation import file_names
 from ratlip.training.loop import build_networks, mismatch, read_checkpoint, train
+from ratlip.workspace import Workspace
 
 # ------------------------------------------------------------------------------- row 5: shrunk by nearest
 
@@ -45,8 +46,10 @@ def drawn(size: int, count: int, variant: int = 0) -> Tensor:
     Picture i has the same attributes at every size and in every `variant`, and a place and shade of its own.
     """
     combinations = synthetic.combinations()["train"]
-    pictures = [synthetic.render(combinations[i % len(combinations)], size,
-                                 np.random.default_rng([75, variant, size, i]))[0] for i in range(count)]
+    pictures = [
+        synthetic.render(combinations[i % len(combinations)], size, np.random.default_rng([75, variant, size, i]))[0]
+        for i in range(count)
+    ]
     return torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2).copy())
 
 
@@ -62,7 +65,7 @@ def radial_spectrum(images: Tensor) -> Tensor:
     place = torch.arange(size) - size // 2
     radius = (place[:, None].square() + place.square()).sqrt().round().long().clamp(max=size // 2).flatten()
     total = torch.zeros(len(images), size // 2 + 1).index_add_(1, radius, power)
-    return (total / torch.bincount(radius))[:, :size // 2]
+    return (total / torch.bincount(radius))[:, : size // 2]
 
 
 def comb(images: Tensor, period: int = 7) -> Tensor:
@@ -117,8 +120,7 @@ def in_both_ranges(clip: FrozenClip, images: Tensor) -> dict[str, Tensor]:
 def real_in_both_ranges(clip: FrozenClip, prepared, settings: Settings, count: int) -> dict[str, Tensor]:
     """`in_both_ranges` of `count` real training images, spread over the split (or of all that there are)."""
     numbers = np.linspace(0, len(prepared.train) - 1, min(count, len(prepared.train))).astype(int)
-    return in_both_ranges(clip, real_images(prepared.train, numbers, settings.data.crop,
-                                            settings.model.image_size))
+    return in_both_ranges(clip, real_images(prepared.train, numbers, settings.data.crop, settings.model.image_size))
 
 
 def distances(features: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
@@ -143,8 +145,17 @@ def lowest_hinge(same: bool) -> float:
     return float((real + other).min() if same else real.min() + other.min())
 
 
-def matching_learned(settings: Settings, prepared, clip: FrozenClip, sentences: Tensor, groups: Tensor, *,
-                     batch_size: int, images: int = 1600, seed: int = 0) -> dict[str, float]:
+def matching_learned(
+    settings: Settings,
+    prepared,
+    clip: FrozenClip,
+    sentences: Tensor,
+    groups: Tensor,
+    *,
+    batch_size: int,
+    images: int = 1600,
+    seed: int = 0,
+) -> dict[str, float]:
     """What D learns about matching from `images` images in batches of one size, mismatched as published.
 
     Trained on its two hinge terms of real images alone. "same": share of the mismatched sentences that were
@@ -179,8 +190,7 @@ def _matched(discriminator: Discriminator, settings: Settings, prepared, clip: F
     sentence, right = clip.embed_text(captions), []
     kept = [i for i in range(len(captions) - 1) if captions[i] != captions[i + 1]]
     for rows in torch.tensor(kept).split(64):
-        features, _ = clip.features(images[rows].to(sentence.device), settings.model.feature_blocks,
-                                    embedding=False)
+        features, _ = clip.features(images[rows].to(sentence.device), settings.model.feature_blocks, embedding=False)
         true, false = discriminator(features, sentence[rows], sentence[rows + 1])
         right.append((true > false).float() + (true == false).float() / 2)
     return float(torch.cat(right).mean())
@@ -200,8 +210,9 @@ def calls_today() -> dict[str, str]:
     return {
         "torch.distributed.get_world_size() in a single process": _outcome(process_group),
         "tensor.cuda() without a GPU": _outcome(_cuda_without_a_gpu),
-        'pandas.read_csv(.., delim_whitespace=True)':
-            _outcome(lambda: pd.read_csv(io.StringIO("1 2\n"), delim_whitespace=True)),
+        "pandas.read_csv(.., delim_whitespace=True)": _outcome(
+            lambda: pd.read_csv(io.StringIO("1 2\n"), delim_whitespace=True)
+        ),
         "scipy.linalg.sqrtm(.., disp=False)": _outcome(lambda: scipy.linalg.sqrtm(np.eye(2), disp=False)),
     }
 
@@ -251,8 +262,12 @@ def without_gradient(discriminator: Discriminator, clip: FrozenClip, batch_size:
 
 def dead_parameters(discriminator: Discriminator) -> int:
     """Numbers in shortcuts that are built where channels are equal, hence never used."""
-    return sum(p.numel() for block in (*discriminator.blocks, discriminator.main)
-               if block.shortcut is not None and not block.mixes for p in block.shortcut.parameters())
+    return sum(
+        p.numel()
+        for block in (*discriminator.blocks, discriminator.main)
+        if block.shortcut is not None and not block.mixes
+        for p in block.shortcut.parameters()
+    )
 
 
 # ------------------------------------------------------------------------- row 12: stopped, resumed
@@ -264,20 +279,32 @@ def resumed_runs(steps: int = 8, stopped: int = 4) -> dict[str, float]:
     `training.resume` -> distance of the generator's final parameters from those of a run that never stopped,
     as a share of the distance that the steps after the stop move them.
     """
-    exact = load_settings("smoke", {"training.steps": steps, "training.ema": 0,
-                                    "training.sample_every": 1000})
+    exact = load_settings("smoke", {"training.steps": steps, "training.ema": 0, "training.sample_every": 1000})
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        space = Workspace.of(exact, root, progress=False)
+        workspace = Workspace.of(exact, root, progress=False)
 
         def go_on(name: str, way: str = "exact", **options) -> Tensor:
             training = exact.training.model_copy(update={"resume": way})
             settings = exact.model_copy(update={"training": training})
-            run = train(settings, space.prepared, space.clip, space.sentences(), root / name,
-                        accelerator="cpu", progress=False, **options)
+            run = train(
+                settings,
+                workspace.prepared,
+                workspace.clip,
+                workspace.sentences(),
+                root / name,
+                accelerator="cpu",
+                progress=False,
+                **options,
+            )
             weights = read_checkpoint(run / "checkpoint.pt", "cpu")["networks"]["generator"].items()
-            return torch.cat([value.flatten() for key, value in weights
-                              if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))])
+            return torch.cat(
+                [
+                    value.flatten()
+                    for key, value in weights
+                    if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))
+                ]
+            )
 
         whole = go_on("whole")
         for _ in range(stopped):  # each sitting saves and stops after one step
@@ -293,8 +320,7 @@ def resumed_runs(steps: int = 8, stopped: int = 4) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def spectrum_figure(spectra: dict[str, Tensor], combs: dict[str, Tensor],
-                    path: str | Path | None = None) -> Figure:
+def spectrum_figure(spectra: dict[str, Tensor], combs: dict[str, Tensor], path: str | Path | None = None) -> Figure:
     """Mean `radial_spectrum` of sets of images, the same relative to the first set, and their mean `comb`."""
     figure = Figure(figsize=(11.0, 3.1), layout="constrained")
     left, middle, right = figure.subplots(1, 3)

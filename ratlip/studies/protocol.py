@@ -6,6 +6,7 @@ change one by one, from the protocol "standard". `study` measures, `study_chart`
 
 The protocols by name are settings of `ratlip.scores.evaluation`: PROTOCOLS, protocol_settings, protocol_name.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -19,20 +20,28 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from ratlip.plots import pictures
-from ratlip.settings import Settings, load_settings
+from ratlip.cache import Store, digest, weights_digest
 from ratlip.data.batches import centre_crop, to_network
 from ratlip.errors import RunError
-from ratlip.scores.evaluation import (PROTOCOLS, PUBLISHED_PASSES, TEST_NOISE, generate, load_generator,
-                               protocol_name, protocol_settings, reference_numbers, reference_store,
-                               test_pairs)
-from ratlip.scores.extractors import (Extractor, cached_inception, clip_extractor, inception_extractor,
-                               judge_extractor)
-from ratlip.cache import Store, digest, weights_digest
 from ratlip.files import read_json, write_json
+from ratlip.plots import pictures
 from ratlip.progress import bar
+from ratlip.scores.evaluation import (
+    PROTOCOLS,
+    PUBLISHED_PASSES,
+    TEST_LATENTS,
+    generate,
+    load_generator,
+    protocol_name,
+    protocol_settings,
+    reference_numbers,
+    reference_store,
+    test_pairs,
+)
+from ratlip.scores.extractors import Extractor, cached_inception, clip_extractor, inception_extractor, judge_extractor
 from ratlip.scores.metrics import frechet_distance
-from ratlip.training.loop import is_complete, noise_for
+from ratlip.settings import Settings, load_settings
+from ratlip.training.loop import is_complete, sample_latents
 
 __all__ = ["PROTOCOLS", "protocol_name", "protocol_settings", "reference_images", "study", "study_chart"]
 CROPS = 47  # stream of random numbers of the reference's random crops
@@ -44,13 +53,25 @@ def resize(images: Tensor, size: int, how: str) -> Tensor:
     """float32 (B,3,c,c) in [0,255] at another size. "antialias": bilinear with a low-pass filter (standard);
     "bicubic": with one too; "nearest": as published (official.md, row 5).
     """
-    options = {"mode": "nearest"} if how == "nearest" else {
-        "mode": "bicubic" if how == "bicubic" else "bilinear", "antialias": True}
+    options = (
+        {"mode": "nearest"}
+        if how == "nearest"
+        else {"mode": "bicubic" if how == "bicubic" else "bilinear", "antialias": True}
+    )
     return F.interpolate(images, size=size, **options).clamp(0, 255)
 
 
-def reference_images(split, numbers, crop: int, image_size: int, *, side: int | None = None,
-                     flip: bool = False, how: str = "antialias", via: int | None = None) -> Tensor:
+def reference_images(
+    split,
+    numbers,
+    crop: int,
+    image_size: int,
+    *,
+    side: int | None = None,
+    flip: bool = False,
+    how: str = "antialias",
+    via: int | None = None,
+) -> Tensor:
     """Real images as float32 (N,3,S,S) in [-1,1], in ways that differ from `ratlip.data.batches.real_images`.
 
     `side`: random squares of this side, a function of the image's number, instead of the middle one of side
@@ -63,7 +84,7 @@ def reference_images(split, numbers, crop: int, image_size: int, *, side: int | 
             square = centre_crop(pixels, crop)
         else:
             top, left = (rng.integers(length - side + 1) for length in pixels.shape[:2])
-            square = pixels[top:top + side, left:left + side]
+            square = pixels[top : top + side, left : left + side]
         cut.append(square[:, ::-1] if flip and rng.random() < 0.5 else square)
     images = torch.from_numpy(np.stack(cut).transpose(0, 3, 1, 2).copy()).float()
     if via is not None:
@@ -76,19 +97,25 @@ def reference_images(split, numbers, crop: int, image_size: int, *, side: int | 
 class _Study:
     """One run under measurement. `base`: the extractor of the standard protocol; `rows`: see `study`."""
 
-    def __init__(self, space, folder: Path):
-        self.space, self.folder = space, folder
+    def __init__(self, workspace, folder: Path):
+        self.workspace, self.folder = workspace, folder
         self.settings: Settings = load_settings(folder / "config.yaml")
-        self.e, self.prepared, self.clip = space.settings.evaluation, space.prepared, space.clip
-        self.second = space.independent if space.independent is not None else self.clip
+        self.e, self.prepared, self.clip = workspace.settings.evaluation, workspace.prepared, workspace.clip
+        self.second = workspace.independent if workspace.independent is not None else self.clip
         self.base, self.published = (self._extractor(each) for each in ("standard", "published"))
         self.numbers = reference_numbers(self.prepared, self.e.images)
         self.total = max(*self.e.study, self.e.images)
         self.generator = load_generator(folder, self.settings, self.clip)
-        self.identity = {"generator": weights_digest(self.generator), "seed": self.settings.seed,
-                         "data": self.prepared.manifest["content_sha256"], "extractor": self.base.key,
-                         "images": self.e.images, "batch_size": self.e.batch_size,
-                         "others": [each.key for each in self.others()], "study": sorted(set(self.e.study))}
+        self.identity = {
+            "generator": weights_digest(self.generator),
+            "seed": self.settings.seed,
+            "data": self.prepared.manifest["content_sha256"],
+            "extractor": self.base.key,
+            "images": self.e.images,
+            "batch_size": self.e.batch_size,
+            "others": [each.key for each in self.others()],
+            "study": sorted(set(self.e.study)),
+        }
         self.label = self.base.label("frechet_distance")
 
     def _extractor(self, value_range: str) -> Extractor:
@@ -99,8 +126,8 @@ class _Study:
     def others(self) -> list[Extractor]:
         """The extractors beside the standard one that are to be had without a download."""
         found = [clip_extractor(self.clip), clip_extractor(self.second)]
-        if self.space.judge is not None:
-            found.append(judge_extractor(self.space.judge, weights_digest(self.space.judge)))
+        if self.workspace.judge is not None:
+            found.append(judge_extractor(self.workspace.judge, weights_digest(self.workspace.judge)))
         weights = self.e.extractor_weights or cached_inception()
         if Path(weights).is_file():
             found.append(inception_extractor(weights, "standard", self.clip.mean.device))
@@ -109,45 +136,69 @@ class _Study:
     def generated(self, extractors: dict[str, Extractor], count: int) -> Store:
         """Features of the first `count` generated images: the images of the scores, and more."""
         numbers, captions = test_pairs(self.prepared, count)
-        noise = noise_for(self.settings.seed, TEST_NOISE, count, self.settings.model.noise_size)
+        latent = sample_latents(self.settings.seed, TEST_LATENTS, count, self.settings.model.latent_size)
 
         def read(rows: np.ndarray) -> dict:
             sentence = self.clip.embed_text([captions[i] for i in rows]).cpu()
-            images = generate(self.generator, noise[rows], sentence, len(rows))
+            images = generate(self.generator, latent[rows], sentence, len(rows))
             return {name: each(images)["features"] for name, each in extractors.items()}
 
         keys = {name: each.key for name, each in extractors.items()}
         columns = {name: ((each.widths["features"],), "float32") for name, each in extractors.items()}
         store = Store(self.folder, "study", {**self.identity, "extractors": keys}, count, columns)
-        return store.fill(read, self.e.batch_size, desc=f"study: {count} images",
-                          progress=self.space.progress)
+        return store.fill(read, self.e.batch_size, desc=f"study: {count} images", progress=self.workspace.progress)
 
     def main(self) -> Store:
         return self.generated({"features": self.base, "published": self.published}, self.total)
 
     def real(self, extractor: Extractor, split: str, numbers: np.ndarray, **how) -> np.ndarray:
         """Features of real images, seen the way `how` says (`reference_images`); kept in the workspace."""
-        s, source, shown = self.space.settings, self.prepared[split], self.space.progress
+        s, source, shown = self.workspace.settings, self.prepared[split], self.workspace.progress
         if not how:
-            return reference_store(self.space.root, s, self.prepared, extractor, numbers, shown,
-                                   split=split)["features"]
-        identity = {"extractor": extractor.key, "data": self.identity["data"], "split": split, "study": how,
-                    "crop": s.data.crop, "image_size": s.model.image_size,
-                    "numbers": digest(numbers.tolist())}
-        store = Store(self.space.root, "features", identity, len(numbers),
-                      {"features": ((extractor.widths["features"],), "float32")})
+            return reference_store(self.workspace.root, s, self.prepared, extractor, numbers, shown, split=split)[
+                "features"
+            ]
+        identity = {
+            "extractor": extractor.key,
+            "data": self.identity["data"],
+            "split": split,
+            "study": how,
+            "crop": s.data.crop,
+            "image_size": s.model.image_size,
+            "numbers": digest(numbers.tolist()),
+        }
+        store = Store(
+            self.workspace.root,
+            "features",
+            identity,
+            len(numbers),
+            {"features": ((extractor.widths["features"],), "float32")},
+        )
 
         def read(rows: np.ndarray) -> dict:
             return extractor(reference_images(source, numbers[rows], s.data.crop, s.model.image_size, **how))
 
         return store.fill(read, self.e.batch_size, desc=f"real {split} images", progress=shown)["features"]
 
-    def row(self, aspect: str, variant: str, features: np.ndarray, reference: np.ndarray,
-            extractor: Extractor | None = None, real: np.ndarray | None = None) -> dict:
+    def row(
+        self,
+        aspect: str,
+        variant: str,
+        features: np.ndarray,
+        reference: np.ndarray,
+        extractor: Extractor | None = None,
+        real: np.ndarray | None = None,
+    ) -> dict:
         label = (extractor or self.base).label("frechet_distance")
         beside = _rounded(frechet_distance(real, reference)) if real is not None else None
-        return {"aspect": aspect, "variant": variant, "images": len(features),
-                "value": _rounded(frechet_distance(features, reference)), "label": label, "real": beside}
+        return {
+            "aspect": aspect,
+            "variant": variant,
+            "images": len(features),
+            "value": _rounded(frechet_distance(features, reference)),
+            "label": label,
+            "real": beside,
+        }
 
     # One method an aspect. Each begins with the standard protocol, under the number of images of the scores.
 
@@ -157,47 +208,72 @@ class _Study:
         rows = []
         for count in sorted(set(self.e.study)):
             parts = min(len(features) // count, PARTS)
-            values = [frechet_distance(features[i * count:(i + 1) * count], reference) for i in range(parts)]
-            rows.append({**self.row("images", f"{count} images", features[:count], reference,
-                                    real=test[:count] if count <= len(test) else None),
-                         "mean": _rounded(np.mean(values)), "parts": parts,
-                         "spread": _rounded(np.std(values, ddof=1)) if parts > 1 else None})
+            values = [frechet_distance(features[i * count : (i + 1) * count], reference) for i in range(parts)]
+            rows.append(
+                {
+                    **self.row(
+                        "images",
+                        f"{count} images",
+                        features[:count],
+                        reference,
+                        real=test[:count] if count <= len(test) else None,
+                    ),
+                    "mean": _rounded(np.mean(values)),
+                    "parts": parts,
+                    "spread": _rounded(np.std(values, ddof=1)) if parts > 1 else None,
+                }
+            )
         return rows
 
     def reference(self) -> list[dict]:
-        features = self.main()["features"][:self.e.images]
+        features = self.main()["features"][: self.e.images]
         test, train = np.arange(len(self.prepared.test)), len(self.prepared.train)
         few = np.linspace(0, train - 1, min(len(test), train)).astype(int)
-        variants = {f"{len(self.numbers)} training images": ("train", self.numbers),
-                    f"{len(few)} training images": ("train", few), f"{len(test)} test images": ("test", test)}
-        return [self.row("reference", name, features, self.real(self.base, *which))
-                for name, which in variants.items()]
+        variants = {
+            f"{len(self.numbers)} training images": ("train", self.numbers),
+            f"{len(few)} training images": ("train", few),
+            f"{len(test)} test images": ("test", test),
+        }
+        return [self.row("reference", name, features, self.real(self.base, *which)) for name, which in variants.items()]
 
     def crops(self) -> list[dict]:
-        data = self.space.settings.data
+        data = self.workspace.settings.data
         side = data.crop if data.resize > data.crop else data.crop * 7 // 8
-        return self._seen("crops", {
-            "centre crop": {}, f"random crops, {side} px": {"side": side},
-            "centre crop, half of them mirrored": {"flip": True},
-            f"random crops, {side} px, half of them mirrored": {"side": side, "flip": True}})
+        return self._seen(
+            "crops",
+            {
+                "centre crop": {},
+                f"random crops, {side} px": {"side": side},
+                "centre crop, half of them mirrored": {"flip": True},
+                f"random crops, {side} px, half of them mirrored": {"side": side, "flip": True},
+            },
+        )
 
     def resizing(self) -> list[dict]:
         """Where crops are as large as the images: to three quarters and back, for there is nothing to do."""
-        crop, size = self.space.settings.data.crop, self.space.settings.model.image_size
+        crop, size = self.workspace.settings.data.crop, self.workspace.settings.model.image_size
         if crop != size:
-            return self._seen("resizing", {
-                f"{crop} to {size} px, {how}": {} if how == "antialias" else {"how": how}
-                for how in ("antialias", "bicubic", "nearest")})
+            return self._seen(
+                "resizing",
+                {
+                    f"{crop} to {size} px, {how}": {} if how == "antialias" else {"how": how}
+                    for how in ("antialias", "bicubic", "nearest")
+                },
+            )
         via = size * 3 // 4
-        return self._seen("resizing", {"not resized": {}} | {
-            f"to {via} px and back, {how}": {"how": how, "via": via}
-            for how in ("antialias", "bicubic", "nearest")})
+        return self._seen(
+            "resizing",
+            {"not resized": {}}
+            | {f"to {via} px and back, {how}": {"how": how, "via": via} for how in ("antialias", "bicubic", "nearest")},
+        )
 
     def _seen(self, aspect: str, variants: dict[str, dict]) -> list[dict]:
         """The same generated images against the reference, seen in several ways."""
-        features = self.main()["features"][:self.e.images]
-        return [self.row(aspect, name, features, self.real(self.base, "train", self.numbers, **how))
-                for name, how in variants.items()]
+        features = self.main()["features"][: self.e.images]
+        return [
+            self.row(aspect, name, features, self.real(self.base, "train", self.numbers, **how))
+            for name, how in variants.items()
+        ]
 
     def extractor(self) -> list[dict]:
         used = {"features": self.base} | {f"other{i}": each for i, each in enumerate(self.others())}
@@ -206,33 +282,45 @@ class _Study:
 
     def range(self) -> list[dict]:
         store = self.main()
-        return [self._pair("numeric range", "standard", store["features"][:self.e.images], self.base),
-                self._pair("numeric range", "published", store["published"][:self.e.images], self.published)]
+        return [
+            self._pair("numeric range", "standard", store["features"][: self.e.images], self.base),
+            self._pair("numeric range", "published", store["published"][: self.e.images], self.published),
+        ]
 
     def _pair(self, aspect: str, variant: str, features: np.ndarray, extractor: Extractor) -> dict:
         test = np.arange(min(len(self.prepared.test), self.e.images))
-        return self.row(aspect, variant, features, self.real(extractor, "train", self.numbers), extractor,
-                        self.real(extractor, "test", test))
+        return self.row(
+            aspect,
+            variant,
+            features,
+            self.real(extractor, "train", self.numbers),
+            extractor,
+            self.real(extractor, "test", test),
+        )
 
     def last_batch(self) -> list[dict]:
         features, reference = self.main()["features"], self.real(self.base, "train", self.numbers)
         dropped = self.e.images - self.e.images % self.e.batch_size or self.e.images
-        return [self.row("last batch", name, features[:count], reference)
-                for name, count in (("kept", self.e.images), ("dropped", dropped))]
+        return [
+            self.row("last batch", name, features[:count], reference)
+            for name, count in (("kept", self.e.images), ("dropped", dropped))
+        ]
 
     def protocol(self) -> list[dict]:
         """All at once; the published one takes 12 passes over the captions, or all images that there are."""
         count = min(PUBLISHED_PASSES * len(self.prepared.test), self.total)
         count = count - count % self.e.batch_size or count
         store = self.main()
-        return [self._pair("protocol", "standard", store["features"][:self.e.images], self.base),
-                self._pair("protocol", "published", store["published"][:count], self.published)]
+        return [
+            self._pair("protocol", "standard", store["features"][: self.e.images], self.base),
+            self._pair("protocol", "published", store["published"][:count], self.published),
+        ]
 
 
-def study(space, folder: str | Path | None = None) -> list[dict]:
+def study(workspace, folder: str | Path | None = None) -> list[dict]:
     """Frechet distances of one complete run under every protocol, as tidy rows; half a minute at demo size.
 
-    `space`: a Workspace; `folder`: a run of it (default: that of its settings). A row has aspect, variant,
+    `workspace`: a Workspace; `folder`: a run of it (default: that of its settings). A row has aspect, variant,
     images (generated), value, label (printed name with extractor) and real (what real test images get under
     the same variant, or None). The first row of an aspect is the standard protocol. Rows of "images" have
     parts, mean and spread: value is of the first n images, mean and sd are over disjoint parts of n images.
@@ -240,19 +328,21 @@ def study(space, folder: str | Path | None = None) -> list[dict]:
 
     Kept in <run>/protocol-study.json, aspect by aspect: an interrupted study goes on where it was.
     """
-    folder = Path(folder) if folder else space.run_folder
+    folder = Path(folder) if folder else workspace.run_folder
     if not is_complete(folder):
         raise RunError(f"{folder}: not trained to its last step; run `ratlip train` with the same settings")
-    its, path = _Study(space, folder), folder / "protocol-study.json"
-    aspects: dict[str, Callable] = {name: getattr(its, name) for name in (
-        "images", "reference", "crops", "resizing", "extractor", "range", "last_batch", "protocol")}
+    its, path = _Study(workspace, folder), folder / "protocol-study.json"
+    aspects: dict[str, Callable] = {
+        name: getattr(its, name)
+        for name in ("images", "reference", "crops", "resizing", "extractor", "range", "last_batch", "protocol")
+    }
     try:
         kept = read_json(path)
         found = kept["rows"] if kept["identity"] == its.identity else {}
     except (OSError, ValueError, KeyError, TypeError):
         found = {}
     missing = [name for name in aspects if name not in found]
-    for name in bar(missing, desc="protocol study", unit="aspect", enabled=space.progress and bool(missing)):
+    for name in bar(missing, desc="protocol study", unit="aspect", enabled=workspace.progress and bool(missing)):
         found[name] = aspects[name]()
         write_json(path, {"identity": its.identity, "rows": found})
     for store in folder.glob("study-*"):
@@ -280,8 +370,15 @@ def _against_number(ax, rows: list[dict]) -> None:
     count = [row["images"] for row in rows]
     mean = np.array([row["mean"] for row in rows])
     spread = np.array([row["spread"] or 0 for row in rows])
-    ax.fill_between(count, mean - spread, mean + spread, color="#0072B2", alpha=0.2, linewidth=0,
-                    label="mean ± sd of disjoint sets of n")
+    ax.fill_between(
+        count,
+        mean - spread,
+        mean + spread,
+        color="#0072B2",
+        alpha=0.2,
+        linewidth=0,
+        label="mean ± sd of disjoint sets of n",
+    )
     ax.plot(count, [row["value"] for row in rows], "o-", color="#0072B2", label="first n generated images")
     real = [(row["images"], row["real"]) for row in rows if row["real"] is not None]
     if real:
@@ -299,8 +396,12 @@ def _against_number(ax, rows: list[dict]) -> None:
 
 
 def _against_standard(ax, rows: list[dict]) -> None:
-    colours = dict(zip(dict.fromkeys(row["aspect"] for row in rows), itertools.cycle((
-        "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"))))
+    colours = dict(
+        zip(
+            dict.fromkeys(row["aspect"] for row in rows),
+            itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")),
+        )
+    )
     standard: dict[str, dict] = {}
     for row in rows:
         standard.setdefault(row["aspect"], row)
@@ -309,10 +410,22 @@ def _against_standard(ax, rows: list[dict]) -> None:
         first, colour = standard[row["aspect"]], colours[row["aspect"]]
         times = max(row["value"], 1e-12) / max(first["value"], 1e-12)
         marker = "<" if times < low else ">" if times > high else "o"
-        ax.plot(min(max(times, low), high), -place, marker, color=colour, markersize=6, clip_on=False,
-                markerfacecolor=colour if row["label"] == first["label"] else "white")
-        ax.annotate(f"{row['value']:#.3g}".rstrip("."), (1.03, -place), xycoords=("axes fraction", "data"),
-                    va="center", fontsize=8)
+        ax.plot(
+            min(max(times, low), high),
+            -place,
+            marker,
+            color=colour,
+            markersize=6,
+            clip_on=False,
+            markerfacecolor=colour if row["label"] == first["label"] else "white",
+        )
+        ax.annotate(
+            f"{row['value']:#.3g}".rstrip("."),
+            (1.03, -place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+        )
         if row is first and place:
             ax.axhline(0.5 - place, color="0.85", linewidth=0.8)
     ax.axvline(1, color="0.5", linewidth=1, linestyle=":", zorder=0)
@@ -320,9 +433,11 @@ def _against_standard(ax, rows: list[dict]) -> None:
     ax.set_xlim(low, high)
     ax.set_xticks(MULTIPLES, [f"{times:g}" for times in MULTIPLES])
     ax.minorticks_off()
-    ax.set_yticks([-place for place in range(len(rows))],
-                  [f"{row['aspect']}: {row['variant']}" if row is standard[row["aspect"]] else row["variant"]
-                   for row in rows], fontsize=8)
+    ax.set_yticks(
+        [-place for place in range(len(rows))],
+        [f"{row['aspect']}: {row['variant']}" if row is standard[row["aspect"]] else row["variant"] for row in rows],
+        fontsize=8,
+    )
     ax.set_xlabel("multiple of the first of its group (arrows: beyond; hollow: another unit)")
     ax.set_title("one change at a time", fontsize=10)
     ax.set_title("distance", fontsize=8, loc="right")

@@ -1,1 +1,1 @@
-"""training"""
+"""Training: the step, the loop, the run folder."""

@@ -1,4 +1,5 @@
 """Your own captions: `ratlip.load(run).generate("a large red ring on a white background", n=8)`."""
+
 from __future__ import annotations
 
 import warnings
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ratlip.clip.frozen import FrozenClip, load_clip
-from ratlip.settings import Settings, load_settings
 from ratlip.errors import RunError, SettingsError
 from ratlip.scores.evaluation import generate, load_generator
+from ratlip.settings import Settings, load_settings
+from ratlip.training.loop import sample_latents
 from ratlip.workspace import best_device
-from ratlip.training.loop import noise_for
 
 
 def _device(name: str) -> torch.device:
@@ -52,21 +53,24 @@ class Run:
         self.folder = Path(folder)
         for name in ("config.yaml", "checkpoint.pt"):
             if not (self.folder / name).is_file():
-                raise RunError(f"{self.folder}: has no {name}, so it is not a trained run; give a folder "
-                               "such as outputs/demo/runs/<run> (`ratlip train` makes them)")
+                raise RunError(
+                    f"{self.folder}: has no {name}, so it is not a trained run; give a folder "
+                    "such as outputs/demo/runs/<run> (`ratlip train` makes them)"
+                )
         self.settings: Settings = load_settings(self.folder / "config.yaml")
         beside = self.folder.resolve().parents[1] / f"clip-{self.settings.clip_hash}"
         home = Path(clip_folder) if clip_folder else beside
         if self.settings.clip.source == "train" and not (home / "manifest.json").is_file():
-            raise RunError(f"{self.folder}: the small CLIP of this run is not at {home}; a run folder that "
-                           f"was moved needs it too: give the folder {beside.name} of the outputs it was "
-                           "trained in (`--clip-folder`, in Python clip_folder)")
+            raise RunError(
+                f"{self.folder}: the small CLIP of this run is not at {home}; a run folder that "
+                f"was moved needs it too: give the folder {beside.name} of the outputs it was "
+                "trained in (`--clip-folder`, in Python clip_folder)"
+            )
         self.clip: FrozenClip = load_clip(self.settings.clip, home, _device(device))
         self.generator = load_generator(self.folder, self.settings, self.clip)
 
-    def generate(self, captions: str | Sequence[str], n: int = 1, seed: int = 0,
-                 batch_size: int = 64) -> Tensor:
-        """Images (R,n,3,S,S) in [-1,1]: `n` for each of the R captions, the same noises for every caption.
+    def generate(self, captions: str | Sequence[str], n: int = 1, seed: int = 0, batch_size: int = 64) -> Tensor:
+        """Images (R,n,3,S,S) in [-1,1]: `n` for each of the R captions, the same latents for every caption.
 
         Warns of words that the CLIP's vocabulary does not hold: they cannot have an effect.
         """
@@ -76,11 +80,14 @@ class Run:
         for caption in captions:
             unknown = self.clip.unknown_words(caption)
             if unknown:
-                warnings.warn(f"{self.clip.name} has never read {', '.join(map(repr, unknown))}: these words "
-                              f"of {caption!r} have no effect", stacklevel=2)
+                warnings.warn(
+                    f"{self.clip.name} has never read {', '.join(map(repr, unknown))}: these words "
+                    f"of {caption!r} have no effect",
+                    stacklevel=2,
+                )
         sentence = self.clip.embed_text(captions).cpu().repeat_interleave(n, dim=0)
-        noise = noise_for(seed, 0, n, self.settings.model.noise_size).repeat(len(captions), 1)
-        return generate(self.generator, noise, sentence, batch_size).unflatten(0, (len(captions), n))
+        latent = sample_latents(seed, 0, n, self.settings.model.latent_size).repeat(len(captions), 1)
+        return generate(self.generator, latent, sentence, batch_size).unflatten(0, (len(captions), n))
 
     def grid(self, captions: str | Sequence[str], n: int = 8, seed: int = 0, path: str | Path | None = None):
         """A figure with one row a caption; saved to `path` where given."""

@@ -5,6 +5,7 @@ last step is done, `provenance.json`. Everything random at a step is a function 
 `checkpoint.pt` needs no random state, and a killed run goes on exactly as if it had never stopped (bit for
 bit on a CPU), unless it is told to resume as published (`training.resume`).
 """
+
 from __future__ import annotations
 
 import json
@@ -24,21 +25,21 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from ratlip.plots import pictures
-from ratlip.fast import options
 from ratlip.clip.frozen import FrozenClip
 from ratlip.clip.small import caption_groups
-from ratlip.settings import Settings, TrainingSettings
 from ratlip.data.batches import Batches, to_network
 from ratlip.errors import RunError, SettingsError
-from ratlip.files import atomic_path, read_json, write_json, write_text
-from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss, discriminator_loss, generator_loss
+from ratlip.fast import options
 from ratlip.fast.memory import keep_freed_memory
+from ratlip.files import atomic_path, read_json, write_json, write_text
 from ratlip.networks import Discriminator, Generator
+from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss, discriminator_loss, generator_loss
+from ratlip.plots import pictures
 from ratlip.progress import bar
 from ratlip.provenance import describe
+from ratlip.settings import Settings, TrainingSettings
 
-NOISE, MISMATCH = 21, 22  # streams of random numbers (see data/batches.py for the others)
+LATENT, MISMATCH = 21, 22  # streams of random numbers (see data/batches.py for the others)
 
 
 def build_networks(settings: Settings, clip: FrozenClip) -> tuple[Generator, Discriminator]:
@@ -48,24 +49,40 @@ def build_networks(settings: Settings, clip: FrozenClip) -> tuple[Generator, Dis
         raise SettingsError(
             f"{clip.name} takes images of {clip.image_size} px and has the blocks 0 to {clip.layers - 1}; "
             f"set model.image_size (now {m.image_size}), model.prompt_blocks (now {list(m.prompt_blocks)}) "
-            f"and model.feature_blocks (now {list(m.feature_blocks)}) accordingly")
+            f"and model.feature_blocks (now {list(m.feature_blocks)}) accordingly"
+        )
     torch.manual_seed(settings.seed)
     generator = Generator(
-        clip, image_size=m.image_size, conditioning=m.conditioning, rat_scope=m.rat_scope,
-        hidden_size=m.hidden_size, attention=m.attention, attention_groups=m.attention_groups,
-        noise_size=m.noise_size,
-        base_channels=m.base_channels, code_channels=m.code_channels, mapper_blocks=m.mapper_blocks,
-        prompt_blocks=m.prompt_blocks, bridge_scale=m.bridge_scale)
+        clip,
+        image_size=m.image_size,
+        conditioning=m.conditioning,
+        rat_scope=m.rat_scope,
+        hidden_size=m.hidden_size,
+        attention=m.attention,
+        attention_groups=m.attention_groups,
+        latent_size=m.latent_size,
+        base_channels=m.base_channels,
+        code_channels=m.code_channels,
+        mapper_blocks=m.mapper_blocks,
+        prompt_blocks=m.prompt_blocks,
+        bridge_scale=m.bridge_scale,
+    )
     discriminator = Discriminator(
-        grid=clip.grid, clip_width=clip.width, sentence_size=clip.embed_dim, feature_blocks=m.feature_blocks,
-        d_channels=m.d_channels, logit_channels=m.logit_channels, unused_shortcuts=m.unused_shortcuts,
-        gate=m.gate)
+        grid=clip.grid,
+        clip_width=clip.width,
+        sentence_size=clip.embed_dim,
+        feature_blocks=m.feature_blocks,
+        d_channels=m.d_channels,
+        logit_channels=m.logit_channels,
+        unused_shortcuts=m.unused_shortcuts,
+        gate=m.gate,
+    )
     return generator, discriminator
 
 
-def noise_for(seed: int, step: int, count: int, size: int, rank: int = 0) -> Tensor:
-    """Standard normal noise (count, size), a function of its arguments on every device."""
-    rng = np.random.default_rng([seed, NOISE, step, rank])  # torch's first rows depend on `count`
+def sample_latents(seed: int, step: int, count: int, size: int, rank: int = 0) -> Tensor:
+    """Standard normal latent (count, size), a function of its arguments on every device."""
+    rng = np.random.default_rng([seed, LATENT, step, rank])  # torch's first rows depend on `count`
     return torch.from_numpy(rng.standard_normal((count, size), dtype=np.float32))
 
 
@@ -102,9 +119,19 @@ def is_complete(folder: str | Path) -> bool:
     return (Path(folder) / "provenance.json").is_file()
 
 
-def train(settings: Settings, prepared, clip: FrozenClip, sentences: Tensor, folder: str | Path, *,
-          accelerator: str = "auto", devices: int | str = 1, workers: int = 0, progress: bool = True,
-          end: float | None = None) -> Path:
+def train(
+    settings: Settings,
+    prepared,
+    clip: FrozenClip,
+    sentences: Tensor,
+    folder: str | Path,
+    *,
+    accelerator: str = "auto",
+    devices: int | str = 1,
+    workers: int = 0,
+    progress: bool = True,
+    end: float | None = None,
+) -> Path:
     """Train one run into `folder`, or go on with it, or return at once when it is complete.
 
     `prepared`: the prepared dataset; `sentences`: raw text embeddings (N,E) of all training captions, in the
@@ -118,15 +145,28 @@ def train(settings: Settings, prepared, clip: FrozenClip, sentences: Tensor, fol
     t = settings.training
     fabric = _launched(accelerator, devices, t)
     run = Session(fabric, settings, prepared, clip, sentences, folder)
-    data = Batches(prepared.train, crop=settings.data.crop, flip=settings.data.flip, batch_size=t.batch_size,
-                   seed=settings.seed, rank=fabric.global_rank, world=fabric.world_size)
+    data = Batches(
+        prepared.train,
+        crop=settings.data.crop,
+        flip=settings.data.flip,
+        batch_size=t.batch_size,
+        seed=settings.seed,
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+    )
     steps = total_steps(settings, len(prepared.train))
-    loader = DataLoader(data, batch_size=None, sampler=range(run.draw, steps - run.begun),
-                        num_workers=workers, pin_memory=fabric.device.type == "cuda")
+    loader = DataLoader(
+        data,
+        batch_size=None,
+        sampler=range(run.draw, steps - run.begun),
+        num_workers=workers,
+        pin_memory=fabric.device.type == "cuda",
+    )
     log = Log(folder, run.step, enabled=fabric.is_global_zero)
     samples = SampleGrid(settings, prepared, run.clip, folder)
-    meter = bar(total=steps, initial=run.step, unit="step", desc=folder.name,
-                enabled=progress and fabric.is_global_zero)
+    meter = bar(
+        total=steps, initial=run.step, unit="step", desc=folder.name, enabled=progress and fabric.is_global_zero
+    )
 
     for batch in loader:
         loss_d, loss_g = training_step(run, batch)
@@ -155,14 +195,22 @@ def train(settings: Settings, prepared, clip: FrozenClip, sentences: Tensor, fol
 
 def _provenance(run: Session, prepared) -> dict:
     """Where a finished run comes from, as plain JSON values."""
-    return {"run": run.folder.name, "seed": run.settings.seed, "steps": run.step,
-            "training_seconds": round(run.seconds, 1),
-            "devices": f"{run.fabric.world_size} x {run.device.type}",
-            "peak_memory_mib": peak_memory_mib(run.device),
-            **{f"{name}_parameters": sum(p.numel() for p in run.networks[name].parameters())
-               for name in ("generator", "discriminator")},
-            "clip": run.clip.name, "clip_fingerprint": run.clip.fingerprint,
-            "data": prepared.manifest["content_sha256"], **describe()}
+    return {
+        "run": run.folder.name,
+        "seed": run.settings.seed,
+        "steps": run.step,
+        "training_seconds": round(run.seconds, 1),
+        "devices": f"{run.fabric.world_size} x {run.device.type}",
+        "peak_memory_mib": peak_memory_mib(run.device),
+        **{
+            f"{name}_parameters": sum(p.numel() for p in run.networks[name].parameters())
+            for name in ("generator", "discriminator")
+        },
+        "clip": run.clip.name,
+        "clip_fingerprint": run.clip.fingerprint,
+        "data": prepared.manifest["content_sha256"],
+        **describe(),
+    }
 
 
 def peak_memory_mib(device: torch.device) -> int:
@@ -178,13 +226,14 @@ def _launched(accelerator: str, devices: int | str, settings: TrainingSettings) 
     try:
         fabric = Fabric(accelerator=accelerator, devices=devices, precision=settings.precision)
     except (RuntimeError, ValueError, MisconfigurationException) as error:
-        raise RunError(f"accelerator={accelerator}, devices={devices}: not possible here "
-                       f"({error})") from error
+        raise RunError(f"accelerator={accelerator}, devices={devices}: not possible here ({error})") from error
     fabric.launch()
     share, rest = divmod(settings.batch_size, fabric.world_size)
     if rest or (share == 1 and fabric.world_size > 1):
-        raise RunError(f"devices={devices}: training.batch_size={settings.batch_size} cannot be shared by "
-                       f"{fabric.world_size} processes; each needs the same number of images, two at least")
+        raise RunError(
+            f"devices={devices}: training.batch_size={settings.batch_size} cannot be shared by "
+            f"{fabric.world_size} processes; each needs the same number of images, two at least"
+        )
     return fabric
 
 
@@ -202,8 +251,9 @@ class Critic(nn.Module):
             if block.shortcut is not None and not block.mixes:  # never used: nobody may wait for its gradient
                 block.shortcut.requires_grad_(False)
 
-    def forward(self, real_features: Tensor, fake_features: Tensor, sentence: Tensor,
-                mismatched: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, real_features: Tensor, fake_features: Tensor, sentence: Tensor, mismatched: Tensor
+    ) -> tuple[Tensor, ...]:
         """Arguments as of `losses.discriminator_loss` -> the fields of its `DiscriminatorLoss`.
 
         In mixed precision the arguments come in 16 bits; the penalty's sum of squares needs 32.
@@ -222,9 +272,9 @@ def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[Discriminator
     real = to_network(batch["images"].to(run.device, non_blocking=True), m.image_size, t.real_resize)
     captions = batch["caption"].to(run.device)
     sentence = run.sentences[captions]
-    noise = noise_for(run.settings.seed, run.draw, len(real), m.noise_size, run.rank).to(run.device)
+    latent = sample_latents(run.settings.seed, run.draw, len(real), m.latent_size, run.rank).to(run.device)
 
-    fake = run.generator(noise, sentence)
+    fake = run.generator(latent, sentence)
     with run.fabric.autocast():
         fake_features, fake_embedding = run.clip.features(fake, m.feature_blocks)
         with torch.no_grad():
@@ -233,8 +283,7 @@ def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[Discriminator
             else:
                 real_features, _ = run.clip.features(real, m.feature_blocks, embedding=False)
 
-    mismatched = mismatch(captions, run.sentences, run.groups, t.mismatch, run.settings.seed, run.draw,
-                          run.rank)
+    mismatched = mismatch(captions, run.sentences, run.groups, t.mismatch, run.settings.seed, run.draw, run.rank)
     loss_d = DiscriminatorLoss(*run.critic(real_features, fake_features.detach(), sentence, mismatched))
     run.optimiser_d.zero_grad()
     run.fabric.backward(loss_d.total)
@@ -256,8 +305,9 @@ def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[Discriminator
     return loss_d, loss_g
 
 
-def mismatch(captions: Tensor, sentences: Tensor, groups: Tensor, mode: str, seed: int, step: int,
-             rank: int = 0) -> Tensor:
+def mismatch(
+    captions: Tensor, sentences: Tensor, groups: Tensor, mode: str, seed: int, step: int, rank: int = 0
+) -> Tensor:
     """Sentences (B,E) that do not belong to the images of the batch, one for each of `captions` (B,).
 
     `captions` number the rows of `sentences` (N,E) and of `groups` (N,), whose equal numbers say that two captions
@@ -270,8 +320,7 @@ def mismatch(captions: Tensor, sentences: Tensor, groups: Tensor, mode: str, see
     ValueError there.
     """
     if len(captions) == 1 and mode != "published":
-        raise ValueError("a batch of one holds no other sentence to mismatch with: "
-                         "use a batch size of at least 2")
+        raise ValueError("a batch of one holds no other sentence to mismatch with: use a batch size of at least 2")
     sentence = sentences[captions]
     rolled = sentence.roll(-1, dims=0)
     if mode != "similar":
@@ -296,8 +345,7 @@ class Session:
     there is one. `begun`: the step at which the random numbers begin; 0 but after a resume as published.
     """
 
-    def __init__(self, fabric: Fabric, settings: Settings, prepared, clip: FrozenClip, sentences: Tensor,
-                 folder: Path):
+    def __init__(self, fabric: Fabric, settings: Settings, prepared, clip: FrozenClip, sentences: Tensor, folder: Path):
         self.fabric, self.settings, self.folder = fabric, settings, folder
         self.device, self.rank = fabric.device, fabric.global_rank
         if self.device.type == "cpu":
@@ -310,20 +358,22 @@ class Session:
         if t.ema:
             self.networks["average"] = averaged(generator, t.ema).to(self.device)
         options.apply(t, generator, discriminator, self.clip)
-        self.real_features = options.RealFeatures(self.clip, settings.model.feature_blocks, prepared.train,
-                                                  settings.data) if t.cached_features else None
-        self.generator, self.optimiser_g = fabric.setup(
-            generator, adam(generator, t.lr_g, t.betas))
+        self.real_features = (
+            options.RealFeatures(self.clip, settings.model.feature_blocks, prepared.train, settings.data)
+            if t.cached_features
+            else None
+        )
+        self.generator, self.optimiser_g = fabric.setup(generator, adam(generator, t.lr_g, t.betas))
         self.critic, self.optimiser_d = fabric.setup(
-            Critic(discriminator, t.penalty_weight, t.penalty_power),
-            adam(discriminator, t.lr_d, t.betas))
+            Critic(discriminator, t.penalty_weight, t.penalty_power), adam(discriminator, t.lr_d, t.betas)
+        )
         self.optimisers = {"generator": self.optimiser_g, "discriminator": self.optimiser_d}
         self.step, self.begun, self._earlier, self._clock = 0, 0, 0.0, time.monotonic()
         self._resume()
 
     @property
     def draw(self) -> int:
-        """The number that names this step's random draws: batch, noise, mismatched sentences."""
+        """The number that names this step's random draws: batch, latent, mismatched sentences."""
         return self.step - self.begun
 
     @property
@@ -337,10 +387,14 @@ class Session:
 
     def save(self) -> None:
         """Write `checkpoint.pt`, whole or not at all."""
-        content = {"step": self.step, "seconds": self.seconds, "settings": self.settings.to_yaml(),
-                   "networks": {name: each.state_dict() for name, each in self.networks.items()},
-                   "optimisers": {name: each.state_dict() for name, each in self.optimisers.items()},
-                   "precision": self.fabric.strategy.precision.state_dict()}  # the loss scale of 16-mixed
+        content = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "settings": self.settings.to_yaml(),
+            "networks": {name: each.state_dict() for name, each in self.networks.items()},
+            "optimisers": {name: each.state_dict() for name, each in self.optimisers.items()},
+            "precision": self.fabric.strategy.precision.state_dict(),
+        }  # the loss scale of 16-mixed
         with atomic_path(self.folder / "checkpoint.pt") as draft:
             torch.save(content, draft)
 
@@ -368,30 +422,37 @@ def read_checkpoint(path: Path, device: torch.device | str) -> dict:
         content = torch.load(path, map_location=device, weights_only=True)
         missing = {"step", "seconds", "networks", "optimisers", "precision"} - set(content)
     except Exception as error:
-        raise RunError(f"{path}: not a readable checkpoint ({type(error).__name__}); "
-                       "delete the file to start this run anew") from error
+        raise RunError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}); delete the file to start this run anew"
+        ) from error
     if missing:
-        raise RunError(f"{path}: not a checkpoint of ratlip (no {', '.join(sorted(missing))}); "
-                       "delete the file to start this run anew")
+        raise RunError(
+            f"{path}: not a checkpoint of ratlip (no {', '.join(sorted(missing))}); "
+            "delete the file to start this run anew"
+        )
     return content
 
 
 def _claim(folder: Path, settings: Settings, prepared, clip: FrozenClip) -> None:
     """Write or check `config.yaml`: a folder belongs to one identity."""
     config = folder / "config.yaml"
-    identity = {"run": settings.run_hash, "clip": clip.fingerprint,
-                "data": prepared.manifest["content_sha256"]}
+    identity = {"run": settings.run_hash, "clip": clip.fingerprint, "data": prepared.manifest["content_sha256"]}
     if config.is_file():
         try:
             found = dict(read_json(folder / "identity.json"))
         except (OSError, ValueError, TypeError) as error:
-            raise RunError(f"{folder / 'identity.json'}: missing or damaged, so nothing tells what this run "
-                           "is made of; choose another folder or delete this one") from error
-        different = [f"{key} {found.get(key)} instead of {value}" for key, value in identity.items()
-                     if found.get(key) != value]
+            raise RunError(
+                f"{folder / 'identity.json'}: missing or damaged, so nothing tells what this run "
+                "is made of; choose another folder or delete this one"
+            ) from error
+        different = [
+            f"{key} {found.get(key)} instead of {value}" for key, value in identity.items() if found.get(key) != value
+        ]
         if different:
-            raise RunError(f"{folder}: holds a run of other settings ({', '.join(different)}); "
-                           "choose another folder or delete this one")
+            raise RunError(
+                f"{folder}: holds a run of other settings ({', '.join(different)}); "
+                "choose another folder or delete this one"
+            )
         return
     write_json(folder / "identity.json", identity)
     write_text(config, settings.to_yaml())
@@ -413,8 +474,7 @@ class Log:
     def write(self, step: int, seconds: float, loss_d, loss_g) -> dict:
         row = {"step": step, "seconds": round(seconds, 2)}
         for prefix, loss in (("d", loss_d), ("g", loss_g)):
-            row |= {f"{prefix}_{field.name}": round(getattr(loss, field.name).item(), 5)
-                    for field in fields(loss)}
+            row |= {f"{prefix}_{field.name}": round(getattr(loss, field.name).item(), 5) for field in fields(loss)}
         if self.enabled:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -428,22 +488,26 @@ class Log:
 
 
 class SampleGrid:
-    """The same captions and noises at every visit, so that one sees them become pictures."""
+    """The same captions and latents at every visit, so that one sees them become pictures."""
 
     def __init__(self, settings: Settings, prepared, clip: FrozenClip, folder: Path):
-        e, size = settings.evaluation, settings.model.noise_size
+        e, size = settings.evaluation, settings.model.latent_size
         test, count = prepared.test, min(settings.evaluation.grid_captions, len(prepared.test))
         chosen = np.linspace(0, len(test) - 1, count).astype(int)
         self.captions = [test.captions[int(i)][0] for i in chosen]
         self.sentence = clip.embed_text(self.captions).repeat_interleave(e.grid_images, dim=0)
-        noise = noise_for(settings.seed, 0, len(self.sentence), size, rank=10**6)
-        self.noise = noise.to(self.sentence.device)
+        latent = sample_latents(settings.seed, 0, len(self.sentence), size, rank=10**6)
+        self.latent = latent.to(self.sentence.device)
         self.folder, self.columns = folder / "samples", e.grid_images
 
     def save(self, generator: Generator, step: int) -> None:
         training = generator.training
         with torch.no_grad():
-            images = generator.eval()(self.noise, self.sentence).clamp(-1, 1).float().cpu()
+            images = generator.eval()(self.latent, self.sentence).clamp(-1, 1).float().cpu()
         generator.train(training)
-        pictures.caption_grid(images.unflatten(0, (-1, self.columns)), self.captions,
-                             path=self.folder / f"step-{step:06d}.png", title=f"step {step}")
+        pictures.caption_grid(
+            images.unflatten(0, (-1, self.columns)),
+            self.captions,
+            path=self.folder / f"step-{step:06d}.png",
+            title=f"step {step}",
+        )

@@ -1,4 +1,5 @@
 """The whole way on real photographs: a few classes of the shared birds, in the official layout."""
+
 import json
 import pickle
 import tarfile
@@ -8,19 +9,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ratlip.settings import load_settings
 from ratlip.data.prepared import load_prepared
 from ratlip.data.safe_pickle import load_names
+from ratlip.settings import load_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.shared]
 
 CLASSES = {"train": 3, "test": 2}
 IMAGES = 20  # of each class
-OVERRIDES = {"clip.steps": 20, "clip.warmup": 5, "clip.batch_size": 16, "training.steps": 4,
-             "training.batch_size": 8,
-             "independent.steps": 20, "independent.warmup": 5, "independent.batch_size": 16,
-             "training.log_every": 2, "training.sample_every": 4, "training.checkpoint_every": 4,
-             "evaluation.images": 50, "evaluation.grid_captions": 3, "evaluation.grid_images": 2}
+OVERRIDES = {
+    "clip.steps": 20,
+    "clip.warmup": 5,
+    "clip.batch_size": 16,
+    "training.steps": 4,
+    "training.batch_size": 8,
+    "independent.steps": 20,
+    "independent.warmup": 5,
+    "independent.batch_size": 16,
+    "training.log_every": 2,
+    "training.sample_every": 4,
+    "training.checkpoint_every": 4,
+    "evaluation.images": 50,
+    "evaluation.grid_captions": 3,
+    "evaluation.grid_images": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +53,14 @@ def birds(shared, tmp_path_factory) -> Path:
             path.write_bytes(pickle.dumps(kept, protocol=0))
             taken |= {image: number for number, image in rows if image.removesuffix(".jpg") in kept}
         files = {f"birds/CUB_200_2011/images/{name}" for name in taken} | {
-            f"birds/text/{name.removesuffix('.jpg')}.txt" for name in taken}
+            f"birds/text/{name.removesuffix('.jpg')}.txt" for name in taken
+        }
         tar.extractall(root, filter="data", members=[m for m in tar if m.name in files])
     for table in ("images", "bounding_boxes", "image_class_labels"):
         path = cub / f"{table}.txt"
-        path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines()
-                                if line.split()[0] in set(taken.values())))
+        path.write_text(
+            "".join(f"{line}\n" for line in path.read_text().splitlines() if line.split()[0] in set(taken.values()))
+        )
     assert len(taken) == IMAGES * sum(CLASSES.values())
     return root / "birds"
 
@@ -54,8 +68,14 @@ def birds(shared, tmp_path_factory) -> Path:
 def test_birds_from_the_tar_to_pictures(ratlip, birds, tmp_path):
     settings = load_settings("birds-small", OVERRIDES)
     out = tmp_path / "out"
-    common = ["-p", "birds-small", "--out", out, "-q", *[part for key, value in OVERRIDES.items()
-                                                         for part in ("-s", f"{key}={value}")]]
+    common = [
+        "-p",
+        "birds-small",
+        "--out",
+        out,
+        "-q",
+        *[part for key, value in OVERRIDES.items() for part in ("-s", f"{key}={value}")],
+    ]
     status, said, err = ratlip("prepare", *common, "--data", birds)
     assert status == 0, err
     assert said.endswith("60 training and 40 test images\n")
@@ -74,8 +94,7 @@ def test_birds_from_the_tar_to_pictures(ratlip, birds, tmp_path):
     run = Path(said.strip())
     assert run == out / "runs" / settings.run_name
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4] and all(np.isfinite(list(row.values())).all()
-                                                           for row in rows)
+    assert [row["step"] for row in rows] == [2, 4] and all(np.isfinite(list(row.values())).all() for row in rows)
     assert (run / "samples" / "step-000004.png").stat().st_size > 5000
 
     status, said, err = ratlip("evaluate", *common)
@@ -87,8 +106,7 @@ def test_birds_from_the_tar_to_pictures(ratlip, birds, tmp_path):
     assert scores["real"]["frechet_distance"] < scores["frechet_distance"]
 
     caption = "a small bird with a black head"
-    status, _, err = ratlip("generate", caption, "--run", run, "-n", "2", "-o", tmp_path / "single",
-                            "--device", "cpu")
+    status, _, err = ratlip("generate", caption, "--run", run, "-n", "2", "-o", tmp_path / "single", "--device", "cpu")
     assert status == 0, err
     pictures = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "single").iterdir())]
     assert [picture.shape for picture in pictures] == [(64, 64, 3)] * 2
@@ -99,8 +117,7 @@ def test_a_missing_photograph_is_named_and_nothing_is_written(ratlip, birds, tmp
     victim = next((birds / "CUB_200_2011" / "images").rglob("*.jpg"))
     hidden = victim.rename(victim.with_suffix(".hidden"))
     try:
-        status, _, err = ratlip("prepare", "-p", "birds-small", "--out", tmp_path / "out", "--data", birds,
-                                "-q")
+        status, _, err = ratlip("prepare", "-p", "birds-small", "--out", tmp_path / "out", "--data", birds, "-q")
     finally:
         hidden.rename(victim)
     assert status == 2 and str(victim) in err and "missing" in err

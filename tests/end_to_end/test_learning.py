@@ -5,6 +5,7 @@ these shares at chance, while every shape is right and every loss is finite. All
 written out here, so that tuning a profile does not move the test. Shares were measured over seeds 0 to 2; see
 the margins.
 """
+
 import pytest
 
 from ratlip.settings import load_settings
@@ -13,20 +14,49 @@ from ratlip.workspace import Workspace
 pytestmark = pytest.mark.slow
 
 SETTINGS = {
-    "data.resize": 16, "data.crop": 16, "data.train_images": 840, "data.test_images": 120, "data.seed": 0,
-    "clip.patch_size": 4, "clip.width": 64, "clip.layers": 4, "clip.heads": 4, "clip.text_width": 64,
-    "clip.text_layers": 2, "clip.text_heads": 2, "clip.embed_dim": 64, "clip.steps": 150,
+    "data.resize": 16,
+    "data.crop": 16,
+    "data.train_images": 840,
+    "data.test_images": 120,
+    "data.seed": 0,
+    "clip.patch_size": 4,
+    "clip.width": 64,
+    "clip.layers": 4,
+    "clip.heads": 4,
+    "clip.text_width": 64,
+    "clip.text_layers": 2,
+    "clip.text_heads": 2,
+    "clip.embed_dim": 64,
+    "clip.steps": 150,
     "clip.batch_size": 48,
-    "clip.lr": 2e-3, "clip.warmup": 50, "clip.seed": 0, "clip.hard_negatives": True,
-    "model.conditioning": "rat", "model.rat_scope": "generator", "model.hidden_size": 64,
-    "model.attention": "shuffle", "model.attention_groups": 4, "model.image_size": 16, "model.noise_size": 32,
-    "model.base_channels": 16, "model.code_channels": 32, "model.mapper_blocks": 2,
+    "clip.lr": 2e-3,
+    "clip.warmup": 50,
+    "clip.seed": 0,
+    "clip.hard_negatives": True,
+    "model.conditioning": "rat",
+    "model.rat_scope": "generator",
+    "model.hidden_size": 64,
+    "model.attention": "shuffle",
+    "model.attention_groups": 4,
+    "model.image_size": 16,
+    "model.latent_size": 32,
+    "model.base_channels": 16,
+    "model.code_channels": 32,
+    "model.mapper_blocks": 2,
     "model.prompt_blocks": [1, 2],
-    "model.feature_blocks": [0, 2, 3], "model.d_channels": 64, "model.logit_channels": 32,
-    "training.batch_size": 16, "training.lr_g": 1e-3, "training.lr_d": 2e-3, "training.ema": 0.99,
-    "training.mismatch": "roll", "model.gate": 0.0, "training.sample_every": 10**6,
+    "model.feature_blocks": [0, 2, 3],
+    "model.d_channels": 64,
+    "model.logit_channels": 32,
+    "training.batch_size": 16,
+    "training.lr_g": 1e-3,
+    "training.lr_d": 2e-3,
+    "training.ema": 0.99,
+    "training.mismatch": "roll",
+    "model.gate": 0.0,
+    "training.sample_every": 10**6,
     "training.checkpoint_every": 10**6,
-    "evaluation.images": 120, "evaluation.judge_steps": 150,
+    "evaluation.images": 120,
+    "evaluation.judge_steps": 150,
 }
 
 
@@ -36,9 +66,9 @@ def shares(tmp_path_factory):
     root = tmp_path_factory.mktemp("learning")
 
     def train_and_judge(overrides: dict) -> dict[str, float]:
-        space = Workspace.of(load_settings("smoke", {**SETTINGS, **overrides}), root, progress=False)
-        space.train(accelerator="cpu")
-        scores = space.evaluate()
+        workspace = Workspace.of(load_settings("smoke", {**SETTINGS, **overrides}), root, progress=False)
+        workspace.train(accelerator="cpu")
+        scores = workspace.evaluate()
         assert all(share > 0.9 for share in scores["real"]["judge"].values()), "the judge itself does not see"
         return scores["judge"]
 

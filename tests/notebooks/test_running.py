@@ -9,10 +9,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from ratlip.studies import grid, workflow
+from ratlip.errors import RunError, SettingsError
 from ratlip.report import notebooks
 from ratlip.settings import load_settings
-from ratlip.errors import RunError, SettingsError
+from ratlip.studies import grid, workflow
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,23 +40,17 @@ def test_outputs_are_found_from_the_root_whatever_the_current_folder(monkeypatch
 
 class TestWorkspace:
     def test_none_and_empty_keep_what_the_profile_says(self, tmp_path):
-        plain = notebooks.workspace("smoke", tmp_path).settings
-        same = notebooks.workspace(
+        plain = notebooks.open_workspace("smoke", tmp_path).settings
+        same = notebooks.open_workspace(
             "smoke", tmp_path, settings=None, conditioning=None, seed="", steps=None
         ).settings
         assert same == plain
 
     def test_parameters_reach_their_settings(self, tmp_path):
-        space = notebooks.workspace(
-            "smoke",
-            tmp_path,
-            conditioning="cat",
-            attention="none",
-            seed=3,
-            steps=5,
-            settings={"training.ema": 0.5},
+        workspace = notebooks.open_workspace(
+            "smoke", tmp_path, conditioning="cat", attention="none", seed=3, steps=5, settings={"training.ema": 0.5}
         )
-        s = space.settings
+        s = workspace.settings
         assert (s.model.conditioning, s.model.attention, s.seed, s.training.steps, s.training.ema) == (
             "cat",
             "none",
@@ -64,18 +58,16 @@ class TestWorkspace:
             5,
             0.5,
         )
-        assert space.root == tmp_path
+        assert workspace.root == tmp_path
 
-    @pytest.mark.parametrize(
-        "given", ["clip.steps=7 model.hidden_size=16", ["clip.steps=7", "model.hidden_size=16"]]
-    )
+    @pytest.mark.parametrize("given", ["clip.steps=7 model.hidden_size=16", ["clip.steps=7", "model.hidden_size=16"]])
     def test_further_settings_as_text_or_list(self, tmp_path, given):
-        s = notebooks.workspace("smoke", tmp_path, settings=given).settings
+        s = notebooks.open_workspace("smoke", tmp_path, settings=given).settings
         assert (s.clip.steps, s.model.hidden_size) == (7, 16)
 
     def test_a_wrong_value_is_named(self, tmp_path):
         with pytest.raises(SettingsError, match="model.conditioning='rta'"):
-            notebooks.workspace("smoke", tmp_path, conditioning="rta")
+            notebooks.open_workspace("smoke", tmp_path, conditioning="rta")
 
 
 class TestTidy:
@@ -197,9 +189,7 @@ def test_snakemake_runs_the_notebooks_in_order(tmp_path):
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
-    order = [
-        line.split()[1].rstrip(":") for line in said.splitlines() if line.startswith(("rule ", "localrule "))
-    ]
+    order = [line.split()[1].rstrip(":") for line in said.splitlines() if line.startswith(("rule ", "localrule "))]
     first, middle, last = order[:2], order[2:-2], order[-2:]
     assert (first, last) == (["prepare_data", "prepare_clip"], ["report", "all"]), said
     runs = len(grid.unique(grid.plan(load_settings("smoke"))))

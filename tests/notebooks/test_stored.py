@@ -15,11 +15,11 @@ STORED = [ROOT / "notebooks" / f"{name}.ipynb" for name in notebooks.STORY]
 ALL = [*STORED, *(REFERENCES / path.name for path in STORED)]
 MACHINE = re.compile(r"(?<![\w.~])/(home|root|Users|tmp|work|mnt|scratch|private|var)/|[A-Z]:\\\\")
 EXEMPT = (
-    "space.prepare(",
-    "space.clip",
-    "space.judge",
-    "space.train(",
-    "space.evaluate(",
+    "workspace.prepare(",
+    "workspace.clip",
+    "workspace.judge",
+    "workspace.train(",
+    "workspace.evaluate(",
     "training_seconds",
     "experiments.complete(",
     "explain.sweep(",
@@ -92,11 +92,6 @@ class TestStory:
     def test_reference_of_nbval_has_the_same_cells(self, path):
         reference = nbformat.read(REFERENCES / path.name, 4)
         assert notebooks.injected(reference) == {"profile": "smoke"}
-        expected = [
-            (cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in nbformat.read(path, 4).cells
-        ]
-        found = [
-            (cell.cell_type, cell.source, cell.metadata.get("tags"))
-            for cell in notebooks.own_cells(reference)
-        ]
+        expected = [(cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in nbformat.read(path, 4).cells]
+        found = [(cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in notebooks.own_cells(reference)]
         assert found == expected, "run `python -m ratlip.report.notebooks smoke` and look at what changed"

@@ -1,4 +1,5 @@
 """The published networks with the fixtures' weights; needs the shared folder, skips without it."""
+
 import importlib.util
 import json
 import os
@@ -25,13 +26,17 @@ class Published:
     def model(self, salt: str = "parity") -> dict[str, dict[str, torch.Tensor]]:
         """A checkpoint's "model" with the rule's weights."""
         prefix = {"netG": "", "netD": "netD.", "netC": "netC."}
-        return {part: {key: self._tensor(prefix[part] + key, shape, salt) for key, shape in shapes.items()}
-                for part, shapes in self.shapes.items()}
+        return {
+            part: {key: self._tensor(prefix[part] + key, shape, salt) for key, shape in shapes.items()}
+            for part, shapes in self.shapes.items()
+        }
 
     def blank_model(self) -> dict[str, dict[str, torch.Tensor]]:
         """A checkpoint's "model" of zeros that take no memory: for what depends on keys and shapes only."""
-        return {part: {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
-                for part, shapes in self.shapes.items()}
+        return {
+            part: {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+            for part, shapes in self.shapes.items()
+        }
 
     def tensor(self, name: str) -> torch.Tensor:
         return torch.from_numpy(self.arrays[name])

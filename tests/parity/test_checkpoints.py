@@ -1,4 +1,5 @@
 """Published checkpoints as files and dicts: round trip, prefixes, the CLIP tower inside, kinds of damage."""
+
 import tempfile
 from pathlib import Path
 
@@ -35,8 +36,9 @@ def tower(clip):
 
 
 def test_round_trip_through_a_file_is_exact(published, clip, tower, folder):
-    model = {part: {key: torch.rand(shape) for key, shape in shapes.items()}
-             for part, shapes in published.shapes.items()}
+    model = {
+        part: {key: torch.rand(shape) for key, shape in shapes.items()} for part, shapes in published.shapes.items()
+    }
     model["netG"] |= {key: torch.tensor(5) for key in model["netG"] if key.endswith("num_batches_tracked")}
     model["netG"] |= tower
     checkpoint = {"model": model, "optimizers": {"optG": {"step": torch.tensor(3)}}, "epoch": 7}
@@ -57,8 +59,10 @@ def test_loaded_networks_share_no_memory_with_the_source(published, clip):
 
 
 def test_prefix_module_is_accepted_and_not_written(published, clip, folder):
-    prefixed = {part: {f"module.{key}": tensor for key, tensor in state.items()}
-                for part, state in published.blank_model().items()}
+    prefixed = {
+        part: {f"module.{key}": tensor for key, tensor in state.items()}
+        for part, state in published.blank_model().items()
+    }
     networks = load_checkpoint({"model": prefixed}, clip)
     assert networks.kind.lower() == published.kind
     save_checkpoint(networks, folder / "ours.pth")
@@ -91,11 +95,17 @@ def test_one_error_lists_every_problem_of_every_part(published, clip, tower):
     model["netG"][f"{CLIP_PREFIX}other"] = torch.zeros(3)
     model["netX"] = {}
     message = problems({"model": model}, clip)
-    for line in ("missing: netG fc_code.bias (3136,)", "missing: netC joint_conv.2.weight (1, 128, 4, 4)",
-                 "left over: netG GBlocks.9.c1.weight", "other shape: netD main.gamma is (2,), needs (1,)",
-                 "other shape: netD main.conv_s.bias is str", "left over: netX",
-                 f"other values: netG {CLIP_PREFIX}class_embedding",
-                 f"other shape: netG {CLIP_PREFIX}ln_pre.bias", f"left over: netG {CLIP_PREFIX}other"):
+    for line in (
+        "missing: netG fc_code.bias (3136,)",
+        "missing: netC joint_conv.2.weight (1, 128, 4, 4)",
+        "left over: netG GBlocks.9.c1.weight",
+        "other shape: netD main.gamma is (2,), needs (1,)",
+        "other shape: netD main.conv_s.bias is str",
+        "left over: netX",
+        f"other values: netG {CLIP_PREFIX}class_embedding",
+        f"other shape: netG {CLIP_PREFIX}ln_pre.bias",
+        f"left over: netG {CLIP_PREFIX}other",
+    ):
         assert line in message
     assert message.startswith(f"the checkpoint is not a {published.kind.upper()} checkpoint")
     assert "9 entries" in message and len(message.splitlines()) == 10

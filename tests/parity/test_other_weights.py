@@ -3,6 +3,7 @@
 The formulas are written from official.md over the published keys, independent of ratlip.networks on purpose:
 no module, no fast path, every affine and gate spelt out. CLIP's bridge is passed in as a function.
 """
+
 import numpy as np
 import pytest
 import torch
@@ -66,8 +67,7 @@ def shuffle_attention(w, name, x, groups=8):
     for group in range(groups):
         for j in range(half):
             by_channel, by_place = x[:, group * size + j], x[:, group * size + half + j]
-            cw, cb, sw, sb = (w[f"{name}.{key}"][0, j, 0, 0]
-                              for key in ("cweight", "cbias", "sweight", "sbias"))
+            cw, cb, sw, sb = (w[f"{name}.{key}"][0, j, 0, 0] for key in ("cweight", "cbias", "sweight", "sbias"))
             mean = by_channel.mean((1, 2), keepdim=True)
             centred = by_place - by_place.mean((1, 2), keepdim=True)
             normed = centred / (centred.square().mean((1, 2), keepdim=True) + 1e-5).sqrt()
@@ -84,16 +84,17 @@ def second_conv(w, name, x):
     if f"{name}.conv.weight" not in w:
         return conv(w, name, x, 1)
     x = conv(w, f"{name}.conv", x, 1)
-    mean, var, scale, shift = (w[f"{name}.bn.{key}"][:, None, None]
-                               for key in ("running_mean", "running_var", "weight", "bias"))
+    mean, var, scale, shift = (
+        w[f"{name}.bn.{key}"][:, None, None] for key in ("running_mean", "running_var", "weight", "bias")
+    )
     x = (x - mean) / (var + 1e-5).sqrt() * scale + shift
     return shuffle_attention(w, f"{name}.se", torch.where(x > 0, x, 0.01 * x))
 
 
-def formula_generator(w, noise, sentence, bridge):
+def formula_generator(w, latent, sentence, bridge):
     """Images in eval mode; `w`: netG by published keys."""
-    condition = torch.cat((noise, sentence), 1)
-    x = linear(w, "fc_code", noise).view(-1, 64, 7, 7)
+    condition = torch.cat((latent, sentence), 1)
+    x = linear(w, "fc_code", latent).view(-1, 64, 7, 7)
     for i in range(4):
         name = f"mapping.FBlocks.{i}"
         h = fuse(w, f"{name}.fuse1", conv(w, f"{name}.conv1", x, 1), condition)
@@ -113,6 +114,7 @@ def formula_generator(w, noise, sentence, bridge):
 
 def formula_discriminator(d, c, features, sentence):
     """Logits (B,); `d`, `c`: netD and netC by published keys."""
+
     def residual(name, x):
         for i in (0, 2):
             x = F.leaky_relu(conv(d, f"{name}.conv_r.{i}", x, 1), 0.2)
@@ -130,6 +132,7 @@ def formula_discriminator(d, c, features, sentence):
 
 def formula_bridge(visual):
     """The frozen CLIP tower as a function of patches (B,768,7,7) and prompts (B,8,768)."""
+
     def through(patches, prompts):
         tokens = patches.flatten(2).transpose(1, 2)
         tokens = torch.cat((visual.class_embedding.repeat(len(tokens), 1, 1), tokens), 1)

@@ -3,6 +3,7 @@
 Errors are relative. Activations: largest absolute error / largest absolute reference < 1e-4; logits and
 losses: the same entry by entry. Gradient norms: see `test_gradient_norms`.
 """
+
 import numpy as np
 import pytest
 import torch
@@ -26,24 +27,24 @@ def outputs(published, clip):
     """Every array of the fixture, computed by our modules in the order in which the fixture was made."""
     networks = load_checkpoint({"model": published.model()}, clip)
     assert networks.kind.lower() == published.kind
-    noise, sentence = published.tensor("noise"), published.tensor("sentence")
-    found = _evaluated(networks, noise, sentence)
+    latent, sentence = published.tensor("noise"), published.tensor("sentence")
+    found = _evaluated(networks, latent, sentence)
     images = found.pop("images")
 
     networks.generator.train()
-    fakes = networks.generator(noise, sentence)
+    fakes = networks.generator(latent, sentence)
     found |= _trained(networks, published.real_images(), fakes, sentence)
 
     networks.generator.eval()
     with torch.no_grad():
-        alone = networks.generator(noise[:1], sentence[:1])
+        alone = networks.generator(latent[:1], sentence[:1])
     # The fixture's "alone" was drawn after its training step had moved the running statistics once.
     found["G_alone0_vs_batch_maxabs"] = (alone[0] - images[0]).abs().max()[None]
     return {name: np.asarray(value) for name, value in found.items()}
 
 
 @torch.no_grad()
-def _evaluated(networks, noise, sentence):
+def _evaluated(networks, latent, sentence):
     generator, found, hooks = networks.generator, {}, []
 
     def watch(module, name, reduce=lambda x: x):
@@ -55,7 +56,7 @@ def _evaluated(networks, noise, sentence):
         watch(block, f"G_mapper_fusion{i}")
     for i, block in enumerate(generator.synthesis_blocks):
         watch(block, f"G_block{i}_mean_hw", lambda x: x.mean((2, 3)))
-    images = generator(noise, sentence)
+    images = generator(latent, sentence)
     for hook in hooks:
         hook.remove()
     found["images"] = images

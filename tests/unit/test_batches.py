@@ -1,4 +1,5 @@
 """Batches as a function of (seed, step), and the way from pixels to a network's input."""
+
 import numpy as np
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_captions_belong_to_their_image_and_all_are_drawn_equally_often():
     for step in range(600):
         batch = data[step]
         for image, caption in zip(batch["image"].tolist(), batch["caption"].tolist()):
-            first, last = data.split.caption_offsets[image:image + 2]
+            first, last = data.split.caption_offsets[image : image + 2]
             assert first <= caption < last
             counts[caption] = counts.get(caption, 0) + 1
     assert set(counts) == set(range(data.split.caption_offsets[-1]))
@@ -82,8 +83,7 @@ def test_crops_lie_inside_and_reach_every_place():
         batch = data[step]
         for image, number in zip(batch["images"], batch["image"]):
             top, left = int(image[0, 0, 0]), int(image[1, 0, 0])
-            rows, columns = torch.meshgrid(torch.arange(top, top + 8), torch.arange(left, left + 8),
-                                           indexing="ij")
+            rows, columns = torch.meshgrid(torch.arange(top, top + 8), torch.arange(left, left + 8), indexing="ij")
             assert torch.equal(image[0].long(), rows) and torch.equal(image[1].long(), columns)
             assert torch.equal(image[2].long(), torch.full((8, 8), int(number)))
             places.add((top, left))
@@ -116,7 +116,7 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 
 
 def test_loader_processes_change_nothing(smoke):
-    data = Batches(smoke.space.prepared.train, crop=16, flip=False, batch_size=4, seed=0)
+    data = Batches(smoke.workspace.prepared.train, crop=16, flip=False, batch_size=4, seed=0)
     loader = DataLoader(data, batch_size=None, sampler=range(3, 6), num_workers=2)
     for step, batch in zip(range(3, 6), loader, strict=True):
         assert same(batch, data[step])
@@ -167,5 +167,3 @@ def test_real_images_are_centre_crops_in_the_order_asked_for():
     restored = ((images + 1) * 127.5).round()
     assert restored[:, 2, 0, 0].tolist() == [4, 0, 4]
     assert (restored[0, 0, 0, 0], restored[0, 1, 0, 0]) == (2, 6)
-
-

@@ -1,4 +1,5 @@
 """The benchmark's plain form is the same step as ours; what was made fast gives the same numbers; nothing is timed."""
+
 import copy
 import json
 from dataclasses import fields
@@ -7,26 +8,31 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ratlip.fast.maps import phase_kernels, resized_conv3x3
+from ratlip.fast.memory import keep_freed_memory, return_freed_memory
+from ratlip.fast.tower import FrozenAttention, FrozenLinear, frozen_linear
+from ratlip.networks import ConvShuffle, Discriminator, ShuffleAttention
+from ratlip.networks.attention import Conv3x3
 from ratlip.studies import bench
 from ratlip.studies.bench_parts import Parts, count_operations, matrix_rate, step_in_parts
 from ratlip.studies.bench_plain import plain_generate, plain_optimisers, plain_step
-from ratlip.fast.tower import FrozenAttention, FrozenLinear, frozen_linear
-from ratlip.fast.memory import keep_freed_memory, return_freed_memory
-from ratlip.networks import ConvShuffle, Discriminator, ShuffleAttention
-from ratlip.networks.attention import Conv3x3
-from ratlip.fast.maps import phase_kernels, resized_conv3x3
 from ratlip.training.loop import training_step
 
 ARMS = {
     "rat": {},
     "cat": {"model.conditioning": "cat", "model.attention": "none"},
-    "published": {"model.conditioning": "rat-official", "model.rat_scope": "mapper", "training.mismatch": "roll",
-                  "model.unused_shortcuts": True, "training.ema": 0.0},
+    "published": {
+        "model.conditioning": "rat-official",
+        "model.rat_scope": "mapper",
+        "training.mismatch": "roll",
+        "model.unused_shortcuts": True,
+        "training.ema": 0.0,
+    },
 }
 
 
 @pytest.fixture(params=ARMS)
-def arm(request):
+def variant(request):
     return ARMS[request.param]
 
 
@@ -46,13 +52,14 @@ def moved(network):
 def gradients_at_update(optimiser, network) -> dict:
     """Filled, at each update, with the gradients that it uses."""
     seen = {}
-    optimiser.register_step_pre_hook(lambda *_: seen.update(
-        {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}))
+    optimiser.register_step_pre_hook(
+        lambda *_: seen.update({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
+    )
     return seen
 
 
-def test_plain_and_ours_are_the_same_step(bench_world, arm):
-    ours, plain = bench_world(arm), bench_world(arm)
+def test_plain_and_ours_are_the_same_step(bench_world, variant):
+    ours, plain = bench_world(variant), bench_world(variant)
     optimisers = {"ours": ours.run.optimisers, "plain": plain_optimisers(plain.run)}
     seen, losses = {}, {}
     for name, world in (("ours", ours), ("plain", plain)):
@@ -78,14 +85,15 @@ def test_plain_and_ours_are_the_same_step(bench_world, arm):
             torch.testing.assert_close(after[0][name][sure], after[1][name][sure], rtol=0, atol=1e-5, msg=name)
 
 
-def test_plain_generation_draws_the_same_images(bench_world, arm):
-    world = bench_world(arm)
+def test_plain_generation_draws_the_same_images(bench_world, variant):
+    world = bench_world(variant)
     generator = world.run.networks["generator"].eval()
     moved(generator)
-    noise, sentence = world.inputs(3)
+    latent, sentence = world.inputs(3)
     with torch.no_grad():
-        torch.testing.assert_close(plain_generate(generator, noise, sentence), generator(noise, sentence),
-                                   rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            plain_generate(generator, latent, sentence), generator(latent, sentence), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_step_in_parts_is_a_step(bench_world):
@@ -94,8 +102,9 @@ def test_a_step_in_parts_is_a_step(bench_world):
     for name, here in (("whole", whole), ("cut", cut)):
         for network, optimiser in here.run.optimisers.items():
             moved(here.run.networks[network])
-            seen[name, network] = gradients_at_update(getattr(optimiser, "optimizer", optimiser),
-                                                      here.run.networks[network])
+            seen[name, network] = gradients_at_update(
+                getattr(optimiser, "optimizer", optimiser), here.run.networks[network]
+            )
     training_step(whole.run, whole.batches[0])
     part = Parts(cut.run.device)
     step_in_parts(cut.run, cut.batches, part)
@@ -112,7 +121,9 @@ def test_the_parts_count_all_operations_of_the_step(bench_world):
     part = Parts(world.run.device, count=True)
     step_in_parts(world.run, world.batches, part)
     batch = world.batches[1]
-    assert sum(part.totals.values()) == pytest.approx(count_operations(lambda: training_step(world.run, batch)), rel=0.01)
+    assert sum(part.totals.values()) == pytest.approx(
+        count_operations(lambda: training_step(world.run, batch)), rel=0.01
+    )
 
 
 def test_operations_of_a_product_and_of_onednn_are_counted():
@@ -134,8 +145,9 @@ def test_convolution_after_resizing(side, size, bias):
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
     wanted = (x, *conv.parameters())
     upstream = torch.randn_like(theirs)
-    for one, other in zip(torch.autograd.grad(mine, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream),
-                          strict=True):
+    for one, other in zip(
+        torch.autograd.grad(mine, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
@@ -195,8 +207,8 @@ def test_frozen_linear_has_gradients_of_every_order_for_its_input():
     layer = FrozenLinear(torch.nn.Linear(5, 3).requires_grad_(False))
     x = torch.randn(4, 2, 5, requires_grad=True)
     for function in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
-        first, = torch.autograd.grad(function(x).pow(3).sum(), x, create_graph=True)
-        second, = torch.autograd.grad(first.pow(2).sum(), x)
+        (first,) = torch.autograd.grad(function(x).pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), x)
         if function is layer:
             kept = first, second
     torch.testing.assert_close(kept, (first, second), rtol=1e-4, atol=1e-4)
@@ -207,8 +219,9 @@ def test_second_order_gradients_of_the_penalty_against_finite_differences():
     from ratlip.networks.losses import ma_gp
 
     torch.manual_seed(0)
-    discriminator = Discriminator(grid=4, clip_width=6, sentence_size=5, d_channels=4, logit_channels=3,
-                                  gate=0.3).double()
+    discriminator = Discriminator(
+        grid=4, clip_width=6, sentence_size=5, d_channels=4, logit_channels=3, gate=0.3
+    ).double()
     features, sentence = torch.randn(2, 3, 6, 4, 4).double(), torch.randn(2, 5).double()
 
     def penalty(network):
@@ -216,8 +229,7 @@ def test_second_order_gradients_of_the_penalty_against_finite_differences():
         return ma_gp(network(f, s), f, s, power=2.0)
 
     names = [name for name, _ in discriminator.named_parameters()]
-    grads = dict(zip(names, torch.autograd.grad(penalty(discriminator), discriminator.parameters(),
-                                                allow_unused=True)))
+    grads = dict(zip(names, torch.autograd.grad(penalty(discriminator), discriminator.parameters(), allow_unused=True)))
     step = 1e-6
     for name in ("logit.0.weight", "main.gamma", "blocks.0.beta", "blocks.1.residual.0.weight"):
         direction = torch.randn(dict(discriminator.named_parameters())[name].shape).double()
@@ -240,8 +252,23 @@ def test_memory_can_be_kept_and_given_back():
 @pytest.mark.slow
 def test_the_benchmark_writes_its_report(tmp_path, capsys):
     out = tmp_path / "report.json"
-    bench.main(["--profile", "smoke", "--batch", "4", "--iterations", "2", "--generation", "1", "2", "--no-memory",
-                "--scaling", "--out", str(out)])
+    bench.main(
+        [
+            "--profile",
+            "smoke",
+            "--batch",
+            "4",
+            "--iterations",
+            "2",
+            "--generation",
+            "1",
+            "2",
+            "--no-memory",
+            "--scaling",
+            "--out",
+            str(out),
+        ]
+    )
     found = json.loads(out.read_text())
     assert found["step"]["ratio"]["low"] <= found["step"]["ratio"]["median"] <= found["step"]["ratio"]["high"]
     assert {row["batch"] for row in found["generation"]} == {1, 2} and found["parts"]["rows"]

@@ -1,4 +1,5 @@
 """A campaign stops when its time is used, goes on where it stopped, and brings its results home."""
+
 import json
 import subprocess
 import sys
@@ -6,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from ratlip.studies import campaign
 from ratlip.errors import SettingsError
+from ratlip.studies import campaign
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = """
 stages:
   - profile: smoke
     group: ablation
-    arms: [CAT + SA, RAT + SA]
+    variants: [CAT + SA, RAT + SA]
     settings: {experiments.steps: 3, experiments.seeds: 1}
   - profile: smoke
     group: sweep
@@ -33,7 +34,7 @@ def test_the_campaign_of_the_repository_can_be_read():
     stages = campaign.read_campaign(ROOT / "env/gpu/birds.yaml")
     assert [stage.profile for stage in stages] == ["birds-128", "birds-small"]
     first = [run.label for run in stages[0].runs()][:4]
-    assert sorted(first) == ["CAT + SA", "RAT", "RAT + SA", "published RAT + SA"]  # seed 0 of every arm first
+    assert sorted(first) == ["CAT + SA", "RAT", "RAT + SA", "published RAT + SA"]  # seed 0 of every variant first
     assert {run.settings.model.image_size for run in stages[0].runs()} == {128}
 
 
@@ -54,19 +55,26 @@ def test_it_stops_goes_on_and_brings_home(file, tmp_path):
 
 
 def test_the_command_says_what_is_left(file, tmp_path):
-    command = [sys.executable, "-m", "ratlip.campaign", file, "--minutes", "0", "--outputs", tmp_path / "out"]
+    command = [sys.executable, "-m", "ratlip.studies.campaign", file, "--minutes", "0", "--outputs", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == campaign.UNFINISHED and "0 of 4 runs done" in done.stdout
     assert "next: CAT + SA, seed 0" in done.stdout
 
 
-@pytest.mark.parametrize("text, said", [
-    ("stages: []", "should hold `stages`"),
-    ("stages: [{profile: smoke}]", "stage 1: should name profile and group"),
-    ("stages: [{profile: smoke, group: ablatoin}]", "group='ablatoin': one of ablation"),
-    ("stages: [{profile: smoke, group: sweep, arms: [h = 5]}]", "no arms h = 5; sweep has h = 0, h = 4, h = 8"),
-    ("stages: [{profile: smoke, group: sweep, steps: 3}]", "stage 1: should name profile and group"),
-    ("stages: {", "not readable as YAML")])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("stages: []", "should hold `stages`"),
+        ("stages: [{profile: smoke}]", "stage 1: should name profile and group"),
+        ("stages: [{profile: smoke, group: ablatoin}]", "group='ablatoin': one of ablation"),
+        (
+            "stages: [{profile: smoke, group: sweep, variants: [h = 5]}]",
+            "no variants h = 5; sweep has h = 0, h = 4, h = 8",
+        ),
+        ("stages: [{profile: smoke, group: sweep, steps: 3}]", "stage 1: should name profile and group"),
+        ("stages: {", "not readable as YAML"),
+    ],
+)
 def test_a_wrong_file_is_explained(tmp_path, text, said):
     path = tmp_path / "wrong.yaml"
     path.write_text(text)

@@ -1,4 +1,5 @@
 """Charts of many runs show what they are given: every seed as a dot, every mean, every name."""
+
 import numpy as np
 import pandas as pd
 import torch
@@ -6,13 +7,19 @@ import torch
 from ratlip.plots import charts
 from ratlip.studies.grid import Difference
 
-FRAME = pd.DataFrame([{"label": label, "seed": seed, "h": h, "fd": 2.0 * h + seed}
-                      for label, h in (("h = 0", 0), ("h = 4", 4)) for seed in (0, 1)])
+FRAME = pd.DataFrame(
+    [
+        {"label": label, "seed": seed, "h": h, "fd": 2.0 * h + seed}
+        for label, h in (("h = 0", 0), ("h = 4", 4))
+        for seed in (0, 1)
+    ]
+)
 
 
-def test_by_arm_has_a_dot_a_seed_and_a_bar_at_the_mean(tmp_path):
-    figure = charts.by_arm(FRAME, {"fd": "a rather long name of a score\n(lower is better)"}, {"fd": 1.5},
-                           path=tmp_path / "a.png")
+def test_by_variant_has_a_dot_a_seed_and_a_bar_at_the_mean(tmp_path):
+    figure = charts.by_variant(
+        FRAME, {"fd": "a rather long name of a score\n(lower is better)"}, {"fd": 1.5}, path=tmp_path / "a.png"
+    )
     ax = figure.axes[0]
     dots, bars = ax.lines[0:4:2], ax.lines[1:4:2]
     assert [sorted(line.get_xdata()) for line in dots] == [[0, 1], [8, 9]]
@@ -31,8 +38,12 @@ def test_against_gives_each_value_equal_room():
 
 
 def test_intervals_name_their_verdicts_and_cut_what_is_too_wide():
-    figure = charts.intervals({"A beats B": Difference(1.0, 0.5, 1.5, 3, "supported"),
-                               "C beats D": Difference(0.2, -np.inf, np.inf, 1, "undecided")})
+    figure = charts.intervals(
+        {
+            "A beats B": Difference(1.0, 0.5, 1.5, 3, "supported"),
+            "C beats D": Difference(0.2, -np.inf, np.inf, 1, "undecided"),
+        }
+    )
     ax = figure.axes[0]
     assert {text.get_text().strip() for text in ax.texts} == {"supported", "undecided"}
     assert all(np.isfinite(line.get_xdata()).all() for line in ax.lines)

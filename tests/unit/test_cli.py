@@ -1,4 +1,5 @@
 """The command line: it does what the library does, and a mistake is one message and status 2."""
+
 import shutil
 import subprocess
 import sys
@@ -8,8 +9,8 @@ import yaml
 from PIL import Image
 
 from ratlip.cli import app, read_overrides
-from ratlip.settings import load_settings, profile_names
 from ratlip.errors import SettingsError
+from ratlip.settings import load_settings, profile_names
 
 COMMANDS = ["profiles", "download", "prepare", "clip", "train", "evaluate", "generate"]
 RED = "a large red ring on the left on a white background"
@@ -27,10 +28,12 @@ def test_each_command_explains_itself(ratlip, command):
 
 def test_help_does_not_wait_for_torch():
     """`--help`, `profiles` and a misspelt setting answer before anything heavy is imported."""
-    code = ("import sys; from ratlip import cli; sys.argv = ['ratlip', 'profiles']\n"
-            "try: cli.main()\nexcept SystemExit: pass\n"
-            "heavy = ('open_clip', 'lightning_fabric', 'matplotlib', 'datasets')\n"
-            "print([name for name in heavy if name in sys.modules])")
+    code = (
+        "import sys; from ratlip import cli; sys.argv = ['ratlip', 'profiles']\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "heavy = ('open_clip', 'lightning_fabric', 'matplotlib', 'datasets')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 
@@ -43,21 +46,24 @@ def test_profiles_are_listed_and_shown(ratlip):
     assert yaml.safe_load(out) == yaml.safe_load(load_settings("cub").to_yaml())  # long lines are not broken
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["profiles", "smok"], "did you mean 'smoke'"),
-    (["prepare", "-p", "nothing.yaml"], "no such profile file"),
-    (["train", "-p", "smoke", "-s", "model.hiden_size=3"], "did you mean 'hidden_size'"),
-    (["train", "-p", "smoke", "-s", "seed"], "should be KEY=VALUE"),
-    (["train", "-p", "smoke", "-s", "=3"], "should be KEY=VALUE"),
-    (["train", "-p", "smoke", "-s", "seed="], "has no value"),
-    (["train", "-p", "smoke", "-s", "model.prompt_blocks=[1"], "is no YAML value"),
-    (["prepare", "-p", "birds-small"], "needs the birds dataset"),
-    (["prepare", "-p", "birds-small", "--data", "no such folder"], "no such folder"),
-    (["clip", "-p", "birds-small"], "run `ratlip prepare"),
-    (["evaluate", "-p", "smoke"], "not trained to its last step"),
-    (["generate", RED, "--run", "no such run"], "has no config.yaml"),
-    (["download", "cats", "--to", "here"], "cats"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["profiles", "smok"], "did you mean 'smoke'"),
+        (["prepare", "-p", "nothing.yaml"], "no such profile file"),
+        (["train", "-p", "smoke", "-s", "model.hiden_size=3"], "did you mean 'hidden_size'"),
+        (["train", "-p", "smoke", "-s", "seed"], "should be KEY=VALUE"),
+        (["train", "-p", "smoke", "-s", "=3"], "should be KEY=VALUE"),
+        (["train", "-p", "smoke", "-s", "seed="], "has no value"),
+        (["train", "-p", "smoke", "-s", "model.prompt_blocks=[1"], "is no YAML value"),
+        (["prepare", "-p", "birds-small"], "needs the birds dataset"),
+        (["prepare", "-p", "birds-small", "--data", "no such folder"], "no such folder"),
+        (["clip", "-p", "birds-small"], "run `ratlip prepare"),
+        (["evaluate", "-p", "smoke"], "not trained to its last step"),
+        (["generate", RED, "--run", "no such run"], "has no config.yaml"),
+        (["download", "cats", "--to", "here"], "cats"),
+    ],
+)
 def test_a_mistake_is_one_message_and_status_two(ratlip, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     status, out, err = ratlip(*arguments)
@@ -66,17 +72,21 @@ def test_a_mistake_is_one_message_and_status_two(ratlip, tmp_path, monkeypatch, 
     assert out == ""
 
 
-@pytest.mark.parametrize("arguments", [
-    ["train", "--nonsense"], ["generate", RED], ["generate", RED, "--run", "x", "-n", "0"], ["nonsense"]])
+@pytest.mark.parametrize(
+    "arguments", [["train", "--nonsense"], ["generate", RED], ["generate", RED, "--run", "x", "-n", "0"], ["nonsense"]]
+)
 def test_a_wrong_option_is_status_two(ratlip, arguments):
     status, _, err = ratlip(*arguments)
     assert status == 2 and "Traceback" not in err
 
 
 def test_overrides_are_read_as_yaml():
-    assert read_overrides(["seed=1", "model.prompt_blocks=[1, 2]", "clip.path=a=b.pt",
-                           "data.flip=false"]) == {
-        "seed": 1, "model.prompt_blocks": [1, 2], "clip.path": "a=b.pt", "data.flip": False}
+    assert read_overrides(["seed=1", "model.prompt_blocks=[1, 2]", "clip.path=a=b.pt", "data.flip=false"]) == {
+        "seed": 1,
+        "model.prompt_blocks": [1, 2],
+        "clip.path": "a=b.pt",
+        "data.flip": False,
+    }
     assert read_overrides(None) == {}
     with pytest.raises(SettingsError):
         read_overrides(["seed"])
@@ -85,7 +95,7 @@ def test_overrides_are_read_as_yaml():
 def test_prepare_on_the_generated_set(ratlip, tmp_path):
     status, out, _ = ratlip("prepare", "-p", "smoke", "--out", tmp_path / ("long name " * 9), "-q")
     assert status == 0
-    line, = out.splitlines()  # a long path stays in one piece
+    (line,) = out.splitlines()  # a long path stays in one piece
     assert line.endswith(": 192 training and 48 test images")
     folder = tmp_path / ("long name " * 9) / f"prepared-{load_settings('smoke').data_hash}"
     assert line.startswith(str(folder)) and (folder / "manifest.json").is_file()
@@ -93,8 +103,13 @@ def test_prepare_on_the_generated_set(ratlip, tmp_path):
 
 def test_the_stations_one_after_another(ratlip, smoke, tmp_path):
     """From what is prepared to the scores; a second call finds everything there."""
-    out = ["-p", "smoke", "--out", shutil.copytree(smoke.space.root, tmp_path / "out",
-                                                   ignore=shutil.ignore_patterns("runs")), "-q"]
+    out = [
+        "-p",
+        "smoke",
+        "--out",
+        shutil.copytree(smoke.workspace.root, tmp_path / "out", ignore=shutil.ignore_patterns("runs")),
+        "-q",
+    ]
     status, said, _ = ratlip("clip", *out)
     assert status == 0 and "R@1" in said and "48 test images" in said
     for _ in range(2):
@@ -109,17 +124,16 @@ def test_the_stations_one_after_another(ratlip, smoke, tmp_path):
 
 
 def test_generate_writes_a_sheet(ratlip, smoke, tmp_path):
-    status, out, err = ratlip("generate", RED, "a red ring", "--run", smoke.run, "-n", "3", "-o",
-                              tmp_path / "g.png",
-                              "--device", "cpu")
+    status, out, err = ratlip(
+        "generate", RED, "a red ring", "--run", smoke.run, "-n", "3", "-o", tmp_path / "g.png", "--device", "cpu"
+    )
     assert status == 0 and out == f"{tmp_path / 'g.png'}\n" and err == ""
     width, height = Image.open(tmp_path / "g.png").size
     assert width > height > 200
 
 
 def test_generate_writes_single_images_of_the_networks_size(ratlip, smoke, tmp_path):
-    status, _, _ = ratlip("generate", RED, "a red ring", "--run", smoke.run, "-n", "3", "-o",
-                          tmp_path / "all")
+    status, _, _ = ratlip("generate", RED, "a red ring", "--run", smoke.run, "-n", "3", "-o", tmp_path / "all")
     assert status == 0
     names = sorted(path.name for path in (tmp_path / "all").iterdir())
     assert names == [f"{caption:02d}-{i:03d}.png" for caption in range(2) for i in range(3)]
@@ -131,9 +145,14 @@ def test_generate_notes_words_without_effect(ratlip, smoke, tmp_path):
     assert status == 0 and "note: " in err and "'zebra'" in err
 
 
-@pytest.mark.parametrize("options, said", [
-    ([""], "no empty one"), ([RED, "-o", "grid.nonsense"], "--output grid.nonsense"),
-    ([RED, "--device", "abacus"], "device=abacus")])
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ([""], "no empty one"),
+        ([RED, "-o", "grid.nonsense"], "--output grid.nonsense"),
+        ([RED, "--device", "abacus"], "device=abacus"),
+    ],
+)
 def test_generates_mistakes_are_messages_too(ratlip, smoke, tmp_path, monkeypatch, options, said):
     monkeypatch.chdir(tmp_path)
     status, _, err = ratlip("generate", *options, "--run", smoke.run)

@@ -1,21 +1,31 @@
-"""FrozenClip: what it computes, what it does not compute, that it never changes; loading from every source.
-"""
+"""FrozenClip: what it computes, what it does not compute, that it never changes; loading from every source."""
+
 import warnings
 
-import ratlip  # noqa: F401, I001  (before open_clip: it makes torchvision importable)
 import numpy as np
 import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import ratlip  # noqa: F401, I001  (before open_clip: it makes torchvision importable)
 from ratlip.clip.frozen import FrozenClip, build_small_clip, load_clip, normalise
-from ratlip.settings import ClipSettings
-from ratlip.errors import WeightsError
 from ratlip.clip.vocabulary import PAD, START, UNKNOWN, Vocabulary
+from ratlip.errors import WeightsError
+from ratlip.settings import ClipSettings
 
-TINY = dict(image_size=32, patch_size=8, width=32, layers=4, heads=2, text_width=16, text_layers=1,
-            text_heads=2, embed_dim=12, context_length=8)
+TINY = dict(
+    image_size=32,
+    patch_size=8,
+    width=32,
+    layers=4,
+    heads=2,
+    text_width=16,
+    text_layers=1,
+    text_heads=2,
+    embed_dim=12,
+    context_length=8,
+)
 
 
 def tiny(normalisation="standard", seed=0):
@@ -67,9 +77,15 @@ def test_features_are_the_blocks_outputs_in_the_order_asked_for(clip):
     assert torch.equal(embedding, clip.model.encode_image(clip.preprocess(images())))
 
 
-@pytest.mark.parametrize("blocks, embedding, expected", [
-    ([0, 2], False, [1, 1, 1, 0]), ([0], False, [1, 0, 0, 0]), ([3], False, [1, 1, 1, 1]),
-    ([0, 2], True, [1, 1, 1, 1])])
+@pytest.mark.parametrize(
+    "blocks, embedding, expected",
+    [
+        ([0, 2], False, [1, 1, 1, 0]),
+        ([0], False, [1, 0, 0, 0]),
+        ([3], False, [1, 1, 1, 1]),
+        ([0, 2], True, [1, 1, 1, 1]),
+    ],
+)
 def test_computes_no_block_that_nobody_reads(clip, calls, blocks, embedding, expected):
     full, _ = clip.features(images(), blocks)
     calls[:] = [0] * clip.layers
@@ -89,7 +105,7 @@ def test_gradients_reach_the_images(clip):
     x = images().requires_grad_()
     features, embedding = clip.features(x, [1])
     for output in (features, embedding):
-        gradient, = torch.autograd.grad(output.square().sum(), x, retain_graph=True)
+        (gradient,) = torch.autograd.grad(output.square().sum(), x, retain_graph=True)
         assert (gradient.abs().amax((1, 2, 3)) > 0).all()
 
 
@@ -152,9 +168,16 @@ def test_bridge_appends_each_prompt_to_its_block_and_drops_it_after(clip):
     assert not torch.equal(out, clip.bridge(patches, prompts * 2, [2, 1]))
 
 
-@pytest.mark.parametrize("patches, prompts, blocks", [
-    ((2, 32, 5, 5), (2, 1, 32), [1]), ((2, 32, 4, 4), (2, 1, 32), [1, 2]), ((2, 32, 4, 4), (1, 1, 32), [1]),
-    ((2, 32, 4, 4), (2, 1, 32), [4]), ((2, 32, 4, 4), (2, 2, 32), [1, 1])])
+@pytest.mark.parametrize(
+    "patches, prompts, blocks",
+    [
+        ((2, 32, 5, 5), (2, 1, 32), [1]),
+        ((2, 32, 4, 4), (2, 1, 32), [1, 2]),
+        ((2, 32, 4, 4), (1, 1, 32), [1]),
+        ((2, 32, 4, 4), (2, 1, 32), [4]),
+        ((2, 32, 4, 4), (2, 2, 32), [1, 1]),
+    ],
+)
 def test_bridge_refuses_what_does_not_fit(clip, patches, prompts, blocks):
     with pytest.raises(ValueError):
         clip.bridge(torch.zeros(patches), torch.zeros(prompts), blocks)
@@ -195,9 +218,12 @@ def test_unknown_words_are_the_tokenizers(clip):
 @pytest.fixture
 def small_model(tmp_path, monkeypatch):
     """A tiny architecture that open_clip knows by name, with weights of it in a file."""
-    config = {"embed_dim": 16, "quick_gelu": True,
-              "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16},
-              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}}
+    config = {
+        "embed_dim": 16,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+    }
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-quickgelu", config)
     torch.manual_seed(0)
     return open_clip.create_model("tiny-quickgelu", pretrained=None).eval()
@@ -284,8 +310,15 @@ def test_missing_download_says_what_to_fetch_and_where_to_put_it(monkeypatch):
     with pytest.raises(WeightsError) as caught:
         load_clip(asked(source="pretrained", model="ViT-B-32-quickgelu"))
     message = str(caught.value)
-    for part in ("ViT-B-32-quickgelu/openai", "404", "open_clip_model.safetensors", "clip.source: file",
-                 "timm/vit_base_patch32_clip_224.openai", "clip.path", "demo"):
+    for part in (
+        "ViT-B-32-quickgelu/openai",
+        "404",
+        "open_clip_model.safetensors",
+        "clip.source: file",
+        "timm/vit_base_patch32_clip_224.openai",
+        "clip.path",
+        "demo",
+    ):
         assert part in message
     assert "\n" not in message
 

@@ -1,16 +1,18 @@
 """The small CLIP: what it is trained on, that it learns, resumes and repeats; retrieval; cached captions."""
+
 import itertools
 import json
 import math
 from types import SimpleNamespace
 
-import ratlip  # noqa: F401, I001  (before open_clip: it makes torchvision importable)
 import numpy as np
 import pytest
 import torch
 
+import ratlip  # noqa: F401, I001  (before open_clip: it makes torchvision importable)
 from ratlip.clip import small
 from ratlip.clip.frozen import load_clip
+from ratlip.clip.retrieval import centre_square, embed_captions, retrieval
 from ratlip.clip.small import (
     PairBatches,
     caption_groups,
@@ -19,9 +21,8 @@ from ratlip.clip.small import (
     neighbourhoods,
     train_small_clip,
 )
-from ratlip.settings import ClipSettings
 from ratlip.errors import DataError, RunError, WeightsError
-from ratlip.clip.retrieval import centre_square, embed_captions, retrieval
+from ratlip.settings import ClipSettings
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 PLACES = {"left": slice(0, 6), "right": slice(10, 16)}
@@ -36,10 +37,15 @@ class FakeSplit:
         truth = [kinds[i % len(kinds)] for i in range(n)]
         self.pixels = rng.integers(0, 30, (n, 16, 16, 3), dtype=np.uint8)
         for picture, kind in zip(self.pixels, truth):
-            picture[rng.integers(0, 4):, PLACES[kind["place"]]] += np.array(COLOURS[kind["colour"]], np.uint8)
-        self.captions = [[f"a {k['colour']} bar on the {k['place']}",
-                          f"{k['place']} there is a {k['colour']} bar",
-                          f"this bar is {k['colour']} , at the {k['place']}"] for k in truth]
+            picture[rng.integers(0, 4) :, PLACES[kind["place"]]] += np.array(COLOURS[kind["colour"]], np.uint8)
+        self.captions = [
+            [
+                f"a {k['colour']} bar on the {k['place']}",
+                f"{k['place']} there is a {k['colour']} bar",
+                f"this bar is {k['colour']} , at the {k['place']}",
+            ]
+            for k in truth
+        ]
         self.all_captions = list(itertools.chain(*self.captions))
         self.caption_offsets = np.arange(n + 1) * 3
         self.labels = np.array([list(COLOURS).index(k["colour"]) for k in truth])
@@ -54,14 +60,30 @@ class FakeSplit:
 
 
 def fake(n=48, attributes=True):
-    return SimpleNamespace(train=FakeSplit(n, 0, attributes), test=FakeSplit(12, 1, attributes),
-                           manifest={"content_sha256": f"{n}{attributes}", "resize": 16}, folder="fake")
+    return SimpleNamespace(
+        train=FakeSplit(n, 0, attributes),
+        test=FakeSplit(12, 1, attributes),
+        manifest={"content_sha256": f"{n}{attributes}", "resize": 16},
+        folder="fake",
+    )
 
 
 def settings(**fields):
-    small = {"patch_size": 4, "width": 32, "layers": 2, "heads": 2, "text_width": 32, "text_layers": 1,
-             "text_heads": 2, "embed_dim": 16, "context_length": 12, "steps": 6, "batch_size": 12, "lr": 3e-3,
-             "warmup": 3}
+    small = {
+        "patch_size": 4,
+        "width": 32,
+        "layers": 2,
+        "heads": 2,
+        "text_width": 32,
+        "text_layers": 1,
+        "text_heads": 2,
+        "embed_dim": 16,
+        "context_length": 12,
+        "steps": 6,
+        "batch_size": 12,
+        "lr": 3e-3,
+        "warmup": 3,
+    }
     return ClipSettings(**{"source": "train", **small, **fields})
 
 
@@ -168,7 +190,13 @@ def test_learns_colour_and_place(tmp_path):
 def test_writes_what_load_clip_reads(tmp_path):
     clip = train(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "arch.json", "clip.safetensors", "manifest.json", "metrics.jsonl", "settings.json", "vocabulary.json"]
+        "arch.json",
+        "clip.safetensors",
+        "manifest.json",
+        "metrics.jsonl",
+        "settings.json",
+        "vocabulary.json",
+    ]
     again = load_clip(settings(), tmp_path)
     assert again.fingerprint == clip.fingerprint and again.name == f"small CLIP {clip.fingerprint[:6]}"
     assert torch.equal(again.embed_text(["a red bar"]), clip.embed_text(["a red bar"]))

@@ -1,4 +1,5 @@
 """ratlip.compat: torchvision can be imported beside a CPU build of PyTorch; nothing happens elsewhere."""
+
 import itertools
 import subprocess
 import sys

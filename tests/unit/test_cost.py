@@ -44,9 +44,7 @@ class TestPeakMemory:
 
 def test_generation_is_measured_for_each_batch_size(smoke):
     run = generation.Run(smoke.run)
-    frame = cost.generation(
-        run, ["a large red ring", "a small blue square"], (1, 3), seconds=0.05, device="cpu"
-    )
+    frame = cost.generation(run, ["a large red ring", "a small blue square"], (1, 3), seconds=0.05, device="cpu")
     assert frame["batch"].tolist() == [1, 3] and (frame["repeats"] >= 3).all()
     assert (frame["ms_low"] <= frame["ms"]).all() and (frame["ms"] <= frame["ms_high"]).all()
     assert (frame["images_per_second"] * frame["ms"]).tolist() == pytest.approx([1000, 3000])
@@ -70,9 +68,7 @@ def test_step_time_is_the_median_stretch_so_that_a_pause_does_not_count(tmp_path
     ]
     for name, rows in (("a", log), ("b", [{"step": 4, "seconds": 2.0}])):
         (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "metrics.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows)
-        )
+        (tmp_path / "runs" / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = pd.DataFrame(
         [
             {
@@ -86,8 +82,8 @@ def test_step_time_is_the_median_stretch_so_that_a_pause_does_not_count(tmp_path
             for name in "ab"
         ]
     )
-    space = SimpleNamespace(root=tmp_path, settings=SimpleNamespace(model=SimpleNamespace(image_size=16)))
-    assert cost.step_times(space, runs)["seconds_a_step"].tolist() == [0.5, 0.5]
+    workspace = SimpleNamespace(root=tmp_path, settings=SimpleNamespace(model=SimpleNamespace(image_size=16)))
+    assert cost.step_times(workspace, runs)["seconds_a_step"].tolist() == [0.5, 0.5]
     generated = pd.DataFrame(
         [
             {
@@ -101,7 +97,7 @@ def test_step_time_is_the_median_stretch_so_that_a_pause_does_not_count(tmp_path
             for batch, ms in ((1, 4.0), (8, 8.0), (16, 32.0))
         ]
     )
-    table = cost.table(space, generated, runs)
+    table = cost.table(workspace, generated, runs)
     row = table.view.iloc[0]
     assert (row["one image"], row["images a second"], row["at batch"], row["tensors"]) == (
         "4.0 ms",
@@ -109,9 +105,5 @@ def test_step_time_is_the_median_stretch_so_that_a_pause_does_not_count(tmp_path
         "8",
         "8.0 MiB",
     )
-    assert (
-        row["training step"] == "500 ms"
-        and row["parameters"] == "1.500 M"
-        and row["whose"] == "measured here"
-    )
+    assert row["training step"] == "500 ms" and row["parameters"] == "1.500 M" and row["whose"] == "measured here"
     assert "No diffusion model was measured." in table.notes

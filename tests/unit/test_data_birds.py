@@ -1,4 +1,5 @@
 """The reader of CUB-200-2011 on a made-up root in the official layout."""
+
 import pickle
 import shutil
 
@@ -90,10 +91,13 @@ def test_all_problems_at_once(root):
     write_names(root, "train", [*NAMES[:3], "004.Owl/Owl_1", NAMES[3]])
     message = problems(root)
     for expected in (
-        f"{NAMES[0]}.jpg: the image cannot be decoded", f"{NAMES[1]}.jpg: the image file is missing",
-        f"{NAMES[2]}.txt: the caption file is missing", f"{NAMES[3]}.txt: the caption file is empty",
+        f"{NAMES[0]}.jpg: the image cannot be decoded",
+        f"{NAMES[1]}.jpg: the image file is missing",
+        f"{NAMES[2]}.txt: the caption file is missing",
+        f"{NAMES[3]}.txt: the caption file is empty",
         "bounding_boxes.txt:3: expected 'image_id x y width height', found '3 20 10 forty 30'",
-        "bounding_boxes.txt: there is no box for image 3", f"{NAMES[3]}.jpg: box x=500",
+        "bounding_boxes.txt: there is no box for image 3",
+        f"{NAMES[3]}.jpg: box x=500",
         "train/filenames.pickle: 004.Owl/Owl_1 is no image of images.txt",
         f"{NAMES[3]} is in both splits",
     ):
@@ -101,21 +105,32 @@ def test_all_problems_at_once(root):
     assert message.startswith("9 problems")
 
 
-@pytest.mark.parametrize("file, text, expected", [
-    ("images.txt", f"1 {NAMES[0]}.jpg\n1 {NAMES[1]}.jpg\n", "images.txt:2: 1 occurs twice"),
-    ("images.txt", "".join(f"{i} {NAMES[0]}.jpg\n" for i in (1, 2)), "occurs twice"),
-    ("images.txt", "1\n", "images.txt:1: expected 'image_id image_name', found '1'"),
-    ("image_class_labels.txt", "1 1\n2 1\n3 2\n", "there is no class for image 4"),
-    ("image_class_labels.txt", "1 1\n2 1\n3 2\n4 2\n", "is said to be 002.Crow"),
-    ("bounding_boxes.txt", "", "there is no box for image 1"),
-])
+@pytest.mark.parametrize(
+    "file, text, expected",
+    [
+        ("images.txt", f"1 {NAMES[0]}.jpg\n1 {NAMES[1]}.jpg\n", "images.txt:2: 1 occurs twice"),
+        ("images.txt", "".join(f"{i} {NAMES[0]}.jpg\n" for i in (1, 2)), "occurs twice"),
+        ("images.txt", "1\n", "images.txt:1: expected 'image_id image_name', found '1'"),
+        ("image_class_labels.txt", "1 1\n2 1\n3 2\n", "there is no class for image 4"),
+        ("image_class_labels.txt", "1 1\n2 1\n3 2\n4 2\n", "is said to be 002.Crow"),
+        ("bounding_boxes.txt", "", "there is no box for image 1"),
+    ],
+)
 def test_bad_lists(root, file, text, expected):
     (root / "CUB_200_2011" / file).write_text(text)
     assert expected in problems(root)
 
 
-@pytest.mark.parametrize("missing", ["CUB_200_2011/images.txt", "CUB_200_2011/bounding_boxes.txt",
-                                     "CUB_200_2011/classes.txt", "test/filenames.pickle", "text"])
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "CUB_200_2011/images.txt",
+        "CUB_200_2011/bounding_boxes.txt",
+        "CUB_200_2011/classes.txt",
+        "test/filenames.pickle",
+        "text",
+    ],
+)
 def test_missing_parts_are_one_problem_each(root, missing):
     path = root / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,4 +1,5 @@
 """Downloading: resumed where it broke off, checked, unpacked inside the folder; clear words otherwise."""
+
 import hashlib
 import http.server
 import io
@@ -40,7 +41,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if server.breaks:
-            self.wfile.write(body[:server.breaks.pop(0)])
+            self.wfile.write(body[: server.breaks.pop(0)])
             self.close_connection = True
         else:
             self.wfile.write(body)
@@ -193,9 +194,11 @@ def test_offline(server, tmp_path):
 def test_archives_cannot_write_outside(tmp_path, monkeypatch, kind, with_filter):
     if not with_filter:
         monkeypatch.delattr(tarfile, "data_filter")
-    archive = {"upward": lambda: make_archive("CUB/a", "../outside"),
-               "absolute": lambda: make_archive("CUB/a", f"{tmp_path}/outside"),
-               "link": lambda: make_archive("CUB/a", link=("CUB/link", "../../outside"))}[kind]()
+    archive = {
+        "upward": lambda: make_archive("CUB/a", "../outside"),
+        "absolute": lambda: make_archive("CUB/a", f"{tmp_path}/outside"),
+        "link": lambda: make_archive("CUB/a", link=("CUB/link", "../../outside")),
+    }[kind]()
     (tmp_path / "archive.tgz").write_bytes(archive)
     root = tmp_path / "one" / "root"
     if kind == "absolute" and with_filter:  # the filter makes the name relative, and goes on

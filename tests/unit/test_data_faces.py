@@ -1,4 +1,5 @@
 """The reader of CelebA on a made-up root, CelebA-tiny's rule, and the captions made from attributes."""
+
 import re
 from collections import Counter
 
@@ -22,8 +23,9 @@ CAPTIONS_OF_ONE_IMAGE = (
 
 def write_attributes(root, rows):
     lines = [str(len(rows)), " ".join(NAMES)]
-    lines += [f"{name} " + "  ".join("1" if attribute in has else "-1" for attribute in NAMES)
-              for name, has in rows.items()]
+    lines += [
+        f"{name} " + "  ".join("1" if attribute in has else "-1" for attribute in NAMES) for name, has in rows.items()
+    ]
     (root / "list_attr_celeba.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -32,8 +34,7 @@ def root(tmp_path):
     """Twelve images of six people: 1 1 1 2 2 3 4 5 6 6 6 6, listed in reverse order."""
     root = tmp_path / "faces"
     (root / "img_align_celeba").mkdir(parents=True)
-    people = dict(zip((f"{i:06d}.jpg" for i in range(1, 13)), (1, 1, 1, 2, 2, 3, 4, 5, 6, 6, 6, 6),
-                      strict=True))
+    people = dict(zip((f"{i:06d}.jpg" for i in range(1, 13)), (1, 1, 1, 2, 2, 3, 4, 5, 6, 6, 6, 6), strict=True))
     for name in people:
         Image.fromarray(np.zeros((22, 18, 3), np.uint8)).save(root / "img_align_celeba" / name)
     write_attributes(root, {name: {"Male", "Young", "Smiling"} for name in reversed(people)})
@@ -91,21 +92,27 @@ def test_all_problems_at_once(root):
     identity = root / "identity_CelebA.txt"
     identity.write_text(identity.read_text().replace("000003.jpg 1", "000003.jpg one"))
     message = problems(root)
-    for expected in ("000001.jpg: the image cannot be decoded", "000002.jpg: the image is missing",
-                     "list_attr_celeba.txt:4: expected a file name and 40 values 1 or -1, found '000011.jpg",
-                     "list_attr_celeba.txt:5: expected a file name and 40 values 1 or -1, found '000010.jpg",
-                     "list_attr_celeba.txt:7: 000008.jpg occurs twice",
-                     "identity_CelebA.txt:3: expected 'image identity', found '000003.jpg one'",
-                     "identity_CelebA.txt: there is no identity for 000003.jpg"):
+    for expected in (
+        "000001.jpg: the image cannot be decoded",
+        "000002.jpg: the image is missing",
+        "list_attr_celeba.txt:4: expected a file name and 40 values 1 or -1, found '000011.jpg",
+        "list_attr_celeba.txt:5: expected a file name and 40 values 1 or -1, found '000010.jpg",
+        "list_attr_celeba.txt:7: 000008.jpg occurs twice",
+        "identity_CelebA.txt:3: expected 'image identity', found '000003.jpg one'",
+        "identity_CelebA.txt: there is no identity for 000003.jpg",
+    ):
         assert expected in message
     assert message.startswith("7 problems")
 
 
-@pytest.mark.parametrize("change, expected", [
-    (lambda text: text.replace("12\n", "13\n", 1), "list_attr_celeba.txt:1: says that there are '13' images"),
-    (lambda text: text.replace("Bangs", "Fringe"), "list_attr_celeba.txt:2: expected the names of the 40"),
-    (lambda text: "", "list_attr_celeba.txt:2"),
-])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda text: text.replace("12\n", "13\n", 1), "list_attr_celeba.txt:1: says that there are '13' images"),
+        (lambda text: text.replace("Bangs", "Fringe"), "list_attr_celeba.txt:2: expected the names of the 40"),
+        (lambda text: "", "list_attr_celeba.txt:2"),
+    ],
+)
 def test_bad_attribute_list(root, change, expected):
     attributes = root / "list_attr_celeba.txt"
     attributes.write_text(change(attributes.read_text()))
@@ -153,10 +160,22 @@ def test_captions_are_different_and_their_number_is_bounded():
 
 
 def test_captions_say_nothing_untrue():
-    words = {"smiling": {"Smiling"}, "young": {"Young"}, "bangs": {"Bangs"}, "eyeglasses": {"Eyeglasses"},
-             "goatee": {"Goatee"}, "wavy": {"Wavy_Hair"}, "black": {"Black_Hair"}, "bald": {"Bald"},
-             "lipstick": {"Wearing_Lipstick"}, "open": {"Mouth_Slightly_Open"}, "man": {"Male"},
-             "his": {"Male"}, "pointy": {"Pointy_Nose"}, "bushy": {"Bushy_Eyebrows"}}
+    words = {
+        "smiling": {"Smiling"},
+        "young": {"Young"},
+        "bangs": {"Bangs"},
+        "eyeglasses": {"Eyeglasses"},
+        "goatee": {"Goatee"},
+        "wavy": {"Wavy_Hair"},
+        "black": {"Black_Hair"},
+        "bald": {"Bald"},
+        "lipstick": {"Wearing_Lipstick"},
+        "open": {"Mouth_Slightly_Open"},
+        "man": {"Male"},
+        "his": {"Male"},
+        "pointy": {"Pointy_Nose"},
+        "bushy": {"Bushy_Eyebrows"},
+    }
     contrary = {"older": {"Young"}, "woman": {"Male"}, "her": {"Male"}, "beard": {"No_Beard"}}
     for seed in range(300):
         has = random_attributes(seed)

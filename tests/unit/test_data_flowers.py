@@ -1,4 +1,5 @@
 """The reader of Oxford-102 on a made-up root in the official layout."""
+
 import pickle
 
 import numpy as np
@@ -68,7 +69,10 @@ def test_pickled_names_are_preferred_to_class_lists(root):
         (root / split / "filenames.pickle").write_bytes(pickle.dumps(names))
     records = flowers.read(root)
     assert {record.key: record.split for record in records} == {
-        "image_00001": "train", "image_00003": "train", "image_00002": "test"}
+        "image_00001": "train",
+        "image_00003": "train",
+        "image_00002": "test",
+    }
     assert records.about["images_in_no_split"] == 1
     (root / "test" / "filenames.pickle").write_bytes(pickle.dumps(["image_00099", "image_00002"]))
     assert "test/filenames.pickle: image_00099 has no image in jpg/" in problems(root)
@@ -86,10 +90,13 @@ def test_all_captions_are_human_without_a_manifest(root):
     assert len(flowers.read(root, human_captions_only=True)) == 4
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("image\tkind\n", "manifest.tsv:1: expected columns"),
-    ("name\tcaption_kind\nimage_00001.jpg\n", "manifest.tsv:2: expected 2 columns, found 'image_00001.jpg'"),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("image\tkind\n", "manifest.tsv:1: expected columns"),
+        ("name\tcaption_kind\nimage_00001.jpg\n", "manifest.tsv:2: expected 2 columns, found 'image_00001.jpg'"),
+    ],
+)
 def test_bad_manifest(root, text, expected):
     (root / "manifest.tsv").write_text(text)
     assert expected in problems(root)
@@ -105,12 +112,14 @@ def test_all_problems_at_once(root):
     (root / "text_c10" / "class_rose").mkdir()
     (root / "text_c10" / "class_rose" / "image_00007.txt").write_text("a rose\n")
     message = problems(root)
-    for expected in ("image_00001.jpg: the image cannot be decoded",
-                     "image_00002.jpg: the image of text_c10/class_00077/image_00002.txt is missing",
-                     "class_00004/image_00003.txt: the caption file is empty",
-                     "image_00004.txt: the caption file is missing",
-                     "image_00003 has captions in class_00004 too",
-                     "class_rose: expected a folder name like class_00001"):
+    for expected in (
+        "image_00001.jpg: the image cannot be decoded",
+        "image_00002.jpg: the image of text_c10/class_00077/image_00002.txt is missing",
+        "class_00004/image_00003.txt: the caption file is empty",
+        "image_00004.txt: the caption file is missing",
+        "image_00003 has captions in class_00004 too",
+        "class_rose: expected a folder name like class_00001",
+    ):
         assert expected in message
     assert message.startswith("6 problems")
 

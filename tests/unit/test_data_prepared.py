@@ -1,4 +1,5 @@
 """The prepared format: what goes in comes out, whole or not at all, and mistakes are all named."""
+
 import json
 import pickle
 import shutil
@@ -56,7 +57,7 @@ def test_what_goes_in_comes_out(records, tmp_path):
         assert part.captions == [list(record.captions) for record in given]
         assert part.caption_offsets.dtype == np.int64
         for i, record in enumerate(given):
-            start, stop = part.caption_offsets[i:i + 2]
+            start, stop = part.caption_offsets[i : i + 2]
             assert part.all_captions[start:stop] == list(record.captions)
             assert part.attributes[i] == (record.attributes or {})
 
@@ -202,14 +203,24 @@ def test_foreign_folder_is_never_replaced(records, tmp_path):
 def test_all_problems_at_once_and_nothing_written(records, tmp_path):
     records[1].path.write_bytes(records[1].path.read_bytes()[:300])
     records[2].path.unlink()
-    bad = [*records, replace(records[0], captions=("", "a")), replace(records[4], key="a", split="dev"),
-           replace(records[5], key="b", box=(400, 400, 9, 9))]
+    bad = [
+        *records,
+        replace(records[0], captions=("", "a")),
+        replace(records[4], key="a", split="dev"),
+        replace(records[5], key="b", box=(400, 400, 9, 9)),
+    ]
     with pytest.raises(DataError) as caught:
         run(bad, tmp_path / "out")
     message = str(caught.value)
     assert "6 problems" in message
-    for expected in ("1.png: the image cannot be decoded", "2.png: the image file is missing",
-                     "image_0' occurs twice", "caption is empty", "'dev'", "lies outside the image"):
+    for expected in (
+        "1.png: the image cannot be decoded",
+        "2.png: the image file is missing",
+        "image_0' occurs twice",
+        "caption is empty",
+        "'dev'",
+        "lies outside the image",
+    ):
         assert expected in message
     assert sorted(item.name for item in tmp_path.iterdir()) == ["source"]
 
@@ -221,10 +232,10 @@ def test_a_split_without_images_is_refused(records, tmp_path):
 
 def test_failure_while_writing_leaves_nothing(records, tmp_path, monkeypatch):
     def full(*args):
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "No workspace left on device")
 
     monkeypatch.setattr(prepared_module, "_save", full)
-    with pytest.raises(DataError, match="cannot be written.*No space left"):
+    with pytest.raises(DataError, match="cannot be written.*No workspace left"):
         run(records, tmp_path / "out")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["source"]
 
@@ -233,17 +244,22 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:200])
 
 
-@pytest.mark.parametrize("damage, says", [
-    (lambda out: shutil.rmtree(out), "no such folder"),
-    (lambda out: (out / "manifest.json").unlink(), "no manifest.json"),
-    (lambda out: (out / "manifest.json").write_text("{"), "damaged"),
-    (lambda out: (out / "manifest.json").write_text('{"format": 99}'), "format 99"),
-    (lambda out: (out / "manifest.json").write_text('{"format": 1}'), "damaged"),
-    (lambda out: next((out / "dataset" / "train").glob("*.arrow")).unlink(), "damaged or incomplete"),
-    (lambda out: truncate(next((out / "dataset" / "test").glob("*.arrow"))), "damaged or incomplete"),
-    (lambda out: shutil.copytree(out / "dataset" / "test", out / "dataset" / "train", dirs_exist_ok=True),
-     "manifest says"),
-])
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda out: shutil.rmtree(out), "no such folder"),
+        (lambda out: (out / "manifest.json").unlink(), "no manifest.json"),
+        (lambda out: (out / "manifest.json").write_text("{"), "damaged"),
+        (lambda out: (out / "manifest.json").write_text('{"format": 99}'), "format 99"),
+        (lambda out: (out / "manifest.json").write_text('{"format": 1}'), "damaged"),
+        (lambda out: next((out / "dataset" / "train").glob("*.arrow")).unlink(), "damaged or incomplete"),
+        (lambda out: truncate(next((out / "dataset" / "test").glob("*.arrow"))), "damaged or incomplete"),
+        (
+            lambda out: shutil.copytree(out / "dataset" / "test", out / "dataset" / "train", dirs_exist_ok=True),
+            "manifest says",
+        ),
+    ],
+)
 def test_damaged_folders_are_named_with_the_mend(records, tmp_path, damage, says):
     run(records, tmp_path / "out")
     damage(tmp_path / "out")

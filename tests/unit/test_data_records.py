@@ -1,4 +1,5 @@
 """Records: the published crop, opening images, the list of problems, and order kept by threads."""
+
 import threading
 
 import numpy as np
@@ -60,8 +61,17 @@ def test_open_image_sees_truncation_only_a_full_decode_can_see(tmp_path):
         open_image(Record("a", "train", ("x",), path=path))
 
 
-@pytest.mark.parametrize("box", [(500, 500, 20, 20), (-30, 0, 40, 30), (10, 10, 90, 20), (10, 10, 0, 5),
-                                 (float("nan"), 0, 10, 10), (0, 0, float("nan"), 10)])
+@pytest.mark.parametrize(
+    "box",
+    [
+        (500, 500, 20, 20),
+        (-30, 0, 40, 30),
+        (10, 10, 90, 20),
+        (10, 10, 0, 5),
+        (float("nan"), 0, 10, 10),
+        (0, 0, float("nan"), 10),
+    ],
+)
 def test_box_outside_the_image_is_refused(photograph, box):
     with pytest.raises(ValueError, match="box"):
         open_image(Record("a", "train", ("x",), path=photograph, box=box))
@@ -71,9 +81,15 @@ def test_box_may_overshoot_a_little_as_the_official_ones_do(photograph):
     open_image(Record("a", "train", ("x",), path=photograph, box=(20, 5, 43, 30)))
 
 
-@pytest.mark.parametrize("fields", [{}, {"pixels": np.zeros((4, 4, 3), np.float32)},
-                                    {"pixels": np.zeros((4, 4), np.uint8)},
-                                    {"pixels": np.zeros((4, 4, 3), np.uint8), "mask": np.ones((5, 4), bool)}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"pixels": np.zeros((4, 4, 3), np.float32)},
+        {"pixels": np.zeros((4, 4), np.uint8)},
+        {"pixels": np.zeros((4, 4, 3), np.uint8), "mask": np.ones((5, 4), bool)},
+    ],
+)
 def test_open_image_refuses_impossible_records(fields):
     with pytest.raises(ValueError):
         open_image(Record("a", "train", ("x",), **fields))

@@ -1,4 +1,5 @@
 """Split files are read without running anything that is in them."""
+
 import pickle
 from pathlib import Path
 
@@ -47,8 +48,18 @@ def test_a_malicious_pickle_does_nothing(tmp_path, protocol):
     assert target.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps(NAMES)[:-7], pickle.dumps({"a": 1}),
-                                     pickle.dumps([1, 2]), pickle.dumps("name"), b"\x80\x02Ppersistent\n."])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no pickle",
+        pickle.dumps(NAMES)[:-7],
+        pickle.dumps({"a": 1}),
+        pickle.dumps([1, 2]),
+        pickle.dumps("name"),
+        b"\x80\x02Ppersistent\n.",
+    ],
+)
 def test_anything_but_names_is_refused(tmp_path, content):
     path = tmp_path / "filenames.pickle"
     path.write_bytes(content)

@@ -1,4 +1,5 @@
 """The readers on the real, partial data beside the repository (skipped where it is absent)."""
+
 import tarfile
 from collections import Counter
 
@@ -34,7 +35,7 @@ def unpacked(tmp_path_factory):
 
 def some(records, number):
     """Every so many of the records, from both splits."""
-    return Records(records[::max(1, len(records) // number)], records.about)
+    return Records(records[:: max(1, len(records) // number)], records.about)
 
 
 def test_birds(shared, unpacked, tmp_path):

@@ -1,101 +1,107 @@
 """What notebook 07 measures: each measure finds the difference where it is, and nothing where it is not."""
+
 import re
 
 import numpy as np
 import pytest
 import torch
 
-from ratlip.studies import paper_versus_code
-from ratlip.training import loop
-from ratlip.studies import paper_versus_code_protocol as protocol
 from ratlip.clip.small import caption_groups
-from ratlip.settings import load_settings
 from ratlip.data.batches import to_network
 from ratlip.errors import RunError, SettingsError
-from ratlip.studies.grid import overridden
 from ratlip.scores.extractors import published_range
+from ratlip.settings import load_settings
+from ratlip.studies import paper_versus_code
+from ratlip.studies import paper_versus_code_protocol as protocol
+from ratlip.studies.grid import overridden
+from ratlip.training import loop
 from ratlip.training.generation import Run, file_names
-from ratlip.training.loop import noise_for
+from ratlip.training.loop import sample_latents
 
-ARMS = {"published": {"model.conditioning": "rat-official", "model.rat_scope": "mapper"}, "rat": {},
-        "cat": {"model.conditioning": "cat"}}
+ARMS = {
+    "published": {"model.conditioning": "rat-official", "model.rat_scope": "mapper"},
+    "rat": {},
+    "cat": {"model.conditioning": "cat"},
+}
 
 
 @pytest.fixture(scope="module")
-def arms(smoke):
+def variants(smoke):
     """A generator of each conditioning whose affines do something."""
     made = {}
     for name, overrides in ARMS.items():
         settings = overridden(smoke.settings, {**overrides, "model.mapper_blocks": 2})
-        generator = loop.build_networks(settings, smoke.space.clip)[0].eval()
+        generator = loop.build_networks(settings, smoke.workspace.clip)[0].eval()
         made[name] = paper_versus_code.with_random_affines(generator, seed=1)
     return made
 
 
 @pytest.fixture(scope="module")
 def pairs(smoke):
-    """Noise (6,Z) and sentences (6,E) of six test captions."""
-    captions = [each[0] for each in smoke.space.prepared.test.captions[:6]]
-    return noise_for(5, 0, 6, smoke.settings.model.noise_size), smoke.space.clip.embed_text(captions).cpu()
+    """Latents (6,Z) and sentences (6,E) of six test captions."""
+    captions = [each[0] for each in smoke.workspace.prepared.test.captions[:6]]
+    return sample_latents(5, 0, 6, smoke.settings.model.latent_size), smoke.workspace.clip.embed_text(captions).cpu()
 
 
 # ------------------------------------------------------------------------------------------ rows 1 to 3
 
 
-def test_only_the_published_rat_draws_another_image_among_other_mates(arms, pairs):
-    found = {name: paper_versus_code.batch_effect(each, *pairs, batch_size=4, draws=3)
-             for name, each in arms.items()}
+def test_only_the_published_rat_draws_another_image_among_other_mates(variants, pairs):
+    found = {
+        name: paper_versus_code.batch_effect(each, *pairs, batch_size=4, draws=3) for name, each in variants.items()
+    }
     assert found["published"].change.min() > 1e-3
     for name in ("rat", "cat"):
         assert found[name].change.max() < 1e-4 and found[name].other_caption > 0.01
     assert found["rat"].images.shape[:2] == (6, 3)
 
 
-def test_the_last_mate_moves_image_0_most(arms, pairs):
-    rows = paper_versus_code.position_effect(arms["published"], *pairs, batch_size=8)
+def test_the_last_mate_moves_image_0_most(variants, pairs):
+    rows = paper_versus_code.position_effect(variants["published"], *pairs, batch_size=8)
     changes = [row["change"] for row in rows]
     assert [row["position"] for row in rows] == list(range(2, 9))
     assert max(changes[-2:]) == max(changes) and changes[-1] > 2 * changes[0]
-    assert max(row["change"] for row in paper_versus_code.position_effect(arms["rat"], *pairs, batch_size=4)) < 1e-4
+    assert max(row["change"] for row in paper_versus_code.position_effect(variants["rat"], *pairs, batch_size=4)) < 1e-4
 
 
 def test_the_order_of_drawing_moves_no_image_to_another_place(smoke):
-    run, order = Run(smoke.run, clip_folder=smoke.space.clip_folder), torch.randperm(10)
-    straight = paper_versus_code.test_images(run, smoke.space.prepared, 10)
-    mixed = paper_versus_code.test_images(run, smoke.space.prepared, 10, batch_size=3, order=order)
+    run, order = Run(smoke.run, clip_folder=smoke.workspace.clip_folder), torch.randperm(10)
+    straight = paper_versus_code.test_images(run, smoke.workspace.prepared, 10)
+    mixed = paper_versus_code.test_images(run, smoke.workspace.prepared, 10, batch_size=3, order=order)
     assert torch.allclose(straight, mixed, atol=1e-5) and straight[0].sub(straight[1]).abs().max() > 1e-3
 
 
 def test_compositions_are_scored_alike_for_the_paper_s_rat(smoke):
-    run = Run(smoke.run, clip_folder=smoke.space.clip_folder)
-    space = smoke.space
-    frame = paper_versus_code.composition_scores(run, space.prepared, space.clip, space.judge, 12, (1, 5))
+    run = Run(smoke.run, clip_folder=smoke.workspace.clip_folder)
+    workspace = smoke.workspace
+    frame = paper_versus_code.composition_scores(run, workspace.prepared, workspace.clip, workspace.judge, 12, (1, 5))
     assert list(frame.index) == ["batches of 1", "batches of 5", "batches of 5, shuffled"]
     assert frame["CLIP similarity"].std() < 1e-5 and set(frame) == {"CLIP similarity", "all right"}
 
 
-def test_a_push_reaches_later_layers_of_the_paper_s_rat_alone(arms, pairs):
-    rat, official = (paper_versus_code.reach(arms[name], *pairs) for name in ("rat", "published"))
+def test_a_push_reaches_later_layers_of_the_paper_s_rat_alone(variants, pairs):
+    rat, official = (paper_versus_code.reach(variants[name], *pairs) for name in ("rat", "published"))
     later = torch.ones_like(rat).triu(1).bool()
     assert (rat[later] > 0).all() and (rat[~later] == 0).all()
     assert len(official) == 8 and (official == 0).all()
-    assert len(paper_versus_code.reach(arms["cat"], *pairs)) == 0
+    assert len(paper_versus_code.reach(variants["cat"], *pairs)) == 0
 
 
-def test_states_of_the_published_rat_are_one_for_the_batch(arms, pairs):
-    assert {each.shape[0] for each in paper_versus_code.states(arms["published"], *pairs)} == {1}
-    assert {each.shape[0] for each in paper_versus_code.states(arms["rat"], *pairs)} == {6}
+def test_states_of_the_published_rat_are_one_for_the_batch(variants, pairs):
+    assert {each.shape[0] for each in paper_versus_code.states(variants["published"], *pairs)} == {1}
+    assert {each.shape[0] for each in paper_versus_code.states(variants["rat"], *pairs)} == {6}
 
 
-@pytest.mark.parametrize("moves, layer", [
-    ([0.5, 0.2, 0.01, 0.001], 4), ([0.01, 0.01], 2), ([0.5, 0.01, 0.2, 0.01], 5), ([0.5, 0.3], None)])
+@pytest.mark.parametrize(
+    "moves, layer", [([0.5, 0.2, 0.01, 0.001], 4), ([0.01, 0.01], 2), ([0.5, 0.01, 0.2, 0.01], 5), ([0.5, 0.3], None)]
+)
 def test_the_layer_at_which_states_settle(moves, layer):
     assert paper_versus_code.settled_layer(torch.tensor(moves)[:, None].expand(-1, 3)) == layer
 
 
-def test_settling_is_the_relative_move(arms, pairs):
-    h = torch.stack(paper_versus_code.states(arms["rat"], *pairs)).detach()
-    moves = paper_versus_code.settling(arms["rat"], *pairs)
+def test_settling_is_the_relative_move(variants, pairs):
+    h = torch.stack(paper_versus_code.states(variants["rat"], *pairs)).detach()
+    moves = paper_versus_code.settling(variants["rat"], *pairs)
     assert moves.shape == (len(h) - 1, 6)
     assert torch.allclose(moves[2, 1], (h[3, 1] - h[2, 1]).norm() / h[3, 1].norm())
 
@@ -114,7 +120,7 @@ def test_affines_of_the_published_size_are_counted():
 
 
 def test_what_clip_sees(smoke):
-    clip = smoke.space.clip
+    clip = smoke.workspace.clip
     images = torch.rand(2, 3, clip.image_size, clip.image_size) * 2 - 1
     twice = paper_versus_code.with_normalisation(clip, "published")
     assert torch.allclose(paper_versus_code.as_clip_sees(clip, images), images, atol=1e-5)
@@ -128,8 +134,9 @@ def test_pictures_of_any_size_keep_their_attributes():
     assert not torch.equal(small, other)
     corner = slice(0, 2)  # the background, whose shade alone differs
     for one, two in ((large, small), (small, other)):
-        assert (one[..., corner, corner].float().mean((2, 3)) - two[..., corner, corner].float().mean((2, 3))
-                ).abs().max() < 40
+        assert (
+            one[..., corner, corner].float().mean((2, 3)) - two[..., corner, corner].float().mean((2, 3))
+        ).abs().max() < 40
 
 
 def test_the_spectrum_finds_a_wave():
@@ -164,7 +171,7 @@ def test_torchvision_s_transform_gives_the_published_range():
 
 
 def test_a_distance_shrinks_with_the_range(smoke):
-    prepared, clip = smoke.space.prepared, smoke.space.clip
+    prepared, clip = smoke.workspace.prepared, smoke.workspace.clip
     reference = protocol.real_in_both_ranges(clip, prepared, smoke.settings, 40)
     images = torch.rand(20, 3, 16, 16) * 2 - 1
     found = protocol.distances(protocol.in_both_ranges(clip, images), reference)
@@ -182,11 +189,18 @@ def test_the_command_line_s_default_wins():
 
 @pytest.mark.slow
 def test_a_batch_of_one_teaches_nothing_about_matching(smoke):
-    space = smoke.space
-    given = (smoke.settings, space.prepared, space.clip, space.sentences(),
-             torch.from_numpy(caption_groups(space.prepared.train)))
-    one, many = ([protocol.matching_learned(*given, batch_size=size, images=1200, seed=seed)
-                  for seed in (1, 2)] for size in (1, 8))
+    workspace = smoke.workspace
+    given = (
+        smoke.settings,
+        workspace.prepared,
+        workspace.clip,
+        workspace.sentences(),
+        torch.from_numpy(caption_groups(workspace.prepared.train)),
+    )
+    one, many = (
+        [protocol.matching_learned(*given, batch_size=size, images=1200, seed=seed) for seed in (1, 2)]
+        for size in (1, 8)
+    )
     assert {each["same"] for each in one} == {1} and {each["same"] for each in many} == {0}
     assert np.mean([each["right"] for each in many]) > 0.08 + np.mean([each["right"] for each in one])
     assert protocol.lowest_hinge(same=True) == pytest.approx(1) and protocol.lowest_hinge(same=False) == 0
@@ -195,6 +209,7 @@ def test_a_batch_of_one_teaches_nothing_about_matching(smoke):
 def test_outcomes_of_calls():
     def old():
         import warnings
+
         warnings.warn("soon", DeprecationWarning, stacklevel=1)
 
     outcomes = [protocol._outcome(call) for call in (lambda: None, old, lambda: 1 / 0)]
@@ -227,7 +242,7 @@ def test_names_as_published_on_the_command_line(ratlip, smoke, tmp_path):
 
 
 def test_parameters_that_get_no_gradient_are_the_dead_ones(smoke):
-    clip = smoke.space.clip
+    clip = smoke.workspace.clip
     with_dead = loop.build_networks(overridden(smoke.settings, {"model.unused_shortcuts": True}), clip)[1]
     idle = protocol.without_gradient(with_dead, clip)
     assert idle and all("shortcut" in name for name in idle)
@@ -269,11 +284,15 @@ def test_figures_are_saved(figure, tmp_path):
     draw = np.random.default_rng(0)
     made = {
         "spread": lambda path: paper_versus_code.spread_figure({"a": [0, 1], "b": [2, 2]}, "x", {"mean": 1}, path),
-        "reach": lambda path: paper_versus_code.reach_figure({"none": torch.zeros(3, 3),
-                                                        "some": torch.ones(4, 4).triu(1)}, path),
+        "reach": lambda path: paper_versus_code.reach_figure(
+            {"none": torch.zeros(3, 3), "some": torch.ones(4, 4).triu(1)}, path
+        ),
         "settling": lambda path: paper_versus_code.settling_figure({"one": torch.rand(5, 4)}, path),
         "spectrum": lambda path: protocol.spectrum_figure(
             {"a": torch.rand(3, 9), "b": torch.rand(3, 9)},
-            {"a": torch.from_numpy(draw.random((3, 7))), "b": torch.rand(3, 7)}, path)}[figure]
+            {"a": torch.from_numpy(draw.random((3, 7))), "b": torch.rand(3, 7)},
+            path,
+        ),
+    }[figure]
     made(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000

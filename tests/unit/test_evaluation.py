@@ -1,4 +1,5 @@
 """Scores: the distance against its closed form, every image counted, the same numbers twice."""
+
 import copy
 import shutil
 import weakref
@@ -7,24 +8,30 @@ import numpy as np
 import pytest
 import torch
 
-from ratlip.scores import evaluation
 from ratlip import cache
-from ratlip.training import loop
 from ratlip.clip.frozen import FrozenClip, build_small_clip
-from ratlip.settings import load_settings
 from ratlip.errors import RunError, SettingsError
 from ratlip.files import read_json
+from ratlip.scores import evaluation
+from ratlip.settings import load_settings
+from ratlip.training import loop
 
-DISTANCES = ("frechet_distance", "kernel_distance", "kernel_distance_sd", "inception_score", "precision",
-             "recall")
+DISTANCES = ("frechet_distance", "kernel_distance", "kernel_distance_sd", "inception_score", "precision", "recall")
 
 
 def score(smoke, home, overrides=(), judge=True, **options):
     """Scores of the smoke run by other settings of `evaluation`, with a home for features of its own."""
-    options = {"independent": smoke.space.independent, **options}
-    return evaluation.evaluate(smoke.run, load_settings("smoke", dict(overrides)), smoke.space.prepared,
-                               smoke.space.clip, smoke.space.judge if judge else None, home=home,
-                               progress=False, **options)
+    options = {"independent": smoke.workspace.independent, **options}
+    return evaluation.evaluate(
+        smoke.run,
+        load_settings("smoke", dict(overrides)),
+        smoke.workspace.prepared,
+        smoke.workspace.clip,
+        smoke.workspace.judge if judge else None,
+        home=home,
+        progress=False,
+        **options,
+    )
 
 
 def without_time(scores):
@@ -76,10 +83,12 @@ def test_the_scores_of_a_run_stand_beside_those_of_real_images(smoke):
 
 def test_runs_of_either_normalisation_are_scored_alike(smoke):
     """CLIP scores as it was trained to see, so that what a run was fed does not move its score."""
-    published = copy.copy(smoke.space.clip)
+    published = copy.copy(smoke.workspace.clip)
     published.normalisation = "published"
-    scores = [evaluation.evaluate(smoke.run, smoke.settings, smoke.space.prepared, clip, progress=False)
-              for clip in (smoke.space.clip, published)]
+    scores = [
+        evaluation.evaluate(smoke.run, smoke.settings, smoke.workspace.prepared, clip, progress=False)
+        for clip in (smoke.workspace.clip, published)
+    ]
     for each in scores:
         del each["seconds_per_image"]
     assert scores[0] == scores[1] and published.normalisation == "published"
@@ -87,15 +96,22 @@ def test_runs_of_either_normalisation_are_scored_alike(smoke):
 
 def test_scores_are_the_same_twice_and_only_the_time_may_differ(smoke):
     torch.manual_seed(99)
-    again = smoke.space.evaluate()
+    again = smoke.workspace.evaluate()
     assert {**again, "seconds_per_image": 0} == {**smoke.scores, "seconds_per_image": 0}
 
 
 def test_the_batch_size_of_the_scores_does_not_change_them(smoke):
     """48 images in batches of 7: the last partial batch is counted (official.md, row 9)."""
     settings = load_settings("smoke", {"evaluation.batch_size": 7})
-    other = evaluation.evaluate(smoke.run, settings, smoke.space.prepared, smoke.space.clip,
-                                smoke.space.judge, independent=smoke.space.independent, progress=False)
+    other = evaluation.evaluate(
+        smoke.run,
+        settings,
+        smoke.workspace.prepared,
+        smoke.workspace.clip,
+        smoke.workspace.judge,
+        independent=smoke.workspace.independent,
+        progress=False,
+    )
     assert other["images"] == 48
     assert other["clip_similarity"] == pytest.approx(smoke.scores["clip_similarity"], abs=2e-4)
     assert other["frechet_distance"] == pytest.approx(smoke.scores["frechet_distance"], rel=1e-3)
@@ -103,20 +119,20 @@ def test_the_batch_size_of_the_scores_does_not_change_them(smoke):
 
 
 def test_every_caption_of_a_partial_batch_becomes_an_image(smoke):
-    generator = evaluation.load_generator(smoke.run, smoke.settings, smoke.space.clip)
-    noise, sentence = loop.noise_for(0, 1, 11, 8), smoke.space.sentences("test")[:11]
-    whole = evaluation.generate(generator, noise, sentence, batch_size=64)
-    parts = evaluation.generate(generator, noise, sentence, batch_size=4)
+    generator = evaluation.load_generator(smoke.run, smoke.settings, smoke.workspace.clip)
+    latent, sentence = loop.sample_latents(0, 1, 11, 8), smoke.workspace.sentences("test")[:11]
+    whole = evaluation.generate(generator, latent, sentence, batch_size=64)
+    parts = evaluation.generate(generator, latent, sentence, batch_size=4)
     assert whole.shape == (11, 3, 16, 16) and whole.abs().max() <= 1
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
     assert whole.flatten(1).std(dim=0).mean() > 1e-3  # they differ among one another
-    embedded = evaluation.embed(smoke.space.clip, whole, batch_size=4)
-    torch.testing.assert_close(embedded, evaluation.embed(smoke.space.clip, whole), rtol=1e-4, atol=1e-5)
+    embedded = evaluation.embed(smoke.workspace.clip, whole, batch_size=4)
+    torch.testing.assert_close(embedded, evaluation.embed(smoke.workspace.clip, whole), rtol=1e-4, atol=1e-5)
 
 
 def test_pairs_go_through_the_split_and_then_through_the_next_captions(smoke):
-    test = smoke.space.prepared.test
-    numbers, captions = evaluation.test_pairs(smoke.space.prepared, 2 * len(test) + 3)
+    test = smoke.workspace.prepared.test
+    numbers, captions = evaluation.test_pairs(smoke.workspace.prepared, 2 * len(test) + 3)
     assert numbers.tolist() == [*range(len(test)), *range(len(test)), 0, 1, 2]
     assert captions[0] == test.captions[0][0]
     assert captions[1] == test.captions[1][1]  # all wordings occur
@@ -126,7 +142,7 @@ def test_pairs_go_through_the_split_and_then_through_the_next_captions(smoke):
 
 def test_the_averaged_generator_is_the_one_that_is_scored(smoke):
     saved = loop.read_checkpoint(smoke.run / "checkpoint.pt", "cpu")["networks"]
-    generator = evaluation.load_generator(smoke.run, smoke.settings, smoke.space.clip)
+    generator = evaluation.load_generator(smoke.run, smoke.settings, smoke.workspace.clip)
     assert not generator.training
     loaded = {key: value.cpu() for key, value in generator.state_dict().items()}
     for key, value in loaded.items():
@@ -138,16 +154,16 @@ def test_loading_a_generator_leaves_the_callers_random_numbers_alone(smoke):
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    evaluation.load_generator(smoke.run, smoke.settings, smoke.space.clip)
+    evaluation.load_generator(smoke.run, smoke.settings, smoke.workspace.clip)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_run_of_another_clip_is_not_scored(smoke, tmp_path):
     folder = shutil.copytree(smoke.run, tmp_path / "run")
     text = (folder / "identity.json").read_text()
-    (folder / "identity.json").write_text(text.replace(smoke.space.clip.fingerprint, "0123456789ab"))
+    (folder / "identity.json").write_text(text.replace(smoke.workspace.clip.fingerprint, "0123456789ab"))
     with pytest.raises(RunError, match="was trained with the CLIP 0123456789ab"):
-        evaluation.load_generator(folder, smoke.settings, smoke.space.clip)
+        evaluation.load_generator(folder, smoke.settings, smoke.workspace.clip)
 
 
 def test_a_run_that_is_not_complete_is_not_scored(smoke, tmp_path):
@@ -161,11 +177,11 @@ def test_every_score_of_the_generated_images_has_its_fellow_and_its_name(smoke):
     scores, real = smoke.scores, smoke.scores["real"]
     for key in ("clip_similarity", "independent_similarity", *DISTANCES):
         assert np.isfinite([scores[key], real[key]]).all(), key
-        name = {"clip_similarity": smoke.space.clip}.get(key, smoke.space.independent).name
+        name = {"clip_similarity": smoke.workspace.clip}.get(key, smoke.workspace.independent).name
         assert name in scores["labels"][key]
-    assert scores["labels"]["frechet_distance"] == f"FD ({smoke.space.independent.name})"
+    assert scores["labels"]["frechet_distance"] == f"FD ({smoke.workspace.independent.name})"
     assert not any(word in label for label in scores["labels"].values() for word in ("FID", "KID"))
-    assert scores["extractor"] == smoke.space.independent.name != smoke.space.clip.name
+    assert scores["extractor"] == smoke.workspace.independent.name != smoke.workspace.clip.name
     assert set(real) <= set(scores) and real["images"] == 48 and scores["protocol"] == "standard"
     assert 0 <= scores["judge_all"] <= min(scores["judge"].values())
     assert without_time(read_json(smoke.run / "scores.json")) == without_time(scores)
@@ -174,10 +190,10 @@ def test_every_score_of_the_generated_images_has_its_fellow_and_its_name(smoke):
 def test_the_similarities_are_those_of_the_two_clips(smoke, tmp_path):
     """Computed here in one go, from the captions and images of the real test split; there in batches of 7."""
     real = score(smoke, tmp_path, {"evaluation.batch_size": 7})["real"]
-    space, test = smoke.space, smoke.space.prepared.test
-    numbers, captions = evaluation.test_pairs(space.prepared, 48)
+    workspace, test = smoke.workspace, smoke.workspace.prepared.test
+    numbers, captions = evaluation.test_pairs(workspace.prepared, 48)
     images = evaluation.real_images(test, numbers, 16, 16)
-    for key, clip in (("clip_similarity", space.clip), ("independent_similarity", space.independent)):
+    for key, clip in (("clip_similarity", workspace.clip), ("independent_similarity", workspace.independent)):
         cosine = torch.cosine_similarity(clip.embed_images(images), clip.embed_text(captions)).mean()
         assert real[key] == pytest.approx(cosine.item(), abs=1e-4)
         assert smoke.scores["real"][key] == pytest.approx(cosine.item(), abs=1e-4)
@@ -186,15 +202,18 @@ def test_the_similarities_are_those_of_the_two_clips(smoke, tmp_path):
 def test_without_an_independent_clip_the_training_clip_is_the_extractor(smoke, tmp_path):
     scores = score(smoke, tmp_path, judge=False, independent=None)
     assert scores["independent_similarity"] is None and scores["real"]["independent_similarity"] is None
-    assert scores["labels"]["frechet_distance"] == f"FD ({smoke.space.clip.name})"
+    assert scores["labels"]["frechet_distance"] == f"FD ({smoke.workspace.clip.name})"
     assert "judge" not in scores and "judge_all" not in scores and "chance" not in scores
 
 
 def test_an_independent_clip_of_another_image_size_sees_the_images_resized(smoke, tmp_path):
     torch.manual_seed(0)
-    vocabulary = smoke.space.clip.tokenizer
-    large = FrozenClip(build_small_clip(40, 8, 16, 2, 1, 16, 1, 1, 16, vocabulary.context_length,
-                                        len(vocabulary)), vocabulary, "another CLIP")
+    vocabulary = smoke.workspace.clip.tokenizer
+    large = FrozenClip(
+        build_small_clip(40, 8, 16, 2, 1, 16, 1, 1, 16, vocabulary.context_length, len(vocabulary)),
+        vocabulary,
+        "another CLIP",
+    )
     scores = score(smoke, tmp_path, independent=large)
     assert np.isfinite([scores["independent_similarity"], scores["frechet_distance"]]).all()
     assert scores["labels"]["frechet_distance"] == "FD (another CLIP)"
@@ -204,11 +223,11 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_scores(smoke, tmp_
     monkeypatch.setattr(cache, "RECORD_EVERY", 2)
     plain, drawn = evaluation.generate, []
 
-    def stops(generator, noise, sentence, batch_size):
-        drawn.append(len(noise))
+    def stops(generator, latent, sentence, batch_size):
+        drawn.append(len(latent))
         if len(drawn) == 6:
             raise KeyboardInterrupt
-        return plain(generator, noise, sentence, batch_size)
+        return plain(generator, latent, sentence, batch_size)
 
     few = {"evaluation.batch_size": 5}
     whole = score(smoke, tmp_path / "whole", few)
@@ -237,11 +256,18 @@ def test_another_generator_does_not_take_what_was_left_behind(smoke, tmp_path, m
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(evaluation, "_real_scores", interrupt)
         score(smoke, tmp_path / "home")
-    left, = smoke.run.glob("evaluation-*")
+    (left,) = smoke.run.glob("evaluation-*")
     shutil.move(left, other / left.name)
-    changed = evaluation.evaluate(other, smoke.settings, smoke.space.prepared, smoke.space.clip,
-                                  smoke.space.judge, independent=smoke.space.independent,
-                                  home=tmp_path / "home", progress=False)
+    changed = evaluation.evaluate(
+        other,
+        smoke.settings,
+        smoke.workspace.prepared,
+        smoke.workspace.clip,
+        smoke.workspace.judge,
+        independent=smoke.workspace.independent,
+        home=tmp_path / "home",
+        progress=False,
+    )
     assert changed["frechet_distance"] != expected["frechet_distance"]
 
 
@@ -256,6 +282,7 @@ def test_no_more_than_a_few_batches_of_images_live_at_once(smoke, tmp_path, monk
             most[0] = max(most[0], alive[0])
             weakref.finalize(images, lambda n: alive.__setitem__(0, alive[0] - n), len(images))
             return images
+
         return made
 
     for name in ("generate", "real_images"):
@@ -278,7 +305,7 @@ def test_real_test_images_are_counted_once_each(smoke, tmp_path):
 
 
 def test_the_published_protocol_by_its_name(smoke, tmp_path):
-    test_images = len(smoke.space.prepared.test)
+    test_images = len(smoke.workspace.prepared.test)
     published = evaluation.protocol_settings("published", test_images)
     assert published["evaluation.images"] == 12 * 48
     scores = score(smoke, tmp_path, {**published, "evaluation.batch_size": 50})
@@ -289,10 +316,16 @@ def test_the_published_protocol_by_its_name(smoke, tmp_path):
     assert scores["frechet_distance"] < smoke.scores["frechet_distance"]  # less contrast, smaller features
 
 
-@pytest.mark.parametrize("overrides, name", [
-    ({}, "standard"), ({"evaluation.images": 7}, "standard"), ({"evaluation.last_batch": "drop"}, "mixed"),
-    ({**evaluation.protocol_settings("published", 48), "evaluation.images": 48}, "mixed"),
-    (evaluation.protocol_settings("published", 48), "published")])
+@pytest.mark.parametrize(
+    "overrides, name",
+    [
+        ({}, "standard"),
+        ({"evaluation.images": 7}, "standard"),
+        ({"evaluation.last_batch": "drop"}, "mixed"),
+        ({**evaluation.protocol_settings("published", 48), "evaluation.images": 48}, "mixed"),
+        (evaluation.protocol_settings("published", 48), "published"),
+    ],
+)
 def test_settings_of_either_protocol_have_its_name(overrides, name):
     assert evaluation.protocol_name(load_settings("smoke", overrides).evaluation, 48) == name
 

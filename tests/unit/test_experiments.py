@@ -1,4 +1,5 @@
-"""The grid of runs: which arms, which are missing, how they are compared, and that a sitting can end."""
+"""The grid of runs: which variants, which are missing, how they are compared, and that a sitting can end."""
+
 import json
 import math
 import time
@@ -7,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ratlip.studies import grid
-from ratlip.settings import load_settings
 from ratlip.errors import RunError
+from ratlip.settings import load_settings
+from ratlip.studies import grid
 from ratlip.workspace import Workspace
 
 
@@ -20,10 +21,16 @@ def settings():
 
 class TestPlan:
     def test_the_ablation_crosses_conditioning_and_attention(self, settings):
-        arms = {run.label: run.settings.model.arm for run in grid.plan(settings, "ablation")}
-        assert arms == {"CAT": "cat-none", "CAT + SA": "cat-shuffle", "RAT": "rat-h8-none",
-                        "RAT + SA": "rat-h8-shuffle", "RAT in the mapper + SA": "rat-mapper-h8-shuffle",
-                        "published RAT": "rat-official-h8-none", "published RAT + SA": "rat-official-h8-shuffle"}
+        variants = {run.label: run.settings.model.variant for run in grid.plan(settings, "ablation")}
+        assert variants == {
+            "CAT": "cat-none",
+            "CAT + SA": "cat-shuffle",
+            "RAT": "rat-h8-none",
+            "RAT + SA": "rat-h8-shuffle",
+            "RAT in the mapper + SA": "rat-mapper-h8-shuffle",
+            "published RAT": "rat-official-h8-none",
+            "published RAT + SA": "rat-official-h8-shuffle",
+        }
 
     def test_a_run_that_two_groups_share_is_made_once(self, settings):
         names = {(run.group, run.label, run.seed): run.name for run in grid.plan(settings)}
@@ -66,12 +73,17 @@ class TestPlan:
 
     def test_an_unknown_group(self, settings):
         with pytest.raises(ValueError, match="ablation, sweep, versus, not 'sweeep'"):
-            grid.arms(settings, "sweeep")
+            grid.variants(settings, "sweeep")
 
 
-def frame(**arms) -> pd.DataFrame:
-    return pd.DataFrame([{"label": label, "seed": seed, "score": value}
-                         for label, values in arms.items() for seed, value in enumerate(values)])
+def frame(**variants) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"label": label, "seed": seed, "score": value}
+            for label, values in variants.items()
+            for seed, value in enumerate(values)
+        ]
+    )
 
 
 class TestDifferences:
@@ -111,54 +123,68 @@ class TestDifferences:
         assert said("supported", "contradicted") == said("undecided") == said() == "undecided"
 
     def test_the_training_clip_does_not_judge(self):
-        columns = {"judge_all": [1.0], "frechet_distance": [2.0], "clip_similarity": [0.9],
-                   "independent_similarity": [np.nan]}
+        columns = {
+            "judge_all": [1.0],
+            "frechet_distance": [2.0],
+            "clip_similarity": [0.9],
+            "independent_similarity": [np.nan],
+        }
         assert list(grid.quality(pd.DataFrame(columns))) == ["judge_all", "frechet_distance"]
 
 
 @pytest.fixture(scope="module")
-def space(tmp_path_factory):
+def workspace(tmp_path_factory):
     grid = {"experiments.seeds": 1, "experiments.hidden_sizes": [0, 4], "experiments.steps": 2}
     return Workspace.of(load_settings("smoke", grid), tmp_path_factory.mktemp("grid"), progress=False)
 
 
 class TestRuns:
-    def test_missing_runs_are_named_with_their_mend(self, space):
+    def test_missing_runs_are_named_with_their_mend(self, workspace):
         with pytest.raises(RunError, match="2 of 2 runs are missing .*make reproduce PROFILE=smoke"):
-            grid.results(space, "sweep")
+            grid.results(workspace, "sweep")
 
-    def test_the_grid_is_made_once_and_read(self, space):
-        assert grid.complete(space, "sweep", door="library") == []
-        before = {path: path.stat().st_mtime_ns for path in space.root.glob("runs/*/*")}
+    def test_the_grid_is_made_once_and_read(self, workspace):
+        assert grid.complete(workspace, "sweep", door="library") == []
+        before = {path: path.stat().st_mtime_ns for path in workspace.root.glob("runs/*/*")}
         start = time.monotonic()
-        grid.complete(space, "sweep", door="library")
+        grid.complete(workspace, "sweep", door="library")
         assert time.monotonic() - start < 1
-        assert before == {path: path.stat().st_mtime_ns for path in space.root.glob("runs/*/*")}
-        table = grid.results(space, "sweep")
+        assert before == {path: path.stat().st_mtime_ns for path in workspace.root.glob("runs/*/*")}
+        table = grid.results(workspace, "sweep")
         assert list(table["label"]) == ["h = 0", "h = 4"] and list(table["steps"]) == [2, 2]
         assert table["frechet_distance"].gt(0).all() and table["real.frechet_distance"].gt(0).all()
         assert table["generator_parameters"].gt(1000).all() and table["peak_memory_mib"].gt(50).all()
-        opened = grid.open_run(space, next(table.iloc[1:].itertuples()))
+        opened = grid.open_run(workspace, next(table.iloc[1:].itertuples()))
         assert opened.settings.model.hidden_size == 4
-        assert len(grid.training_log(space, table["run"][0])) >= 1
+        assert len(grid.training_log(workspace, table["run"][0])) >= 1
 
-    def test_a_sitting_that_ends_is_gone_on_with(self, space):
-        done = grid.plan(space.settings, "sweep")[1]
+    def test_a_sitting_that_ends_is_gone_on_with(self, workspace):
+        done = grid.plan(workspace.settings, "sweep")[1]
         longer = grid.overridden(done.settings, {"training.steps": 6})
         run = grid.Experiment("h = 4", "sweep", 0, longer, {})
-        folder = grid.execute(run, space, "library", end=time.monotonic())
-        assert not run.complete(space.root) and (folder / "checkpoint.pt").is_file()
-        grid.execute(run, space, "library")
-        assert run.complete(space.root)
+        folder = grid.execute(run, workspace, "library", end=time.monotonic())
+        assert not run.complete(workspace.root) and (folder / "checkpoint.pt").is_file()
+        grid.execute(run, workspace, "library")
+        assert run.complete(workspace.root)
         steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert steps == sorted(set(steps)) and steps[-1] == 6
 
-    def test_no_run_begins_when_the_time_is_used(self, space):
-        left = grid.complete(space, "versus", door="library", minutes=0)
+    def test_no_run_begins_when_the_time_is_used(self, workspace):
+        left = grid.complete(workspace, "versus", door="library", minutes=0)
         assert {run.label for run in left} == {"corrected", "published", "published normalisation"}
 
 
-@pytest.mark.parametrize("values, digits", [((0.26, 0.3), 2), ((8.06,), 1), ((-4.3, 0.1), 1), ((128.0, 3.0), 0),
-                                            ((0.001,), 2), ((0.0,), 2), ((math.inf, 2.0), 1)])
+@pytest.mark.parametrize(
+    "values, digits",
+    [
+        ((0.26, 0.3), 2),
+        ((8.06,), 1),
+        ((-4.3, 0.1), 1),
+        ((128.0, 3.0), 0),
+        ((0.001,), 2),
+        ((0.0,), 2),
+        ((math.inf, 2.0), 1),
+    ],
+)
 def test_two_digits_are_shown(values, digits):
     assert grid.decimals(*values) == digits

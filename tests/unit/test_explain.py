@@ -1,4 +1,5 @@
 """Class activation maps: right gradients, exact masks, numbers that mean what they say."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +10,10 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-from ratlip.studies import grad_cam
-from ratlip.plots import activation_maps
 from ratlip.clip.frozen import FrozenClip
 from ratlip.data import synthetic
+from ratlip.plots import activation_maps
+from ratlip.studies import grad_cam
 from ratlip.studies.grad_cam import (
     PAPER,
     Method,
@@ -30,7 +31,7 @@ from ratlip.studies.grad_cam import (
 
 @pytest.fixture(scope="module")
 def material(smoke):
-    return real_material(smoke.space, "test", 6)
+    return real_material(smoke.workspace, "test", 6)
 
 
 class OwnToken(nn.Module):
@@ -46,13 +47,13 @@ def one_patch_clip(clip: FrozenClip, patch: int) -> FrozenClip:
     visual = clip.model.visual
     for block in visual.transformer.resblocks:
         block.attn = OwnToken()
-    visual._global_pool = lambda x: (x[:, -clip.grid**2 + patch], x)
+    visual._global_pool = lambda x: (x[:, -(clip.grid**2) + patch], x)
     return clip
 
 
 class TestMaps:
     def test_shape_range_and_one_scale_each(self, smoke, material):
-        clip = smoke.space.clip
+        clip = smoke.workspace.clip
         for method in grad_cam.candidates(clip):
             maps = similarity_maps(clip, material.images, material.sentences, method)
             assert maps.shape == (6, 16, 16) and maps.dtype == torch.float32 and maps.device.type == "cpu"
@@ -61,7 +62,7 @@ class TestMaps:
     def test_equation_7_by_hand(self, smoke, material):
         """Grad-CAM from autograd alone, on the patch grid, enlarged as the package does."""
         cv2 = pytest.importorskip("cv2")
-        clip, kept = smoke.space.clip, {}
+        clip, kept = smoke.workspace.clip, {}
         images = material.images.clone().requires_grad_()
         layer = clip.model.visual.transformer.resblocks[-1].ln_1
         hook = layer.register_forward_hook(lambda module, given, result: kept.update(a=result))
@@ -80,7 +81,7 @@ class TestMaps:
     @pytest.mark.parametrize("cam", ["HiResCAM", "ScoreCAM"])
     def test_an_answer_that_hangs_on_one_patch_lights_it(self, smoke, material, patch, cam):
         """HiRes-CAM's gradient is zero elsewhere; Score-CAM keeps the channels that show this patch."""
-        clip = one_patch_clip(smoke.space.clip, patch)
+        clip = one_patch_clip(smoke.workspace.clip, patch)
         images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
         with torch.no_grad():
             sentences = clip.embed_images(images)
@@ -106,13 +107,13 @@ class TestMaps:
             assert torch.equal(grad_cam._patches(clip)(given), grid)
 
     def test_batches_and_lengths_of_sentences_change_nothing(self, smoke, material):
-        clip = smoke.space.clip
+        clip = smoke.workspace.clip
         whole = similarity_maps(clip, material.images, material.sentences)
         parts = similarity_maps(clip, material.images, 5 * material.sentences, batch_size=4)
         torch.testing.assert_close(whole, parts, atol=1e-4, rtol=0)
 
     def test_works_where_gradients_are_off_and_leaves_no_trace(self, smoke, material):
-        clip = smoke.space.clip
+        clip = smoke.workspace.clip
         hooks = [len(module._forward_hooks) for module in clip.modules()]
         with torch.no_grad():
             assert similarity_maps(clip, material.images, material.sentences).any()
@@ -133,7 +134,7 @@ class TestMaps:
         assert maps.shape == (3, 48, 48) and (maps.amax((1, 2)) > 0.5).any()
 
     def test_wrong_calls_are_refused(self, smoke, material):
-        clip = smoke.space.clip
+        clip = smoke.workspace.clip
         with pytest.raises(ValueError, match="6 images and 5 sentences"):
             similarity_maps(clip, material.images, material.sentences[:5])
         with pytest.raises(ValueError, match="has the blocks 0 to 2"):
@@ -191,7 +192,7 @@ class TestNumbers:
 
 class TestMasks:
     def test_stored_masks_are_those_that_were_drawn(self, smoke):
-        part = smoke.space.prepared.train
+        part = smoke.workspace.prepared.train
         numbers = [0, 7, 191]
         masks = grad_cam.real_masks(part, numbers, 16, 16)
         for number, mask in zip(numbers, masks):
@@ -201,16 +202,15 @@ class TestMasks:
             np.testing.assert_array_equal(part.image(number), pixels)
 
     def test_a_crop_cuts_image_and_mask_alike(self, smoke):
-        part = smoke.space.prepared.train
-        assert torch.equal(grad_cam.real_masks(part, [3], 12, 12)[0],
-                           torch.from_numpy(part.mask(3)[2:14, 2:14].copy()))
+        part = smoke.workspace.prepared.train
+        assert torch.equal(grad_cam.real_masks(part, [3], 12, 12)[0], torch.from_numpy(part.mask(3)[2:14, 2:14].copy()))
         assert grad_cam.real_masks(part, [3], 12, 24).shape == (1, 24, 24)
 
     def test_no_masks_for_photographs(self):
         assert grad_cam.real_masks(SimpleNamespace(mask=lambda n: None), [0, 1], 16, 16) is None
 
     def test_estimate_by_colour_against_the_truth(self, smoke):
-        m = real_material(smoke.space, "train", 192)
+        m = real_material(smoke.workspace, "train", 192)
         found = grad_cam.overlap(grad_cam.estimated_masks(m.images, m.backgrounds), m.masks)
         assert found.mean() > 0.95 and found.min() > 0.6
         others = m.backgrounds[1:] + m.backgrounds[:1]
@@ -218,7 +218,7 @@ class TestMasks:
         assert wrong.mean() < 0.6
 
     def test_nothing_drawn_is_no_object(self, smoke):
-        m = real_material(smoke.space, "train", 40)
+        m = real_material(smoke.workspace, "train", 40)
         grey = torch.full((2, 3, 16, 16), 125 / 127.5 - 1)
         masks = grad_cam.estimated_masks(grey, ["grey", "white"])
         assert masks.float().mean((1, 2)).tolist() == [0, 1]
@@ -227,14 +227,14 @@ class TestMasks:
 
 class TestValidation:
     def test_material_is_drawn_by_its_seed(self, smoke):
-        one, same, other = (real_material(smoke.space, "train", 12, seed) for seed in (0, 0, 1))
+        one, same, other = (real_material(smoke.workspace, "train", 12, seed) for seed in (0, 0, 1))
         assert one.captions == same.captions != other.captions and torch.equal(one.images, same.images)
-        assert len(real_material(smoke.space, "test", 1000)) == 48
+        assert len(real_material(smoke.workspace, "test", 1000)) == 48
         few = one.first(3)
         assert few.captions == one.captions[:3] and len(few.masks) == len(few.images) == len(few) == 3
 
     def test_shuffled_weights_are_the_same_values_elsewhere(self, smoke):
-        clip = smoke.space.clip
+        clip = smoke.workspace.clip
         before, stranger = clip.fingerprint, shuffled(clip)
         assert stranger.fingerprint != before == FrozenClip(clip.model, clip.tokenizer).fingerprint
         for a, b in zip(clip.model.visual.parameters(), stranger.model.visual.parameters(), strict=True):
@@ -255,9 +255,13 @@ class TestValidation:
         assert margins(energies)["beaten"].all()
         monkeypatch.setattr(grad_cam, "similarity_maps", lambda *_: m.masks.float())
         blind = margins(validate(clip, object(), m, PAPER))
-        assert blind["beaten"].to_dict() == {"area": True, "wrong caption": False, "random weights": False,
-                                             "another image": True}
-        assert not grad_cam.compare(smoke.space.clip, m, [PAPER])["valid"].any()
+        assert blind["beaten"].to_dict() == {
+            "area": True,
+            "wrong caption": False,
+            "random weights": False,
+            "another image": True,
+        }
+        assert not grad_cam.compare(smoke.workspace.clip, m, [PAPER])["valid"].any()
 
     def test_a_lead_within_two_standard_errors_is_none(self):
         lead = np.random.default_rng(0).normal(0, 1, 100)
@@ -270,34 +274,41 @@ class TestValidation:
 
 
 class TestSweep:
-    frame = pd.DataFrame({"label": ["h = 0", "h = 0", "h = 8", "h = 8"], "seed": [0, 1, 0, 1],
-                          "hidden_size": [0, 0, 8, 8], "method": "m", "coverage": [0.5, 0.52, 0.9, 0.921]})
+    frame = pd.DataFrame(
+        {
+            "label": ["h = 0", "h = 0", "h = 8", "h = 8"],
+            "seed": [0, 1, 0, 1],
+            "hidden_size": [0, 0, 8, 8],
+            "method": "m",
+            "coverage": [0.5, 0.52, 0.9, 0.921],
+        }
+    )
 
     def test_scores_of_a_run(self, smoke, monkeypatch):
         from ratlip.studies import grid
         from ratlip.training import generation
 
-        m = real_material(smoke.space, "test", 10)
+        m = real_material(smoke.workspace, "test", 10)
         run = generation.Run(smoke.run, device="cpu")
         all_of_them, few = grad_cam.drawn(run, m), grad_cam.drawn(run, m.first(4))
         torch.testing.assert_close(all_of_them[:4], few, atol=1e-5, rtol=0)
-        monkeypatch.setattr(grid, "open_run", lambda space, row: run)
+        monkeypatch.setattr(grid, "open_run", lambda workspace, row: run)
         monkeypatch.setattr(grad_cam, "drawn", lambda run, material: material.images)  # as if drawn perfectly
         row = pd.DataFrame([{"label": "h = 8", "seed": 0, "hidden_size": 8}])
-        found = grad_cam.sweep(smoke.space, row, m, {"paper": PAPER}).iloc[0]
-        expected = grad_cam.map_scores(similarity_maps(smoke.space.clip, m.images, m.sentences), m.masks)
+        found = grad_cam.sweep(smoke.workspace, row, m, {"paper": PAPER}).iloc[0]
+        expected = grad_cam.map_scores(similarity_maps(smoke.workspace.clip, m.images, m.sentences), m.masks)
         assert found["found"] == 1
         for name in ("coverage", "spill", "energy", "area", "concentration"):
             assert found[name] == pytest.approx(expected[name], abs=0.05), name
         blank = m.images.clone()
         blank[3] = 1
         monkeypatch.setattr(grad_cam, "drawn", lambda run, material: blank)
-        less = grad_cam.sweep(smoke.space, row, m, {"paper": PAPER}).iloc[0]
+        less = grad_cam.sweep(smoke.workspace, row, m, {"paper": PAPER}).iloc[0]
         assert less["found"] == 0.9
         kept = torch.arange(10) != 3
         assert less["area"] == pytest.approx(m.masks[kept].double().mean().item(), abs=0.01)
         bare = grad_cam.Material(m.images, m.sentences, m.captions, None, None)
-        found = grad_cam.sweep(smoke.space, row, bare, {"paper": PAPER})
+        found = grad_cam.sweep(smoke.workspace, row, bare, {"paper": PAPER})
         assert list(found)[4:] == ["coverage", "concentration"]
 
     def test_verdicts(self):
@@ -311,11 +322,12 @@ class TestSweep:
         assert grad_cam.whole_object(none, "h = 8")[1] == "undecided"
 
     def test_charts(self, smoke, material):
-        maps = similarity_maps(smoke.space.clip, material.images, material.sentences)
+        maps = similarity_maps(smoke.workspace.clip, material.images, material.sentences)
         sheet = activation_maps.overlays({"a": (material.images[:2], maps[:2])}, material.captions[:2])
         chart = activation_maps.scores_against_h(self.frame, {"coverage": "c"}, {"m": {"coverage": 0.7}})
         lines = chart.axes[0].lines
         assert isinstance(sheet, Figure) and list(lines[1].get_ydata()) == pytest.approx([0.51, 0.9105])
-        table = margins(validate(smoke.space.clip, shuffled(smoke.space.clip), material, PAPER))
+        table = margins(validate(smoke.workspace.clip, shuffled(smoke.workspace.clip), material, PAPER))
         assert [tick.get_text() for tick in activation_maps.leads({"a": table}).axes[0].get_yticklabels()] == [
-            f"map - {name}" for name in grad_cam.CONTROLS]
+            f"map - {name}" for name in grad_cam.CONTROLS
+        ]

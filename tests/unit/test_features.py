@@ -1,4 +1,5 @@
 """The store of what is read off images: goes on where it was, believes nothing damaged, has one writer."""
+
 import json
 import threading
 import time
@@ -13,7 +14,7 @@ COLUMNS = {"square": ((2,), "float32"), "odd": ((), "bool")}
 
 
 def read(rows):
-    return {"square": np.stack([rows, rows ** 2], axis=1), "odd": rows % 2 == 1}
+    return {"square": np.stack([rows, rows**2], axis=1), "odd": rows % 2 == 1}
 
 
 def check(store, rows=50):
@@ -60,8 +61,10 @@ def test_an_interrupted_reading_goes_on_after_the_last_record(store, monkeypatch
 
 def test_another_identity_is_another_folder(store, tmp_path):
     store.fill(read, 8, progress=False)
-    for other in (Store(tmp_path, "test", {"of": "cubes"}, 50, COLUMNS),
-                  Store(tmp_path, "test", {"of": "squares"}, 49, COLUMNS)):
+    for other in (
+        Store(tmp_path, "test", {"of": "cubes"}, 50, COLUMNS),
+        Store(tmp_path, "test", {"of": "squares"}, 49, COLUMNS),
+    ):
         assert other.folder != store.folder and other.done == 0
 
 
@@ -69,11 +72,17 @@ def torn(path):
     path.write_bytes(path.read_bytes()[:100])
 
 
-@pytest.mark.parametrize("name, harm", [
-    ("square.npy", torn), ("square.npy", lambda path: path.unlink()), ("progress.json", torn),
-    ("odd.npy", lambda path: np.save(path, np.zeros(7))),
-    ("progress.json", lambda path: path.write_text(path.read_text().replace("squares", "cubes"))),
-    ("progress.json", lambda path: path.write_text(json.dumps([50])))])
+@pytest.mark.parametrize(
+    "name, harm",
+    [
+        ("square.npy", torn),
+        ("square.npy", lambda path: path.unlink()),
+        ("progress.json", torn),
+        ("odd.npy", lambda path: np.save(path, np.zeros(7))),
+        ("progress.json", lambda path: path.write_text(path.read_text().replace("squares", "cubes"))),
+        ("progress.json", lambda path: path.write_text(json.dumps([50]))),
+    ],
+)
 def test_a_damaged_store_is_filled_anew(store, name, harm):
     store.fill(read, 8, progress=False)
     harm(store.folder / name)
@@ -89,8 +98,7 @@ def test_two_that_want_the_same_do_the_work_once(store):
         seen.extend(rows)
         return read(rows)
 
-    both = [threading.Thread(target=store.fill, args=(slowly, 8), kwargs={"progress": False})
-            for _ in range(2)]
+    both = [threading.Thread(target=store.fill, args=(slowly, 8), kwargs={"progress": False}) for _ in range(2)]
     for each in both:
         each.start()
     for each in both:

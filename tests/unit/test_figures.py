@@ -1,4 +1,5 @@
 """Figures show the pixels they were given, in the places they belong."""
+
 import numpy as np
 import pytest
 import torch
@@ -74,9 +75,8 @@ def test_curves_draw_every_column_of_every_panel():
 
 
 def test_bars_show_shares_and_chance_in_the_order_given(tmp_path):
-    figure = pictures.bars({"colour": 0.5, "size": 0.75}, {"colour": 0.125, "size": 0.5}, "shares",
-                          tmp_path / "b.png")
-    ax, = figure.axes
+    figure = pictures.bars({"colour": 0.5, "size": 0.75}, {"colour": 0.125, "size": 0.5}, "shares", tmp_path / "b.png")
+    (ax,) = figure.axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["size", "colour"]  # drawn from below
     assert [patch.get_width() for patch in ax.patches] == [0.75, 0.5]
     assert sorted(line.get_xdata()[0] for line in ax.lines) == [0.125, 0.5]

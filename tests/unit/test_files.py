@@ -1,4 +1,5 @@
 """Atomic writes: whole or absent, and nothing left over."""
+
 import json
 
 import pytest

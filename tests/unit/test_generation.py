@@ -1,14 +1,15 @@
 """Your own captions: seeds, independence of batch mates, unknown words, runs that were moved."""
+
 import shutil
 
 import pytest
 import torch
 
 import ratlip
-from ratlip.scores import evaluation
-from ratlip.training import loop
-from ratlip.settings import load_settings
 from ratlip.errors import RunError, SettingsError, WeightsError
+from ratlip.scores import evaluation
+from ratlip.settings import load_settings
+from ratlip.training import loop
 
 RED = "a large red ring on the left on a white background"
 BLUE = "a small blue square on the right on a black background"
@@ -37,9 +38,9 @@ def test_image_i_of_a_seed_is_the_same_however_many_are_drawn(opened):
 
 
 def test_the_batch_size_does_not_matter(opened):
-    torch.testing.assert_close(opened.generate([RED, BLUE], n=4, batch_size=3),
-                               opened.generate([RED, BLUE], n=4),
-                               rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        opened.generate([RED, BLUE], n=4, batch_size=3), opened.generate([RED, BLUE], n=4), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("conditioning, depends", [("cat", False), ("rat", False), ("rat-official", True)])
@@ -47,15 +48,15 @@ def test_an_image_depends_on_its_batch_mates_in_the_published_code_only(smoke, c
     """official.md, rows 1 and 2. With weights off their start, where affines are blind to their condition."""
     scope = "mapper" if conditioning == "rat-official" else "generator"
     settings = load_settings("smoke", {"model.conditioning": conditioning, "model.rat_scope": scope})
-    generator = loop.build_networks(settings, smoke.space.clip)[0].to(smoke.space.clip.mean.device).eval()
+    generator = loop.build_networks(settings, smoke.workspace.clip)[0].to(smoke.workspace.clip.mean.device).eval()
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    noise, sentence = loop.noise_for(0, 0, 8, 8), smoke.space.sentences("test")[::60]
-    mates = torch.cat([noise[:1], loop.noise_for(1, 0, 7, 8)]), torch.cat([sentence[:1],
-                                                                               sentence[1:].flip(0)])
-    alone, one, other = (evaluation.generate(generator, *pair)[0]
-                         for pair in ((noise[:1], sentence[:1]), (noise, sentence), mates))
+    latent, sentence = loop.sample_latents(0, 0, 8, 8), smoke.workspace.sentences("test")[::60]
+    mates = torch.cat([latent[:1], loop.sample_latents(1, 0, 7, 8)]), torch.cat([sentence[:1], sentence[1:].flip(0)])
+    alone, one, other = (
+        evaluation.generate(generator, *pair)[0] for pair in ((latent[:1], sentence[:1]), (latent, sentence), mates)
+    )
     change = max((one - other).abs().max().item(), (one - alone).abs().max().item())
     assert change > 1e-3 if depends else change < 1e-5
 
@@ -81,14 +82,14 @@ def test_a_run_moved_without_its_clip_says_what_is_missing(smoke, tmp_path):
     with pytest.raises(RunError) as caught:
         ratlip.load(moved)
     assert str(moved) in str(caught.value) and "--clip-folder" in str(caught.value)
-    assert smoke.space.clip_folder.name in str(caught.value)
+    assert smoke.workspace.clip_folder.name in str(caught.value)
 
 
 def test_a_moved_run_draws_the_same_with_its_clip_named(smoke, opened, tmp_path):
     from ratlip.training.generation import Run
 
     moved = shutil.copytree(smoke.run, tmp_path / "elsewhere" / "run")
-    images = Run(moved, device="cpu", clip_folder=smoke.space.clip_folder).generate(RED, n=2)
+    images = Run(moved, device="cpu", clip_folder=smoke.workspace.clip_folder).generate(RED, n=2)
     assert torch.equal(images, opened.generate(RED, n=2))
 
 
@@ -110,8 +111,10 @@ def test_a_folder_that_is_no_run_says_what_it_lacks(smoke, tmp_path, missing):
         ratlip.load(folder)
 
 
-@pytest.mark.parametrize("device", ["abacus", pytest.param("cuda", marks=pytest.mark.skipif(
-    torch.cuda.is_available(), reason="there is a GPU here"))])
+@pytest.mark.parametrize(
+    "device",
+    ["abacus", pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"))],
+)
 def test_a_device_that_is_not_here_is_an_error_of_the_user(smoke, device):
     with pytest.raises(SettingsError, match=f"device={device}"):
         ratlip.load(smoke.run, device=device)

@@ -1,9 +1,10 @@
 """The losses against their formulas; against the published numbers: tests/parity."""
+
 import pytest
 import torch
 
-from ratlip.networks.losses import clip_similarity, discriminator_loss, generator_loss, hinge, ma_gp
 from ratlip.networks import Discriminator
+from ratlip.networks.losses import clip_similarity, discriminator_loss, generator_loss, hinge, ma_gp
 
 
 @pytest.fixture
@@ -19,8 +20,9 @@ def discriminator():
 @pytest.fixture
 def batch():
     torch.manual_seed(1)
-    return dict(real_features=torch.randn(3, 3, 6, 4, 4), fake_features=torch.randn(3, 3, 6, 4, 4),
-                sentence=torch.randn(3, 5))
+    return dict(
+        real_features=torch.randn(3, 3, 6, 4, 4), fake_features=torch.randn(3, 3, 6, 4, 4), sentence=torch.randn(3, 5)
+    )
 
 
 def test_hinge_counts_only_what_lies_within_the_margin():

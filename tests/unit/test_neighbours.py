@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ratlip.studies import neighbours
 from ratlip.data.batches import real_images
+from ratlip.studies import neighbours
 
 
 @pytest.fixture(scope="module")
@@ -12,7 +12,7 @@ def scene(smoke):
     """Training and test images of the profile smoke, and a `search(generated, real)`; returns Neighbours by
     space.
     """
-    prepared, clip, size = smoke.space.prepared, smoke.space.clip, smoke.settings.model.image_size
+    prepared, clip, size = smoke.workspace.prepared, smoke.workspace.clip, smoke.settings.model.image_size
     train = real_images(prepared.train, torch.arange(24).numpy(), size, size)
     test = real_images(prepared.test, torch.arange(48).numpy(), size, size)
 
@@ -53,14 +53,11 @@ def test_nearest_is_what_all_pairs_say():
     queries, references = torch.randn(7, 5, generator=generator), torch.randn(11, 5, generator=generator)
     distance, number = neighbours.nearest(queries, references)
     table = ((queries[:, None].double() - references[None].double()) ** 2).sum(-1).sqrt()
-    assert (
-        torch.allclose(distance, table.min(1).values, atol=1e-7)
-        and number.tolist() == table.argmin(1).tolist()
-    )
+    assert torch.allclose(distance, table.min(1).values, atol=1e-7) and number.tolist() == table.argmin(1).tolist()
 
 
 def test_pixels_are_a_root_mean_square_whatever_the_size(smoke):
-    clip, side = smoke.space.clip, smoke.settings.model.image_size
+    clip, side = smoke.workspace.clip, smoke.settings.model.image_size
     black, white = -torch.ones(1, 3, side, side), torch.ones(1, 3, side, side)
     rows = neighbours.features(torch.cat([black, white]), clip)
     assert float((rows["pixels"][0] - rows["pixels"][1]).norm()) == pytest.approx(2)
@@ -69,17 +66,13 @@ def test_pixels_are_a_root_mean_square_whatever_the_size(smoke):
 
 def made(generated, real):
     numbers = torch.zeros(len(generated), dtype=torch.long)
-    return neighbours.Neighbours(
-        torch.as_tensor(generated).double(), torch.as_tensor(real).double(), numbers, numbers
-    )
+    return neighbours.Neighbours(torch.as_tensor(generated).double(), torch.as_tensor(real).double(), numbers, numbers)
 
 
 def test_verdicts_between_copies_and_none():
     real = torch.linspace(1, 2, 400)
     assert made(0.9 * real, real).verdict() == "nearer than real images"
-    assert (
-        made(torch.full((400,), 1.2), real).verdict() == "no sign of copying"
-    )  # nearer, yet within what is usual
+    assert made(torch.full((400,), 1.2), real).verdict() == "no sign of copying"  # nearer, yet within what is usual
     assert made(1.5 * real, real).verdict() == "no sign of copying"
     assert made(0.6 * real, real).near_copies()[0] > 0.5  # most are nearer than usual, none is a copy
     assert made(0.6 * real, real).verdict() == "nearer than real images"

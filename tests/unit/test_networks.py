@@ -1,4 +1,5 @@
 """The networks: sizes, parameter counts, what depends on what. Parity with the published: tests/parity."""
+
 import copy
 
 import pytest
@@ -32,14 +33,21 @@ class StandIn(torch.nn.Module):
         return mixed + prompts.sum(dim=1)[:, :, None, None]
 
 
-SMALL = dict(noise_size=10, base_channels=8, code_channels=16, mapper_blocks=2, prompt_blocks=[1, 2],
-             hidden_size=6, attention_groups=2)
+SMALL = dict(
+    latent_size=10,
+    base_channels=8,
+    code_channels=16,
+    mapper_blocks=2,
+    prompt_blocks=[1, 2],
+    hidden_size=6,
+    attention_groups=2,
+)
 PUBLISHED_CLIP = StandIn(grid=7, width=768, embed_dim=512, image_size=224)
 
 
-def inputs(batch=3, noise=10, sentence=12):
+def inputs(batch=3, latent=10, sentence=12):
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(batch, noise, generator=generator), torch.randn(batch, sentence, generator=generator))
+    return (torch.randn(batch, latent, generator=generator), torch.randn(batch, sentence, generator=generator))
 
 
 def moved(network):
@@ -55,10 +63,13 @@ def trainable(network):
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize(("settings", "millions"), [
-    (dict(conditioning="rat-official", rat_scope="mapper", attention="shuffle"), 53.77),
-    (dict(conditioning="cat", attention="none"), 51.83),
-])
+@pytest.mark.parametrize(
+    ("settings", "millions"),
+    [
+        (dict(conditioning="rat-official", rat_scope="mapper", attention="shuffle"), 53.77),
+        (dict(conditioning="cat", attention="none"), 51.83),
+    ],
+)
 def test_generator_has_the_published_number_of_parameters(settings, millions):
     with torch.device("meta"):
         generator = Generator(PUBLISHED_CLIP, **settings)
@@ -76,13 +87,16 @@ def test_discriminator_has_the_published_number_of_parameters():
     assert round((trainable(published) - trainable(used)) / 1e6, 2) == 1.18
 
 
-@pytest.mark.parametrize(("grid", "image", "sizes"), [
-    (7, 224, [8, 16, 32, 64, 128, 224]),
-    (8, 32, [8, 16, 32]),
-    (8, 64, [8, 16, 32, 64]),
-    (1, 4, [1, 2, 4]),
-    (7, 7, [7]),
-])
+@pytest.mark.parametrize(
+    ("grid", "image", "sizes"),
+    [
+        (7, 224, [8, 16, 32, 64, 128, 224]),
+        (8, 32, [8, 16, 32]),
+        (8, 64, [8, 16, 32, 64]),
+        (1, 4, [1, 2, 4]),
+        (7, 7, [7]),
+    ],
+)
 def test_synthesis_sizes_follow_from_grid_and_image(grid, image, sizes):
     assert synthesis_sizes(grid, image) == sizes
 
@@ -98,9 +112,9 @@ def test_synthesis_channels_double_from_the_end_up_to_eight_times():
 
 
 @pytest.mark.parametrize("attention", ["shuffle", "norm", "none"])
-@pytest.mark.parametrize(("conditioning", "scope"), [
-    ("cat", "mapper"), ("rat", "mapper"), ("rat", "generator"), ("rat-official", "mapper"),
-])
+@pytest.mark.parametrize(
+    ("conditioning", "scope"), [("cat", "mapper"), ("rat", "mapper"), ("rat", "generator"), ("rat-official", "mapper")]
+)
 def test_every_generator_draws_images_and_trains_every_parameter(conditioning, scope, attention):
     generator = Generator(StandIn(), conditioning=conditioning, rat_scope=scope, attention=attention, **SMALL)
     images = moved(generator).train()(*inputs())
@@ -111,32 +125,33 @@ def test_every_generator_draws_images_and_trains_every_parameter(conditioning, s
 
 
 def test_image_size_may_differ_from_clip():
-    noise, sentence = inputs()
-    assert Generator(StandIn(), image_size=24, **SMALL)(noise, sentence).shape == (3, 3, 24, 24)
+    latent, sentence = inputs()
+    assert Generator(StandIn(), image_size=24, **SMALL)(latent, sentence).shape == (3, 3, 24, 24)
 
 
 @pytest.mark.parametrize(("conditioning", "alone"), [("cat", True), ("rat", True), ("rat-official", False)])
 def test_only_the_published_rat_lets_batch_mates_change_an_image(conditioning, alone):
     generator = moved(Generator(StandIn(), conditioning=conditioning, **SMALL))
-    noise, sentence = inputs()
+    latent, sentence = inputs()
     with torch.no_grad():
-        change = (generator(noise, sentence)[:1] - generator(noise[:1], sentence[:1])).abs().max()
+        change = (generator(latent, sentence)[:1] - generator(latent[:1], sentence[:1])).abs().max()
     assert (change < 1e-5) == alone
 
 
 @pytest.mark.parametrize("conditioning", ["cat", "rat"])
 def test_image_depends_on_noise_and_on_sentence(conditioning):
     generator = moved(Generator(StandIn(), conditioning=conditioning, **SMALL))
-    noise, sentence = inputs()
+    latent, sentence = inputs()
     with torch.no_grad():
-        images = generator(noise, sentence)
-        assert (generator(noise, sentence.flip(0)) - images).abs().max() > 1e-3
-        assert (generator(noise.flip(0), sentence) - images).abs().max() > 1e-3
+        images = generator(latent, sentence)
+        assert (generator(latent, sentence.flip(0)) - images).abs().max() > 1e-3
+        assert (generator(latent.flip(0), sentence) - images).abs().max() > 1e-3
 
 
 def test_recurrent_steps_follow_the_scope_and_hidden_size_0_is_cat():
-    steps = {scope: Generator(StandIn(), rat_scope=scope, **SMALL).recurrence.steps
-             for scope in ("mapper", "generator")}
+    steps = {
+        scope: Generator(StandIn(), rat_scope=scope, **SMALL).recurrence.steps for scope in ("mapper", "generator")
+    }
     assert steps == {"mapper": 4 * 2, "generator": 4 * (2 + 3)}
     for conditioning in ("rat", "rat-official"):
         none = Generator(StandIn(), conditioning=conditioning, **{**SMALL, "hidden_size": 0})
@@ -152,23 +167,23 @@ def test_clip_is_shared_and_no_part_of_the_generator():
     assert copy.deepcopy(generator).mapper._clip.value is clip
 
 
-@pytest.mark.parametrize(("setting", "choice"), [
-    ("conditioning", "rat-official"), ("rat_scope", "mapper"), ("attention", "shuffle"),
-])
+@pytest.mark.parametrize(
+    ("setting", "choice"), [("conditioning", "rat-official"), ("rat_scope", "mapper"), ("attention", "shuffle")]
+)
 def test_generator_refuses_unknown_choices_and_names_the_known(setting, choice):
     with pytest.raises(ValueError, match=f"{setting} is 'other': choose .*'{choice}'"):
         Generator(StandIn(), **{setting: "other"})
 
 
 def test_recurrence_is_an_lstm_over_the_layers_fed_with_the_sentence():
-    recurrence = moved(Recurrence(sentence_size=12, noise_size=10, hidden_size=6, steps=5))
+    recurrence = moved(Recurrence(sentence_size=12, latent_size=10, hidden_size=6, steps=5))
     lstm = torch.nn.LSTM(12, 6)
     for name, parameter in recurrence.cell.named_parameters():
         getattr(lstm, f"{name}_l0").data.copy_(parameter)
-    noise, sentence = inputs()
-    h, c = recurrence.initial(noise).chunk(2, dim=1)
+    latent, sentence = inputs()
+    h, c = recurrence.initial(latent).chunk(2, dim=1)
     expected, _ = lstm(sentence.expand(5, -1, -1), (h[None].contiguous(), c[None].contiguous()))
-    torch.testing.assert_close(torch.stack(recurrence(noise, sentence)), expected)
+    torch.testing.assert_close(torch.stack(recurrence(latent, sentence)), expected)
 
 
 def test_affines_start_as_the_identity():

@@ -1,13 +1,14 @@
 """Options that trade time for memory change no number beyond rounding, and none is on by default."""
+
 from dataclasses import fields
 
 import pytest
 import torch
 
-from ratlip.studies import bench
+from ratlip.errors import SettingsError
 from ratlip.fast import options
 from ratlip.settings import load_settings
-from ratlip.errors import SettingsError
+from ratlip.studies import bench
 from ratlip.training.loop import training_step
 
 
@@ -35,8 +36,9 @@ def test_no_option_is_on_and_none_names_a_run_unless_it_is():
         assert load_settings("demo", {f"training.{name}": False}).run_hash == settings.run_hash
 
 
-@pytest.mark.parametrize("option", [
-    "checkpointing", "channels_last", "cached_features", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "option", ["checkpointing", "channels_last", "cached_features", pytest.param("compile", marks=pytest.mark.slow)]
+)
 def test_a_step_with_the_option_is_the_same_step(tmp_path, option):
     plain, expected = stepped(tmp_path, {})
     here, losses = stepped(tmp_path, {f"training.{option}": True})
@@ -59,8 +61,10 @@ def test_checkpointing_makes_maps_again_and_batch_norm_moves_once(tmp_path):
 def test_cached_features_are_made_once(tmp_path):
     here = bench.world("smoke", 4, tmp_path, {"training.cached_features": True})
     seen = []
-    here.run.clip.features, real = lambda images, *a, **k: (seen.append(len(images)), real(images, *a, **k))[1], \
-        here.run.clip.features
+    here.run.clip.features, real = (
+        lambda images, *a, **k: (seen.append(len(images)), real(images, *a, **k))[1],
+        here.run.clip.features,
+    )
     store = here.run.real_features
     images = torch.rand(4, 3, 16, 16)
     first = store(images, torch.tensor([3, 1, 2, 0]))

@@ -4,12 +4,12 @@ import pandas as pd
 import pytest
 import torch
 
-from ratlip.scores import evaluation
-from ratlip.training import generation
-from ratlip.studies import neighbours
-from ratlip.report import notebooks
 from ratlip.plots import overview
-from ratlip.training.loop import noise_for
+from ratlip.report import notebooks
+from ratlip.scores import evaluation
+from ratlip.studies import neighbours
+from ratlip.training import generation
+from ratlip.training.loop import sample_latents
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,7 @@ def test_curves_have_a_thin_line_a_seed_and_a_thick_one_an_arm():
     lines = figure.axes[0].lines
     assert [line.get_linewidth() for line in lines] == [0.6, 0.6, 1.7, 1.7]
     assert lines[2].get_ydata().tolist() == [0, 0.5, 1]
-    assert (
-        lines[2].get_linestyle() != lines[3].get_linestyle()
-        and lines[2].get_marker() != lines[3].get_marker()
-    )
+    assert lines[2].get_linestyle() != lines[3].get_linestyle() and lines[2].get_marker() != lines[3].get_marker()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["CAT", "RAT"]
 
 
@@ -48,15 +45,15 @@ def test_kept_as_png_and_as_the_same_svg_every_time(tmp_path, monkeypatch):
 
 def test_paths_begin_and_end_at_their_captions_and_noises(run):
     first, last = "a large red ring on a black background", "a small blue square on a white background"
-    size = run.settings.model.noise_size
+    size = run.settings.model.latent_size
     words = overview.between_captions(run, first, last, steps=5)
-    noises = overview.between_noises(run, first, steps=5)
+    latents = overview.between_latents(run, first, steps=5)
     ends = run.clip.embed_text([first, last]).cpu()
-    one = noise_for(1, 0, 1, size).expand(2, -1)
+    one = sample_latents(1, 0, 1, size).expand(2, -1)
     assert torch.allclose(words[[0, -1]], evaluation.generate(run.generator, one, ends), atol=1e-5)
-    two = evaluation.generate(run.generator, noise_for(1, 0, 2, size), ends[:1].expand(2, -1))
-    assert torch.allclose(noises[[0, -1]], two, atol=1e-5)
-    assert words.shape == noises.shape == (5, 3, 16, 16)
+    two = evaluation.generate(run.generator, sample_latents(1, 0, 2, size), ends[:1].expand(2, -1))
+    assert torch.allclose(latents[[0, -1]], two, atol=1e-5)
+    assert words.shape == latents.shape == (5, 3, 16, 16)
 
 
 def test_step_sizes():

@@ -1,4 +1,5 @@
 """pyproject.toml, environment.yml and env/ name the same versions, and no one machine's places."""
+
 import sys
 from pathlib import Path
 
@@ -71,8 +72,9 @@ def test_the_cpu_lock_names_no_cuda_package():
     assert [line for line in lines(LOCKS["cpu"]) if line.startswith(CUDA)] == []
 
 
-@pytest.mark.parametrize("place", PLACES, ids=lambda p: "-".join(
-    (p["python_version"], p["sys_platform"], p["platform_machine"])))
+@pytest.mark.parametrize(
+    "place", PLACES, ids=lambda p: "-".join((p["python_version"], p["sys_platform"], p["platform_machine"]))
+)
 def test_the_locks_agree_and_satisfy_pyproject(place):
     cpu, gpu = pins(LOCKS["cpu"], place), pins(LOCKS["gpu"], place)
     assert {name: version for name, version in gpu.items() if not name.startswith(CUDA)} == cpu

@@ -1,4 +1,5 @@
 """The protocol study: rows against scores made elsewhere, resumption, other views of the reference."""
+
 import json
 import shutil
 from types import SimpleNamespace
@@ -7,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from ratlip.scores import evaluation, extractors
-from ratlip.studies import protocol
-from ratlip.settings import load_settings
 from ratlip.data.batches import real_images
 from ratlip.errors import RunError
+from ratlip.scores import evaluation, extractors
+from ratlip.settings import load_settings
+from ratlip.studies import protocol
 from ratlip.workspace import Workspace
 
 KEYS = {"aspect", "variant", "images", "value", "label", "real"}
@@ -19,7 +20,7 @@ KEYS = {"aspect", "variant", "images", "value", "label", "real"}
 
 @pytest.fixture(scope="module")
 def rows(smoke):
-    return protocol.study(smoke.space)
+    return protocol.study(smoke.workspace)
 
 
 def of(rows, aspect):
@@ -29,8 +30,16 @@ def of(rows, aspect):
 def test_every_aspect_begins_with_the_standard_protocol(smoke, rows):
     """The value of scores.json, which `evaluate` makes another way round."""
     aspects = list(dict.fromkeys(row["aspect"] for row in rows))
-    assert aspects == ["images", "reference", "crops", "resizing", "extractor", "numeric range", "last batch",
-                       "protocol"]
+    assert aspects == [
+        "images",
+        "reference",
+        "crops",
+        "resizing",
+        "extractor",
+        "numeric range",
+        "last batch",
+        "protocol",
+    ]
     for aspect in aspects[1:]:
         first = of(rows, aspect)[0]
         assert first["value"] == pytest.approx(smoke.scores["frechet_distance"], rel=1e-4), aspect
@@ -46,13 +55,13 @@ def test_images_are_nested_and_their_spread_is_over_disjoint_parts(smoke, rows):
     assert found[1]["value"] == pytest.approx(smoke.scores["frechet_distance"], rel=1e-4)
     assert found[1]["real"] == pytest.approx(smoke.scores["real"]["frechet_distance"], rel=1e-4)
     assert found[2]["value"] == found[2]["mean"] and found[2]["real"] is None  # 48 test images, not 96
-    space, clip = smoke.space, smoke.space.clip
+    workspace, clip = smoke.workspace, smoke.workspace.clip
     generator = evaluation.load_generator(smoke.run, smoke.settings, clip)
-    noise = evaluation.noise_for(0, evaluation.TEST_NOISE, 96, 8)
-    sentence = clip.embed_text(evaluation.test_pairs(space.prepared, 96)[1]).cpu()
-    extractor = extractors.clip_extractor(space.independent)
-    features = extractor(evaluation.generate(generator, noise, sentence))["features"]
-    reference = extractor(real_images(space.prepared.train, range(192), 16, 16))["features"]
+    latent = evaluation.sample_latents(0, evaluation.TEST_LATENTS, 96, 8)
+    sentence = clip.embed_text(evaluation.test_pairs(workspace.prepared, 96)[1]).cpu()
+    extractor = extractors.clip_extractor(workspace.independent)
+    features = extractor(evaluation.generate(generator, latent, sentence))["features"]
+    reference = extractor(real_images(workspace.prepared.train, range(192), 16, 16))["features"]
     parts = [evaluation.frechet_distance(part, reference) for part in features.split(24)]
     assert found[0]["value"] == pytest.approx(parts[0], rel=1e-3)
     assert found[0]["mean"] == pytest.approx(np.mean(parts), rel=1e-3)
@@ -63,9 +72,15 @@ def test_the_published_row_is_the_score_of_the_published_settings(smoke, rows, t
     """As many images as there are: 96 of 12 x 48, the last partial batch dropped."""
     overrides = {**protocol.protocol_settings("published", 48), "evaluation.images": 96}
     assert smoke.settings.evaluation.batch_size == 64
-    scores = evaluation.evaluate(smoke.run, load_settings("smoke", overrides), smoke.space.prepared,
-                                 smoke.space.clip, independent=smoke.space.independent, home=tmp_path,
-                                 progress=False)
+    scores = evaluation.evaluate(
+        smoke.run,
+        load_settings("smoke", overrides),
+        smoke.workspace.prepared,
+        smoke.workspace.clip,
+        independent=smoke.workspace.independent,
+        home=tmp_path,
+        progress=False,
+    )
     row = of(rows, "protocol")[1]
     assert row["images"] == scores["images"] == 64
     assert row["value"] == pytest.approx(scores["frechet_distance"], rel=1e-3)
@@ -74,23 +89,31 @@ def test_the_published_row_is_the_score_of_the_published_settings(smoke, rows, t
 
 def test_the_published_range_alone_is_the_score_of_that_setting(smoke, rows, tmp_path):
     settings = load_settings("smoke", {"evaluation.inception_range": "published"})
-    scores = evaluation.evaluate(smoke.run, settings, smoke.space.prepared, smoke.space.clip,
-                                 independent=smoke.space.independent, home=tmp_path, progress=False)
+    scores = evaluation.evaluate(
+        smoke.run,
+        settings,
+        smoke.workspace.prepared,
+        smoke.workspace.clip,
+        independent=smoke.workspace.independent,
+        home=tmp_path,
+        progress=False,
+    )
     row = of(rows, "numeric range")[1]
-    assert (row["value"], row["real"]) == pytest.approx((scores["frechet_distance"],
-                                                         scores["real"]["frechet_distance"]), rel=1e-3)
+    assert (row["value"], row["real"]) == pytest.approx(
+        (scores["frechet_distance"], scores["real"]["frechet_distance"]), rel=1e-3
+    )
 
 
 def test_photographs_have_no_judge_and_a_study_all_the_same(smoke, rows, tmp_path):
-    space = Workspace.of(smoke.settings, smoke.space.root, progress=False)
-    space.__dict__["judge"] = None  # what the property gives for photographs
+    workspace = Workspace.of(smoke.settings, smoke.workspace.root, progress=False)
+    workspace.__dict__["judge"] = None  # what the property gives for photographs
     folder = shutil.copytree(smoke.run, tmp_path / "run", ignore=shutil.ignore_patterns("protocol-*"))
-    assert protocol.study(space, folder) == [row for row in rows if row["variant"] != "judge"]
+    assert protocol.study(workspace, folder) == [row for row in rows if row["variant"] != "judge"]
 
 
 def test_extractors_are_named_and_what_they_measure_has_its_own_real_value(smoke, rows):
     found = {row["variant"]: row for row in of(rows, "extractor")}
-    assert set(found) == {smoke.space.independent.name, smoke.space.clip.name, "judge"}
+    assert set(found) == {smoke.workspace.independent.name, smoke.workspace.clip.name, "judge"}
     assert all(row["label"] == f"FD ({name})" for name, row in found.items())
     assert all(0 <= row["real"] < row["value"] for row in found.values())
     assert len({row["value"] for row in found.values()}) == 3
@@ -98,7 +121,7 @@ def test_extractors_are_named_and_what_they_measure_has_its_own_real_value(smoke
 
 def test_a_second_study_reads_what_is_there_and_leaves_no_features_in_the_run(smoke, rows, monkeypatch):
     monkeypatch.setattr(protocol, "generate", lambda *_: pytest.fail("it was there"))
-    assert protocol.study(smoke.space) == rows
+    assert protocol.study(smoke.workspace) == rows
     assert not list(smoke.run.glob("study-*"))
     json.dumps(rows)
 
@@ -111,12 +134,13 @@ def test_an_interrupted_study_goes_on_with_the_aspects_that_are_missing(smoke, r
         del kept["rows"][aspect]
     path.write_text(json.dumps(kept))
     monkeypatch.setattr(protocol._Study, "crops", lambda _: pytest.fail("it was there"))
-    assert protocol.study(smoke.space) == rows
+    assert protocol.study(smoke.workspace) == rows
     assert json.loads(path.read_text()) == json.loads(whole)
 
 
-@pytest.mark.parametrize("harm", [lambda text: text[:40], lambda text: text.replace('"seed": 0', '"seed": 1'),
-                                  lambda _: "[]"])
+@pytest.mark.parametrize(
+    "harm", [lambda text: text[:40], lambda text: text.replace('"seed": 0', '"seed": 1'), lambda _: "[]"]
+)
 def test_rows_of_another_study_or_a_torn_file_are_measured_again(smoke, rows, monkeypatch, harm):
     path = smoke.run / "protocol-study.json"
     whole, measured = path.read_text(), []
@@ -124,7 +148,7 @@ def test_rows_of_another_study_or_a_torn_file_are_measured_again(smoke, rows, mo
     for name in json.loads(whole)["rows"]:
         monkeypatch.setattr(protocol._Study, name, lambda _, name=name: measured.append(name) or [])
     try:
-        protocol.study(smoke.space)
+        protocol.study(smoke.workspace)
         assert len(measured) == 8
     finally:
         path.write_text(whole)
@@ -152,11 +176,9 @@ def as_pixels(images):
 
 
 def test_without_options_reference_images_are_those_of_the_scores(smoke, split):
-    train = smoke.space.prepared.train
-    assert torch.equal(protocol.reference_images(train, range(5), 16, 16),
-                       real_images(train, range(5), 16, 16))
-    torch.testing.assert_close(protocol.reference_images(split, range(2), 16, 12),
-                               real_images(split, range(2), 16, 12))
+    train = smoke.workspace.prepared.train
+    assert torch.equal(protocol.reference_images(train, range(5), 16, 16), real_images(train, range(5), 16, 16))
+    torch.testing.assert_close(protocol.reference_images(split, range(2), 16, 12), real_images(split, range(2), 16, 12))
 
 
 def test_random_crops_are_squares_of_the_image_and_differ(split):

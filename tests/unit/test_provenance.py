@@ -1,4 +1,5 @@
 """Provenance: plain values that name code, versions and machine, and nobody."""
+
 import getpass
 import json
 import socket
@@ -7,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ratlip import provenance
+from ratlip import errors, provenance
 from ratlip.errors import RatlipError
-from ratlip import errors
 
 
 def test_it_says_what_a_result_was_made_with():

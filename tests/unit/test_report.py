@@ -14,9 +14,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from ratlip.report import notebooks, html, page, summary, tables
-from ratlip.settings import load_settings
 from ratlip.errors import RunError
+from ratlip.report import html, notebooks, page, summary, tables
+from ratlip.settings import load_settings
 
 VERDICTS = [
     {"claim": "RAT beats CAT", "verdict": "supported", "evidence": "+0.21 [+0.03, +0.39], 3 seeds"},
@@ -99,9 +99,7 @@ def check_links(page: Path) -> Page:
 
 class TestVerdicts:
     def test_they_come_back(self, home):
-        assert (
-            page.save_verdicts("reports/smoke", "04_ablation", VERDICTS) is None
-        )  # a notebook's last line
+        assert page.save_verdicts("reports/smoke", "04_ablation", VERDICTS) is None  # a notebook's last line
         page.save_verdicts("reports/smoke", "07_paper_versus_code", [{**VERDICTS[0], "evidence": 3.5}])
         found = page.load_verdicts("reports/smoke")
         assert list(found) == ["04_ablation", "07_paper_versus_code"] and found["04_ablation"] == VERDICTS
@@ -114,9 +112,7 @@ class TestVerdicts:
     @pytest.mark.parametrize("report_folder", [None, "reports/smoke"])
     def test_a_verdict_without_evidence_is_refused(self, home, report_folder):
         with pytest.raises(RunError, match="04_ablation: verdict 2 has no evidence"):
-            page.save_verdicts(
-                report_folder, "04_ablation", [VERDICTS[0], {**VERDICTS[1], "evidence": " "}]
-            )
+            page.save_verdicts(report_folder, "04_ablation", [VERDICTS[0], {**VERDICTS[1], "evidence": " "}])
         assert not list(home.rglob("*.json"))
 
     @pytest.mark.parametrize("text", ["{", "[1]", '[{"claim": "a"}]'])
@@ -145,9 +141,7 @@ class TestPage:
         picture(folder / "figures/my_own.png")
         (folder / "figures/ablation.svg").write_text("<svg/>")
         table = pd.DataFrame({"model": ["<script>x</script>"], "score": ["0.5 ± 0.1"]})
-        tables.write(
-            tables.Table("measured_ablation", "Ours & nobody's", table, table, ["a note"]), folder / "tables"
-        )
+        tables.write(tables.Table("measured_ablation", "Ours & nobody's", table, table, ["a note"]), folder / "tables")
         tables.write(tables.published_table("FID"), folder / "tables")
         executed(folder / "notebooks/04_ablation.ipynb", folder / "figures/ablation.png")
         page.save_verdicts("reports/smoke", "04_ablation", VERDICTS)
@@ -166,10 +160,7 @@ class TestPage:
             "provenance.json",
         } <= set(parsed.links)
         for page in full.parent.rglob("*.html"):
-            assert (
-                "http"
-                not in re.sub(r'http-equiv|"http://www\.w3\.org/[^"]*"', "", page.read_text("utf-8")).lower()
-            )
+            assert "http" not in re.sub(r'http-equiv|"http://www\.w3\.org/[^"]*"', "", page.read_text("utf-8")).lower()
             assert page.stat().st_size < 2 * 2**20
 
     def test_what_comes_from_results_is_escaped(self, full):
@@ -195,9 +186,7 @@ class TestPage:
                 assert str(home) not in path.read_text("utf-8") and "/home/" not in path.read_text("utf-8")
 
     def test_a_path_in_the_evidence_is_refused(self, home):
-        page.save_verdicts(
-            "reports/smoke", "04_ablation", [{**VERDICTS[0], "evidence": f"see {home}/outputs"}]
-        )
+        page.save_verdicts("reports/smoke", "04_ablation", [{**VERDICTS[0], "evidence": f"see {home}/outputs"}])
         with pytest.raises(RunError, match="a path of this machine"):
             page.build("smoke")
         assert not (home / "reports/smoke/index.html").exists()
@@ -237,10 +226,7 @@ class TestNotebookPage:
         assert "$$" not in re.sub(r'alt="[^"]*"', "", text)
 
     def test_unknown_tex_stays_readable(self):
-        assert (
-            html.equation(r"\unheardof{x} < 1", display=False)
-            == '<code class="tex">\\unheardof{x} &lt; 1</code>'
-        )
+        assert html.equation(r"\unheardof{x} < 1", display=False) == '<code class="tex">\\unheardof{x} &lt; 1</code>'
         assert "data:image/svg+xml" in html.equation(r"\frac1n \sum_i \lVert x_i \rVert", display=True)
 
     def test_every_equation_of_the_story_can_be_drawn(self):
@@ -296,10 +282,8 @@ class TestProvenance:
         settings = load_settings("smoke")
         self.write(tmp_path, settings.run_name, 200.4)
         found = summary.provenance(settings, tmp_path, tmp_path)
-        assert [row["run"] for row in found["runs"]] == [settings.run_name] and found[
-            "training_seconds"
-        ] == 200.4
-        assert found["runs"][0]["arm"] == "main run = RAT + SA = h = 8 = corrected"
+        assert [row["run"] for row in found["runs"]] == [settings.run_name] and found["training_seconds"] == 200.4
+        assert found["runs"][0]["variant"] == "main run = RAT + SA = h = 8 = corrected"
         assert settings.run_name not in found["missing_runs"] and len(found["missing_runs"]) > 10
         rows = dict(summary.origin(found))
         assert rows["training of all runs"].startswith("3 min 20 s (1 run;")
@@ -332,9 +316,7 @@ class TestSummary:
         settings = load_settings(profile)
         return {
             part["title"]: part
-            for part in summary.summary(
-                settings, claims, summary.provenance(settings, tmp_path, tmp_path)
-            )
+            for part in summary.summary(settings, claims, summary.provenance(settings, tmp_path, tmp_path))
         }
 
     def test_headings_of_the_challenge_in_their_order(self, tmp_path):
@@ -360,22 +342,12 @@ class TestSummary:
         assert other["Results"]["text"][0] == "Of 1 claim: 1 contradicted."
 
     def test_methodology_follows_from_the_settings(self, tmp_path):
-        small, full = (
-            " ".join(self.made(tmp_path, [], name)["Methodology"]["points"]) for name in ("smoke", "cub")
-        )
+        small, full = (" ".join(self.made(tmp_path, [], name)["Methodology"]["points"]) for name in ("smoke", "cub"))
+        assert "8 steps of batch 8" in small and "48 generated images" in small and "not the literature's FID" in small
         assert (
-            "8 steps of batch 8" in small
-            and "48 generated images" in small
-            and "not the literature's FID" in small
+            "1,500 epochs of batch 16" in full and "30,000 generated" in full and "torch-fidelity's Inception" in full
         )
-        assert (
-            "1,500 epochs of batch 16" in full
-            and "30,000 generated" in full
-            and "torch-fidelity's Inception" in full
-        )
-        assert (
-            "at the paper's 224 px" in self.made(tmp_path, [], "cub")["Scope of reproducibility"]["text"][0]
-        )
+        assert "at the paper's 224 px" in self.made(tmp_path, [], "cub")["Scope of reproducibility"]["text"][0]
 
     def test_markdown_has_every_point(self, tmp_path):
         settings = load_settings("smoke")

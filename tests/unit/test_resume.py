@@ -1,12 +1,13 @@
 """Stopped and resumed: exactly by default, as the published code does on request (official.md, row 12)."""
+
 import pytest
 import torch
 from lightning_fabric.plugins.precision.precision import Precision
 
+from ratlip.errors import SettingsError
+from ratlip.settings import load_settings
 from ratlip.studies import paper_versus_code_protocol
 from ratlip.training import loop
-from ratlip.settings import load_settings
-from ratlip.errors import SettingsError
 
 QUIET = {"training.sample_every": 1000}
 
@@ -18,17 +19,24 @@ def sitting(smoke, tmp_path, monkeypatch):
     step = loop.training_step
 
     def watched(run, batch):
-        noise = loop.noise_for(run.settings.seed, run.draw, 2, 4)
-        given.append((run.step, batch["image"].tolist(), batch["caption"].tolist(), noise))
+        latent = loop.sample_latents(run.settings.seed, run.draw, 2, 4)
+        given.append((run.step, batch["image"].tolist(), batch["caption"].tolist(), latent))
         return step(run, batch)
 
     monkeypatch.setattr(loop, "training_step", watched)
 
     def call(way, **options):
         given.clear()
-        loop.train(load_settings("smoke", {**QUIET, "training.resume": way}), smoke.space.prepared,
-                       smoke.space.clip, smoke.space.sentences(), tmp_path / way, accelerator="cpu",
-                       progress=False, **options)
+        loop.train(
+            load_settings("smoke", {**QUIET, "training.resume": way}),
+            smoke.workspace.prepared,
+            smoke.workspace.clip,
+            smoke.workspace.sentences(),
+            tmp_path / way,
+            accelerator="cpu",
+            progress=False,
+            **options,
+        )
         return list(given)
 
     return call

@@ -1,15 +1,15 @@
 """Scores of features: streamed statistics are torch-fidelity's own, and each score points the right way."""
+
 import numpy as np
 import pytest
 import torch
-
-import ratlip  # noqa: F401, I001  (before torch-fidelity: it makes torchvision importable, see ratlip.compat)
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 
+import ratlip  # noqa: F401, I001  (before torch-fidelity: it makes torchvision importable, see ratlip.compat)
 from ratlip import cache
-from ratlip.scores import metrics
 from ratlip.errors import SettingsError
+from ratlip.scores import metrics
 
 
 def drawn(n, width=16, seed=0, shift=0.0):
@@ -53,8 +53,10 @@ def test_precision_is_of_the_generated_and_recall_of_the_real():
 
 
 def test_the_kernel_distance_of_one_distribution_is_nothing_within_its_spread():
-    a, b, c = (drawn(n, seed=seed, shift=shift).astype(np.float32)
-               for n, seed, shift in ((300, 0, 0), (200, 1, 0), (200, 2, 0.5)))
+    a, b, c = (
+        drawn(n, seed=seed, shift=shift).astype(np.float32)
+        for n, seed, shift in ((300, 0, 0), (200, 1, 0), (200, 2, 0.5))
+    )
     same, spread = metrics.kernel_distance(a, b)
     assert abs(same) < 4 * spread and spread > 0
     assert metrics.kernel_distance(a, c)[0] > 0.5
@@ -63,5 +65,7 @@ def test_the_kernel_distance_of_one_distribution_is_nothing_within_its_spread():
 def test_one_image_has_no_covariance():
     with pytest.raises(SettingsError, match="evaluation.images to 2 or more"):
         metrics.moments(drawn(1))
-    assert all(np.isfinite(value) for value in metrics.quality(
-        *(drawn(n, seed=n).astype(np.float32) for n in (2, 2, 3))).values())
+    assert all(
+        np.isfinite(value)
+        for value in metrics.quality(*(drawn(n, seed=n).astype(np.float32) for n in (2, 2, 3))).values()
+    )

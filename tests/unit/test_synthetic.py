@@ -1,20 +1,12 @@
 """The generated set: its truth is true, and its split holds."""
+
 import itertools
 
 import numpy as np
 import pytest
 
 from ratlip.data import synthetic
-from ratlip.data.synthetic import (
-    ATTRIBUTES,
-    BACKGROUNDS,
-    COLOURS,
-    PLACES,
-    SIZES,
-    caption,
-    combinations,
-    records,
-)
+from ratlip.data.synthetic import ATTRIBUTES, BACKGROUNDS, COLOURS, PLACES, SIZES, caption, combinations, records
 from ratlip.errors import SettingsError
 
 
@@ -86,7 +78,7 @@ def test_objects_have_different_outlines(drawn):
     filled = {}
     for record in drawn:
         rows, columns = np.flatnonzero(record.mask.any(axis=1)), np.flatnonzero(record.mask.any(axis=0))
-        box = record.mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+        box = record.mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         h, w = box.shape
         assert bool(box[h // 2, w // 2]) == (record.attributes["object"] != "ring")
         filled.setdefault(record.attributes["object"], []).append(box.mean())
@@ -95,12 +87,10 @@ def test_objects_have_different_outlines(drawn):
 
 
 def test_no_combination_of_the_test_split_is_ever_seen_in_training(drawn):
-    seen = {split: {tuple(r.attributes.values()) for r in drawn if r.split == split}
-            for split in ("train", "test")}
+    seen = {split: {tuple(r.attributes.values()) for r in drawn if r.split == split} for split in ("train", "test")}
     assert not seen["train"] & seen["test"]
     assert len(seen["train"]) == 840 and len(seen["test"]) == 120
-    captions = {split: {c for r in drawn if r.split == split for c in r.captions}
-                for split in ("train", "test")}
+    captions = {split: {c for r in drawn if r.split == split for c in r.captions} for split in ("train", "test")}
     assert not captions["train"] & captions["test"]
     split = combinations(0)
     everything = {tuple(values) for values in itertools.product(*ATTRIBUTES.values())}

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ratlip.studies import grid
+from ratlip.errors import RunError
 from ratlip.report import tables
 from ratlip.settings import load_settings
-from ratlip.errors import RunError
+from ratlip.studies import grid
 
 LABELS = {
     "clip_similarity": "CLIP similarity (small CLIP aa, trained with)",
@@ -45,14 +45,14 @@ def write_run(folder, seed: int, similarity: float) -> None:
 
 
 @pytest.fixture
-def space(tmp_path):
+def workspace(tmp_path):
     """A workspace with runs of CAT (two seeds) and RAT + SA (one seed)."""
     two = load_settings("smoke", {"experiments.seeds": 2, "experiments.versus_seeds": 2})
-    space = SimpleNamespace(settings=two, root=tmp_path)
-    for run in grid.plan(space.settings, "ablation"):
+    workspace = SimpleNamespace(settings=two, root=tmp_path)
+    for run in grid.plan(workspace.settings, "ablation"):
         if run.label == "CAT" or (run.label, run.seed) == ("RAT + SA", 0):
             write_run(run.folder(tmp_path), run.seed, 0.5 + 0.1 * run.seed)
-    return space
+    return workspace
 
 
 class TestPublished:
@@ -60,34 +60,23 @@ class TestPublished:
         rows = tables.published_rows().set_index(["score", "model", "data"])["value"]
         assert len(rows) == 20
         assert rows["FID", "RATLIP", "CUB"] == 13.28 and rows["FID", "GALIP", "CUB"] == 10.00
-        assert (
-            rows["CLIP score", "RATLIP", "Oxford"] == 31.94
-            and rows["CLIP score", "RATLIP", "CelebA-tiny"] == 28.91
-        )
+        assert rows["CLIP score", "RATLIP", "Oxford"] == 31.94 and rows["CLIP score", "RATLIP", "CelebA-tiny"] == 28.91
         assert rows["CLIP score", "AttnGAN", "Oxford"] == 21.15 and ("FID", "RATLIP", "Oxford") not in rows
 
     def test_best_is_the_lowest_fid_and_the_highest_clip_score(self):
         fid, clip = (tables.published_table(name).view.set_index("model") for name in ("FID", "CLIP score"))
         assert fid.loc["GALIP", "CUB"] == "10.00 (best)" and fid.loc["RATLIP", "CUB"] == "13.28"
         assert fid.loc["LAFITE", "CelebA-tiny"] == "-" and fid.loc["RATLIP", "CelebA-tiny"] == "81.48 (best)"
-        assert clip.loc["RATLIP"].str.endswith("(best)").all() and list(clip) == [
-            "CUB",
-            "Oxford",
-            "CelebA-tiny",
-        ]
+        assert clip.loc["RATLIP"].str.endswith("(best)").all() and list(clip) == ["CUB", "Oxford", "CelebA-tiny"]
 
     def test_notes_say_what_the_authors_do_not(self):
         notes = " ".join(tables.published_table("FID").notes)
-        assert (
-            "GALIP's published FID is better" in notes
-            and "other way round" in notes
-            and "2405.08114" in notes
-        )
+        assert "GALIP's published FID is better" in notes and "other way round" in notes and "2405.08114" in notes
 
 
 class TestMeasured:
-    def test_a_row_says_whose_which_data_extractor_images_and_seeds(self, space):
-        rows = tables.measured_rows(space, "ablation").set_index(["model", "score"])
+    def test_a_row_says_whose_which_data_extractor_images_and_seeds(self, workspace):
+        rows = tables.measured_rows(workspace, "ablation").set_index(["model", "score"])
         cat = rows.loc["CAT", "independent_similarity"]
         assert (cat["whose"], cat["data"], cat["extractor"]) == (
             "measured here",
@@ -99,49 +88,38 @@ class TestMeasured:
         assert rows.loc["real images", "independent_similarity"]["mean"] == 0.75
         assert ("real images", "clip_similarity") not in rows.index
 
-    def test_one_seed_has_no_spread(self, space):
-        view = tables.measured_table(space, "ablation").view.set_index("model")
+    def test_one_seed_has_no_spread(self, workspace):
+        view = tables.measured_table(workspace, "ablation").view.set_index("model")
         assert view.loc["CAT", "CLIP similarity [1]"] == "0.55 ± 0.07"
         assert view.loc["RAT + SA", "CLIP similarity [1]"] == "0.50" and view.loc["RAT + SA", "seeds"] == "1"
         assert view.loc["real images", "CLIP similarity [2]"] == "-"
 
-    def test_two_scores_of_one_name_stay_apart(self, space):
-        table = tables.measured_table(space, "ablation")
+    def test_two_scores_of_one_name_stay_apart(self, workspace):
+        table = tables.measured_table(workspace, "ablation")
         assert {"CLIP similarity [1]", "CLIP similarity [2]", "FD [3]"} <= set(table.view)
         assert "[2] small CLIP aa, trained with; [3] small CLIP bb." in table.notes[0]
 
-    def test_no_run_says_how_to_make_one(self, space):
-        assert list(tables.found_groups(space)) == [
-            "ablation",
-            "sweep",
-            "versus",
-        ]  # RAT + SA is in all of them
+    def test_no_run_says_how_to_make_one(self, workspace):
+        assert list(tables.found_groups(workspace)) == ["ablation", "sweep", "versus"]  # RAT + SA is in all of them
         with pytest.raises(RunError, match="ratlip.studies.grid --profile smoke --run"):
-            tables.found_groups(SimpleNamespace(settings=space.settings, root=space.root / "none"))
+            tables.found_groups(SimpleNamespace(settings=workspace.settings, root=workspace.root / "none"))
         with pytest.raises(RunError, match="--group versus --run"):
-            tables.measured_table(
-                SimpleNamespace(settings=space.settings, root=space.root / "none"), "versus"
-            )
+            tables.measured_table(SimpleNamespace(settings=workspace.settings, root=workspace.root / "none"), "versus")
 
 
 class TestSideBySide:
-    def test_two_blocks_that_share_no_row(self, space):
-        table = tables.side_by_side(space)
+    def test_two_blocks_that_share_no_row(self, workspace):
+        table = tables.side_by_side(workspace)
         owner = list(table.view["whose"])
-        assert owner == sorted(owner, reverse=True) and set(owner) == {
-            "published by the authors",
-            "measured here",
-        }
+        assert owner == sorted(owner, reverse=True) and set(owner) == {"published by the authors", "measured here"}
         mine = table.view[table.view["whose"] == "measured here"]
         assert set(mine["score"]) == {"CLIP similarity", "FD"}  # the kinds that the authors publish
         assert set(mine["model"]) == {"CAT", "RAT + SA"} and set(mine["images"]) == {"48"}
-        assert not set(mine["extractor"]) & set(
-            table.view["extractor"][table.view["whose"] != "measured here"]
-        )
+        assert not set(mine["extractor"]) & set(table.view["extractor"][table.view["whose"] != "measured here"])
         assert not set(mine["data"]) & {"CUB", "Oxford", "CelebA-tiny"}
 
-    def test_without_runs_only_the_published_block(self, space):
-        table = tables.side_by_side(SimpleNamespace(settings=space.settings, root=space.root / "none"))
+    def test_without_runs_only_the_published_block(self, workspace):
+        table = tables.side_by_side(SimpleNamespace(settings=workspace.settings, root=workspace.root / "none"))
         assert len(table.view) == 20 and set(table.view["whose"]) == {"published by the authors"}
 
 
@@ -183,9 +161,7 @@ class TestWriters:
         assert again.caption == self.NASTY.caption and list(again.notes) == self.NASTY.notes
         pd.testing.assert_frame_equal(again.view, self.NASTY.view)
 
-    @pytest.mark.parametrize(
-        "text", ["", "# no table", "**c**\n\n| a | b |\n| --- | --- |\n| 1 |", "**c**\n\nwords"]
-    )
+    @pytest.mark.parametrize("text", ["", "# no table", "**c**\n\n| a | b |\n| --- | --- |\n| 1 |", "**c**\n\nwords"])
     def test_other_text_is_no_table(self, text):
         with pytest.raises(ValueError, match="not a table of ratlip"):
             tables.read_markdown(text)
@@ -201,9 +177,7 @@ class TestWriters:
         rows = [line for line in body.splitlines() if line.endswith("\\\\")]
         assert len(rows) == 1 + len(table.view)
         columns = re.search(r"\\begin\{tabular\}\{([lr]+)\}", text)[1]
-        assert (
-            {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {len(columns)} == {table.view.shape[1]}
-        )
+        assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {len(columns)} == {table.view.shape[1]}
         plain = re.sub(r"\\[%&_#${}]|\$\\(pm|times|geq|leq)\$", "", text.split("\n", 1)[1])
         assert not re.search(r"[%#~^_]", re.sub(r"\\label\{.*?\}", "", plain))
         assert plain.count("$") == 0 and plain.count("{") == plain.count("}")
@@ -232,17 +206,7 @@ def test_study_table_keeps_standard_rows_first_and_all_digits_short():
         "parts": 4,
     }
     table = tables.study_table(
-        [
-            row,
-            {
-                "aspect": "crops",
-                "variant": "centre",
-                "images": 48,
-                "value": 8.8,
-                "label": "FD (x)",
-                "real": 0.355,
-            },
-        ],
+        [row, {"aspect": "crops", "variant": "centre", "images": 48, "value": 8.8, "label": "FD (x)", "real": 0.355}],
         "CAT",
     )
     assert table.view.loc[0, "distance"] == "1235" and table.view.loc[0, "real images"] == "-"

@@ -1,4 +1,5 @@
 """Training on the profile smoke: repeatable, resumable, and each network moved by its own loss alone."""
+
 import hashlib
 import json
 import math
@@ -14,9 +15,9 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ratlip.training import loop
-from ratlip.settings import load_settings
 from ratlip.errors import RunError, SettingsError
+from ratlip.settings import load_settings
+from ratlip.training import loop
 from ratlip.training.loop import read_checkpoint, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,9 +29,14 @@ def run(smoke, tmp_path):
 
     def call(name="run", overrides=None, **options):
         settings = load_settings("smoke", {"training.sample_every": 1000, **(overrides or {})})
-        return train(settings, smoke.space.prepared, smoke.space.clip, smoke.space.sentences(),
-                     tmp_path / name,
-                     **{"accelerator": "cpu", "progress": False, **options})
+        return train(
+            settings,
+            smoke.workspace.prepared,
+            smoke.workspace.clip,
+            smoke.workspace.sentences(),
+            tmp_path / name,
+            **{"accelerator": "cpu", "progress": False, **options},
+        )
 
     return call
 
@@ -58,12 +64,12 @@ def tensors(content, path="") -> dict:
 
 def assert_same_state(one, other):
     """Every tensor of two checkpoints is the same to the last bit."""
-    a, b = ({key: value for key, value in tensors(content).items()
-             if not key.startswith(("/seconds", "/settings"))}
-            for content in (one, other))
+    a, b = (
+        {key: value for key, value in tensors(content).items() if not key.startswith(("/seconds", "/settings"))}
+        for content in (one, other)
+    )
     assert a.keys() == b.keys()
-    different = [key for key in a
-                 if not (torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key])]
+    different = [key for key in a if not (torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key])]
     assert not different
 
 
@@ -73,8 +79,11 @@ def generator_weights(folder):
 
 def contents(folder):
     """Digest and time of change of every file in the folder."""
-    return {path.relative_to(folder): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 # ------------------------------------------------------------------------------------ repeating and resuming
@@ -82,20 +91,18 @@ def contents(folder):
 
 def test_a_run_leaves_what_its_docstring_says(smoke):
     names = {path.name for path in smoke.run.iterdir()}
-    assert names >= {"config.yaml", "metrics.jsonl", "tensorboard", "samples", "checkpoint.pt",
-                     "provenance.json"}
+    assert names >= {"config.yaml", "metrics.jsonl", "tensorboard", "samples", "checkpoint.pt", "provenance.json"}
     assert not [name for name in names if name.startswith(".")]
     assert [row["step"] for row in rows(smoke.run)] == [2, 4, 6, 8]
-    assert {"d_real", "d_fake", "d_mismatch", "d_penalty", "d_total", "g_logit", "g_similarity",
-            "g_total"} < set(
-        rows(smoke.run)[0])
-    assert sorted(path.name for path in (smoke.run / "samples").iterdir()) == ["step-000004.png",
-                                                                               "step-000008.png"]
+    assert {"d_real", "d_fake", "d_mismatch", "d_penalty", "d_total", "g_logit", "g_similarity", "g_total"} < set(
+        rows(smoke.run)[0]
+    )
+    assert sorted(path.name for path in (smoke.run / "samples").iterdir()) == ["step-000004.png", "step-000008.png"]
     assert load_settings(smoke.run / "config.yaml") == smoke.settings
     assert smoke.run.name == smoke.settings.run_name
     facts = json.loads((smoke.run / "provenance.json").read_text())
-    assert facts["steps"] == 8 and facts["clip_fingerprint"] == smoke.space.clip.fingerprint
-    assert str(smoke.space.root) not in (smoke.run / "provenance.json").read_text()
+    assert facts["steps"] == 8 and facts["clip_fingerprint"] == smoke.workspace.clip.fingerprint
+    assert str(smoke.workspace.root) not in (smoke.run / "provenance.json").read_text()
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(run):
@@ -110,22 +117,41 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(run):
 
 
 def test_how_often_it_logs_and_saves_does_not_change_the_weights(run):
-    often = run("often",
-                {"training.log_every": 1, "training.sample_every": 1, "training.checkpoint_every": 1})
+    often = run("often", {"training.log_every": 1, "training.sample_every": 1, "training.checkpoint_every": 1})
     assert_same_state(checkpoint(often), checkpoint(run("seldom", {"training.log_every": 100})))
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(smoke, run, tmp_path):
-    shutil.copytree(smoke.space.root, tmp_path / "out", ignore=shutil.ignore_patterns("runs"))
-    overrides = {"training.steps": 60, "training.checkpoint_every": 5, "training.log_every": 1,
-                 "training.sample_every": 1000}
+    shutil.copytree(smoke.workspace.root, tmp_path / "out", ignore=shutil.ignore_patterns("runs"))
+    overrides = {
+        "training.steps": 60,
+        "training.checkpoint_every": 5,
+        "training.log_every": 1,
+        "training.sample_every": 1000,
+    }
     folder = tmp_path / "out" / "runs" / load_settings("smoke", overrides).run_name
     pairs = [part for key, value in overrides.items() for part in ("-s", f"{key}={value}")]
-    job = subprocess.Popen([sys.executable, "-m", "ratlip.cli", "train", "-p", "smoke", "--accelerator",
-                            "cpu", "-q",
-                            "--out", str(tmp_path / "out"), *pairs], cwd=ROOT, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    job = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "ratlip.cli",
+            "train",
+            "-p",
+            "smoke",
+            "--accelerator",
+            "cpu",
+            "-q",
+            "--out",
+            str(tmp_path / "out"),
+            *pairs,
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     try:
         metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 240
         while not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 8):  # past step 5's checkpoint
@@ -183,7 +209,7 @@ def test_a_folder_of_another_clip_is_refused(smoke, run, tmp_path):
     folder = run()
     identity = json.loads((folder / "identity.json").read_text())
     (folder / "identity.json").write_text(json.dumps({**identity, "clip": "0123456789ab"}))
-    with pytest.raises(RunError, match=f"clip 0123456789ab instead of {smoke.space.clip.fingerprint}"):
+    with pytest.raises(RunError, match=f"clip 0123456789ab instead of {smoke.workspace.clip.fingerprint}"):
         run()
 
 
@@ -219,13 +245,14 @@ def test_a_damaged_identity_is_named(run, text):
 
 def test_the_clip_is_left_as_it_was(smoke, run):
     def digest():
-        return hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes()
-                                       for t in smoke.space.clip.model.state_dict().values())).hexdigest()
+        return hashlib.sha256(
+            b"".join(t.detach().cpu().numpy().tobytes() for t in smoke.workspace.clip.model.state_dict().values())
+        ).hexdigest()
 
     before = digest()
     run()
     assert digest() == before
-    for name, parameter in smoke.space.clip.named_parameters():
+    for name, parameter in smoke.workspace.clip.named_parameters():
         assert parameter.grad is None and not parameter.requires_grad, name
 
 
@@ -237,8 +264,10 @@ def test_each_loss_moves_its_own_network_only(run):
         return [p for group in optimiser.param_groups for p in group["params"]]
 
     def state():
-        return {key: [(p.detach().clone(), None if p.grad is None else p.grad.clone()) for p in parameters(o)]
-                for key, o in groups.items()}
+        return {
+            key: [(p.detach().clone(), None if p.grad is None else p.grad.clone()) for p in parameters(o)]
+            for key, o in groups.items()
+        }
 
     def weights_differ(a, b):
         return any(not torch.equal(x[0], y[0]) for x, y in zip(a, b))
@@ -272,9 +301,14 @@ def test_each_loss_moves_its_own_network_only(run):
 @pytest.mark.parametrize("attention", ["shuffle", "none", "norm"])
 @pytest.mark.parametrize("conditioning", ["cat", "rat", "rat-official"])
 def test_every_arm_trains_and_every_weight_of_it_learns(run, conditioning, attention):
-    folder = run(overrides={"model.conditioning": conditioning, "model.attention": attention,
-                            "training.steps": 3,
-                            "model.rat_scope": "mapper" if conditioning == "rat-official" else "generator"})
+    folder = run(
+        overrides={
+            "model.conditioning": conditioning,
+            "model.attention": attention,
+            "training.steps": 3,
+            "model.rat_scope": "mapper" if conditioning == "rat-official" else "generator",
+        }
+    )
     assert all(math.isfinite(value) for row in rows(folder) for value in row.values())
     for name, optimiser in checkpoint(folder)["optimisers"].items():
         state = optimiser["state"]
@@ -288,10 +322,20 @@ def test_rat_in_the_mapper_alone_trains(run):
     assert any("recurrence" in key for key in generator_weights(folder))
 
 
-@pytest.mark.parametrize("overrides", [
-    {"training.mismatch": "similar"}, {"training.mismatch": "published"}, {"training.real_resize": "nearest"},
-    {"training.penalty_weight": 0}, {"training.similarity_weight": 0}, {"model.unused_shortcuts": True},
-    {"model.prompt_blocks": []}, {"training.batch_size": 7}, {"training.batch_size": 2}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"training.mismatch": "similar"},
+        {"training.mismatch": "published"},
+        {"training.real_resize": "nearest"},
+        {"training.penalty_weight": 0},
+        {"training.similarity_weight": 0},
+        {"model.unused_shortcuts": True},
+        {"model.prompt_blocks": []},
+        {"training.batch_size": 7},
+        {"training.batch_size": 2},
+    ],
+)
 def test_every_other_choice_trains(run, overrides):
     folder = run(overrides={**overrides, "training.steps": 2})
     assert all(math.isfinite(value) for row in rows(folder) for value in row.values())
@@ -312,8 +356,9 @@ def test_bfloat16_trains_close_to_float32(run):
 
 
 def test_loader_processes_change_nothing(run):
-    assert_same_state(checkpoint(run("none", {"training.steps": 3})),
-                      checkpoint(run("two", {"training.steps": 3}, workers=2)))
+    assert_same_state(
+        checkpoint(run("none", {"training.steps": 3})), checkpoint(run("two", {"training.steps": 3}, workers=2))
+    )
 
 
 # ------------------------------------------------------------------------------------------------ pieces
@@ -325,7 +370,7 @@ def test_the_average_follows_its_formula(smoke, run):
     folders = [run(str(k), {"training.steps": k, "training.ema": decay}) for k in (1, 2, 3)]
     seen = [generator_weights(folder) for folder in folders]
     last = checkpoint(folders[-1])["networks"]
-    for name, _ in loop.build_networks(smoke.settings, smoke.space.clip)[0].named_parameters():
+    for name, _ in loop.build_networks(smoke.settings, smoke.workspace.clip)[0].named_parameters():
         expected = seen[0][name]
         for n, weights in enumerate(seen[1:], start=1):
             keep = min(decay, (1 + n) / (10 + n))
@@ -347,11 +392,14 @@ def test_epochs_become_steps_rounded_up():
 
 
 def test_noise_is_a_function_of_seed_step_and_process():
-    base = loop.noise_for(0, 5, 4096, 8)
-    assert torch.equal(base, loop.noise_for(0, 5, 4096, 8))
-    assert torch.equal(base[:3], loop.noise_for(0, 5, 3, 8))  # fewer images get the same noises
-    for other in (loop.noise_for(1, 5, 4096, 8), loop.noise_for(0, 6, 4096, 8),
-                  loop.noise_for(0, 5, 4096, 8, rank=1)):
+    base = loop.sample_latents(0, 5, 4096, 8)
+    assert torch.equal(base, loop.sample_latents(0, 5, 4096, 8))
+    assert torch.equal(base[:3], loop.sample_latents(0, 5, 3, 8))  # fewer images get the same latents
+    for other in (
+        loop.sample_latents(1, 5, 4096, 8),
+        loop.sample_latents(0, 6, 4096, 8),
+        loop.sample_latents(0, 5, 4096, 8, rank=1),
+    ):
         assert abs(torch.corrcoef(torch.stack([base.flatten(), other.flatten()]))[0, 1]) < 0.03
     assert abs(base.mean()) < 0.03 and abs(base.std() - 1) < 0.03
 
@@ -392,8 +440,9 @@ def test_similar_takes_close_captions_of_other_images():
     cosine = torch.nn.functional.cosine_similarity(similar, sentences[captions])[::2]
     everything = torch.nn.functional.normalize(sentences) @ torch.nn.functional.normalize(sentences).T
     assert (cosine > everything[captions[::2]].median(dim=1).values).all()
-    again, *others = (loop.mismatch(captions, sentences, groups, "similar", *key)
-                      for key in ((0, 0), (1, 0), (0, 1), (0, 0, 1)))
+    again, *others = (
+        loop.mismatch(captions, sentences, groups, "similar", *key) for key in ((0, 0), (1, 0), (0, 1), (0, 0, 1))
+    )
     assert torch.equal(similar, again)
     assert not any(torch.equal(similar, other) for other in others)  # by seed, step and process
 
@@ -403,12 +452,19 @@ def test_networks_that_do_not_fit_the_clip_are_refused(smoke):
     for wrong in ({"model.image_size": 32}, {"model.feature_blocks": [0, 3]}, {"model.prompt_blocks": [7]}):
         settings = load_settings("smoke", {**pretrained, **wrong})
         with pytest.raises(SettingsError, match=r"takes images of 16 px and has the blocks 0 to 2; set"):
-            loop.build_networks(settings, smoke.space.clip)
+            loop.build_networks(settings, smoke.workspace.clip)
 
 
-@pytest.mark.parametrize("options", [{"accelerator": "abacus"}, {"devices": 0},
-                                     pytest.param({"accelerator": "cuda"}, marks=pytest.mark.skipif(
-                                         torch.cuda.is_available(), reason="there is a GPU here"))])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accelerator": "abacus"},
+        {"devices": 0},
+        pytest.param(
+            {"accelerator": "cuda"}, marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+        ),
+    ],
+)
 def test_a_device_that_is_not_here_is_an_error_of_the_user(run, options):
     with pytest.raises(RunError, match="not possible here"):
         run(**options)
@@ -417,14 +473,33 @@ def test_a_device_that_is_not_here_is_an_error_of_the_user(run, options):
 @pytest.mark.slow
 def test_two_processes_train_one_run(smoke, tmp_path):
     """With weights that are never used too, which a process group is not content with unless it is told."""
-    shutil.copytree(smoke.space.root, tmp_path / "out", ignore=shutil.ignore_patterns("runs"))
+    shutil.copytree(smoke.workspace.root, tmp_path / "out", ignore=shutil.ignore_patterns("runs"))
     pairs = ["-s", "training.steps=3", "-s", "training.log_every=1", "-s", "model.unused_shortcuts=true"]
-    done = subprocess.run([sys.executable, "-m", "ratlip.cli", "train", "-p", "smoke", "--accelerator", "cpu",
-                           "--devices", "2", "-q", "--out", str(tmp_path / "out"), *pairs], cwd=ROOT,
-                          timeout=300,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ratlip.cli",
+            "train",
+            "-p",
+            "smoke",
+            "--accelerator",
+            "cpu",
+            "--devices",
+            "2",
+            "-q",
+            "--out",
+            str(tmp_path / "out"),
+            *pairs,
+        ],
+        cwd=ROOT,
+        timeout=300,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    folder, = (tmp_path / "out" / "runs").iterdir()
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
     assert json.loads((folder / "provenance.json").read_text())["devices"] == "2 x cpu"
     assert [row["step"] for row in rows(folder)] == [1, 2, 3]
     assert all(math.isfinite(value) for row in rows(folder) for value in row.values())
