@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from ratlip.errors import RatlipError, SettingsError
-from ratlip.settings import Settings, load_settings, profile_names
+from ratlip.settings import Settings, load_settings, profile_names, read_overrides
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,22 +36,6 @@ Set = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
-
-
-def read_overrides(pairs: list[str] | None) -> dict:
-    """`["seed=1", "model.hidden_size=16"]` -> {"seed": 1, ...}; values are read as YAML."""
-    overrides = {}
-    for pair in pairs or []:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise SettingsError(f"--set {pair}: should be KEY=VALUE, e.g. --set model.hidden_size=16")
-        try:
-            overrides[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise SettingsError(f"--set {pair}: {value!r} is no YAML value ({error})") from error
-        if not value.strip():
-            raise SettingsError(f"--set {pair}: has no value; to keep a setting, leave the option out")
-    return overrides
 
 
 def say(*lines: str) -> None:

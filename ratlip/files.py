@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
+from ratlip.errors import RunError
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
@@ -52,3 +54,25 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def read_json(path: str | os.PathLike) -> Any:
     """Read JSON from `path`."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def repository() -> Path:
+    """The root of the repository: above the current folder, else around this file; else RunError."""
+    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]):
+        if (folder / "pyproject.toml").is_file() and (folder / "ratlip").is_dir():
+            return folder
+    raise RunError(f"{Path.cwd()}: not inside the ratlip repository; start from its root or from notebooks/")
+
+
+def outputs_folder(profile: str, outputs: str | Path | None = None) -> Path:
+    """Where all of a profile lies: `outputs`, else <profile> in $RATLIP_OUTPUTS or <repository>/outputs."""
+    if outputs:
+        return repository() / outputs
+    home = os.environ.get("RATLIP_OUTPUTS") or "outputs"
+    return repository() / home / Path(profile).stem
+
+
+def shown(path: Path) -> str:
+    """The path as a reader at the repository root would type it."""
+    path, root = Path(path).absolute(), repository()
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)

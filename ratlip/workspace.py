@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +21,19 @@ from filelock import FileLock
 from torch import Tensor
 
 from ratlip.clip import small
-from ratlip.clip.frozen import FrozenClip, load_clip
+from ratlip.clip.frozen import FrozenClip
+from ratlip.clip.loading import load_clip
 from ratlip.clip.retrieval import embed_captions
 from ratlip.data import birds, faces, flowers, synthetic
 from ratlip.data.prepared import Prepared, existing, load_prepared, prepare
 from ratlip.data.records import Record
 from ratlip.errors import DataError, RunError
-from ratlip.files import write_json
+from ratlip.files import outputs_folder, write_json
 from ratlip.scores import evaluation
 from ratlip.scores.judge import Judge, load_judge
-from ratlip.settings import ClipSettings, Settings
+from ratlip.settings import ClipSettings, Settings, load_settings
 from ratlip.training import loop
+from ratlip.training.generation import best_device
 
 OUTPUTS = Path("outputs")
 
@@ -192,6 +195,28 @@ def read_records(settings: Settings, data: str | Path | None) -> list[Record]:
     return faces.read(data, tiny=d.tiny)
 
 
-def best_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def open_workspace(profile: str, outputs: str | Path | None = None, *, settings: Any = None, **overrides):
+    """The `Workspace` of a profile, with a notebook's parameters laid over its settings.
+
+    `overrides`: "seed", "steps", "epochs" or a name of the section model; None or "" keep what the profile
+    says. `settings`: further ones, as a dict ({"training.ema": 0.9}), a list of "key=value", or one string
+    ("training.ema=0.9 clip.steps=100").
+    """
+    from ratlip.workspace import Workspace
+
+    sections = {"steps": "training", "epochs": "training", "seed": ""}
+    laid = {
+        f"{section}.{name}" if (section := sections.get(name, "model")) else name: value
+        for name, value in overrides.items()
+        if value not in (None, "")
+    }
+    chosen = load_settings(profile, {**laid, **_pairs(settings)})
+    return Workspace.of(chosen, outputs_folder(chosen.profile, outputs))
+
+
+def _pairs(settings: Any) -> dict:
+    from ratlip.settings import read_overrides
+
+    if isinstance(settings, dict):
+        return settings
+    return read_overrides(settings.split() if isinstance(settings, str) else settings)

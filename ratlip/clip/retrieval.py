@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ratlip.clip.frozen import FrozenClip
-from ratlip.clip.small import group_names
+from ratlip.clip.pairs import group_names
 from ratlip.data.batches import centre_crop, to_network
 from ratlip.files import atomic_path, read_json, write_json
 from ratlip.progress import bar as progress_bar

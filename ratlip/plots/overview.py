@@ -15,10 +15,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from ratlip.plots.charts import COLOURS, LINES, MARKERS
-from ratlip.plots.pictures import save
-from ratlip.report.notebooks import figure_path
-from ratlip.scores.evaluation import generate
-from ratlip.training.loop import sample_latents
+from ratlip.plots.pictures import figure_path, save
+from ratlip.training.generation import generate
+from ratlip.training.step import sample_latents
 
 
 def keep(figure: Figure, report: str | Path | None, name: str) -> Figure:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ratlip.data.batches import to_bytes
-from ratlip.files import atomic_path
+from ratlip.files import atomic_path, repository
 
 
 def save(figure: Figure, path: str | Path | None) -> Figure:
@@ -268,3 +268,8 @@ def histograms(panels: dict[str, Sequence[float]], path: str | Path | None = Non
         ax.set_title(title, fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
     return save(figure, path)
+
+
+def figure_path(report: str | Path | None, name: str) -> Path | None:
+    """Where a figure is saved: <repository>/<report>/figures/<name>; nowhere (None) without a report."""
+    return repository() / report / "figures" / name if report else None

@@ -18,8 +18,7 @@ from pathlib import Path
 import nbformat
 
 from ratlip.errors import RunError
-from ratlip.files import write_text
-from ratlip.report.notebooks import shown
+from ratlip.files import shown, write_text
 
 LIMIT = 2 * 2**20 - 2**14  # bytes of a page; larger files cannot be committed
 # What Matplotlib's TeX does not know, and what it calls it

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from ratlip.errors import RatlipError, RunError
-from ratlip.files import write_text
+from ratlip.files import outputs_folder, repository, shown, write_text
 from ratlip.settings import load_settings
 
 STORY = (
@@ -43,54 +43,6 @@ LOCAL = ("profile", "data", "outputs", "report")  # parameters that say where, n
 
 
 # ------------------------------------------------------------------------------------- what a notebook calls
-
-
-def repository() -> Path:
-    """The root of the repository: above the current folder, else around this file; else RunError."""
-    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[2]):
-        if (folder / "pyproject.toml").is_file() and (folder / "ratlip").is_dir():
-            return folder
-    raise RunError(f"{Path.cwd()}: not inside the ratlip repository; start from its root or from notebooks/")
-
-
-def outputs_folder(profile: str, outputs: str | Path | None = None) -> Path:
-    """Where all of a profile lies: `outputs`, else <profile> in $RATLIP_OUTPUTS or <repository>/outputs."""
-    if outputs:
-        return repository() / outputs
-    home = os.environ.get("RATLIP_OUTPUTS") or "outputs"
-    return repository() / home / Path(profile).stem
-
-
-def open_workspace(profile: str, outputs: str | Path | None = None, *, settings: Any = None, **overrides):
-    """The `Workspace` of a profile, with a notebook's parameters laid over its settings.
-
-    `overrides`: "seed", "steps", "epochs" or a name of the section model; None or "" keep what the profile
-    says. `settings`: further ones, as a dict ({"training.ema": 0.9}), a list of "key=value", or one string
-    ("training.ema=0.9 clip.steps=100").
-    """
-    from ratlip.workspace import Workspace
-
-    sections = {"steps": "training", "epochs": "training", "seed": ""}
-    laid = {
-        f"{section}.{name}" if (section := sections.get(name, "model")) else name: value
-        for name, value in overrides.items()
-        if value not in (None, "")
-    }
-    chosen = load_settings(profile, {**laid, **_pairs(settings)})
-    return Workspace.of(chosen, outputs_folder(chosen.profile, outputs))
-
-
-def _pairs(settings: Any) -> dict:
-    from ratlip.cli import read_overrides
-
-    if isinstance(settings, dict):
-        return settings
-    return read_overrides(settings.split() if isinstance(settings, str) else settings)
-
-
-def figure_path(report: str | Path | None, name: str) -> Path | None:
-    """Where a figure is saved: <repository>/<report>/figures/<name>; nowhere (None) without a report."""
-    return repository() / report / "figures" / name if report else None
 
 
 # ---------------------------------------------------------------------------------------------- execution
@@ -151,12 +103,6 @@ def _absolute(name: str, value: Any) -> Any:
     """The kernel works in notebooks/; a path that was given means the caller's folder."""
     path = name == "data" or name == "profile" and str(value).endswith((".yaml", ".yml"))
     return str(Path(value).expanduser().absolute()) if path and value else value
-
-
-def shown(path: Path) -> str:
-    """The path as a reader at the repository root would type it."""
-    path, root = Path(path).absolute(), repository()
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
 def _clock(start: float) -> str:

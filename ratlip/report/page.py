@@ -20,8 +20,8 @@ from pathlib import Path
 import yaml
 
 from ratlip.errors import RatlipError, RunError
-from ratlip.files import read_json, write_json, write_text
-from ratlip.report.notebooks import STORY, outputs_folder, repository, shown
+from ratlip.files import outputs_folder, read_json, repository, shown, write_json, write_text
+from ratlip.report.notebooks import STORY
 from ratlip.settings import Settings, load_settings
 
 # What each notebook answers, for the page where it has not been run.
@@ -176,8 +176,8 @@ def build(profile: str, outputs: str | Path | None = None, report: str | Path | 
     provenance = summary.provenance(settings, outputs_folder(settings.profile, outputs), folder)
     write_json(folder / "provenance.json", provenance)
     claims = answers(folder, name)
-    summary = summary.summary(settings, claims, provenance)
-    write_text(folder / "reproducibility.md", summary.markdown(settings, summary))
+    sections = summary.summary(settings, claims, provenance)
+    write_text(folder / "reproducibility.md", summary.markdown(settings, sections))
     page = (
         html.environment()
         .get_template("index.html.j2")
@@ -189,7 +189,7 @@ def build(profile: str, outputs: str | Path | None = None, report: str | Path | 
             pictures=pictures(folder),
             tables=printed_tables(folder),
             notebooks=notebook_pages(folder),
-            summary=summary,
+            summary=sections,
             origin=summary.origin(provenance),
             missing=provenance["missing_runs"],
             runs=[

@@ -19,7 +19,7 @@ import yaml
 
 from ratlip.errors import RunError
 from ratlip.files import read_json, write_text
-from ratlip.studies import grid
+from ratlip.studies import compare, grid
 
 MINE, REAL = "measured here", "real images"
 NONE = "-"  # a cell for which nobody has a number
@@ -143,7 +143,7 @@ def measured_rows(workspace, group: str) -> pd.DataFrame:
             "images": int(frame.images.min()),
             "extractor": _extractor(first, column),
         }
-        for label, row in grid.summary(frame, column).iterrows():
+        for label, row in compare.summary(frame, column).iterrows():
             steps = int(frame.steps[frame.label == label].iloc[0])
             rows.append(
                 {

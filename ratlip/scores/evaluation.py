@@ -27,17 +27,16 @@ from torch import Tensor
 from ratlip.cache import Store, digest, weights_digest
 from ratlip.clip.frozen import FrozenClip, with_normalisation
 from ratlip.data.batches import real_images
-from ratlip.errors import RunError, SettingsError
-from ratlip.fast.memory import keep_freed_memory
+from ratlip.errors import SettingsError
 from ratlip.files import read_json, write_json
 from ratlip.networks.losses import clip_similarity
-from ratlip.progress import bar
 from ratlip.scores.extractors import Extractor, choose_extractor, fit
 from ratlip.scores.judge import Judge, chance, judge_right
 from ratlip.scores.metrics import frechet_distance as frechet_distance  # part of this module's interface
 from ratlip.scores.metrics import quality
 from ratlip.settings import Settings
-from ratlip.training.loop import build_networks, read_checkpoint, sample_latents
+from ratlip.training.generation import generate, load_generator
+from ratlip.training.step import sample_latents
 
 TEST_LATENTS = 2**31  # a "step" that training never reaches: scores are not made from a latent of the training
 PROTOCOLS = {  # settings of `evaluation` that have a name together; the extractor is named by each label
@@ -49,43 +48,6 @@ PROTOCOLS = {  # settings of `evaluation` that have a name together; the extract
     },  # and 12 passes over the test captions
 }
 PUBLISHED_PASSES = 12
-
-
-def load_generator(folder: str | Path, settings: Settings, clip: FrozenClip):
-    """The run's generator as of its last checkpoint (its moving average where there is one), in eval mode."""
-    device, identity = clip.mean.device, Path(folder) / "identity.json"
-    trained_with = read_json(identity)["clip"] if identity.is_file() else clip.fingerprint
-    if trained_with != clip.fingerprint:
-        raise RunError(
-            f"{folder}: was trained with the CLIP {trained_with}, not with {clip.name} "
-            f"({clip.fingerprint}), which would draw noise; give the folder of its own CLIP"
-        )
-    networks = read_checkpoint(Path(folder) / "checkpoint.pt", device)["networks"]
-    with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten, unnoticed by the caller
-        generator, _ = build_networks(settings, clip)
-    if "average" in networks:
-        state = {
-            key.removeprefix("module."): value for key, value in networks["average"].items() if key != "n_averaged"
-        }
-    else:
-        state = networks["generator"]
-    generator.load_state_dict(state)
-    return generator.to(device).eval()
-
-
-@torch.no_grad()
-def generate(generator, latent: Tensor, sentence: Tensor, batch_size: int = 64, progress: bool = False) -> Tensor:
-    """Images (N,3,S,S) clamped to [-1,1] on the CPU for latent (N,Z) and sentences (N,E), in batches."""
-    device = next(generator.parameters()).device
-    if device.type == "cpu":
-        keep_freed_memory()
-    batches = list(zip(latent.split(batch_size), sentence.split(batch_size), strict=True))
-    return torch.cat(
-        [
-            generator(z.to(device), s.to(device)).clamp(-1, 1).float().cpu()
-            for z, s in bar(batches, desc="generate", unit="batch", enabled=progress)
-        ]
-    )
 
 
 @torch.no_grad()

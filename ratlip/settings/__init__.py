@@ -483,3 +483,19 @@ def _explain(name: str, error: ValidationError) -> str:
         else:
             lines.append(f"{dotted}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
     return f"{name}: {len(lines)} setting(s) wrong:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def read_overrides(pairs: list[str] | None) -> dict:
+    """`["seed=1", "model.hidden_size=16"]` -> {"seed": 1, ...}; values are read as YAML."""
+    overrides = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise SettingsError(f"--set {pair}: should be KEY=VALUE, e.g. --set model.hidden_size=16")
+        try:
+            overrides[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"--set {pair}: {value!r} is no YAML value ({error})") from error
+        if not value.strip():
+            raise SettingsError(f"--set {pair}: has no value; to keep a setting, leave the option out")
+    return overrides

@@ -27,7 +27,8 @@ import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ratlip.clip.frozen import FrozenClip, build_small_clip
+from ratlip.clip.frozen import FrozenClip
+from ratlip.clip.loading import build_small_clip
 from ratlip.clip.small import ARCHITECTURE
 from ratlip.clip.vocabulary import Vocabulary
 from ratlip.data.batches import Batches
@@ -39,8 +40,10 @@ from ratlip.scores.evaluation import embed
 from ratlip.settings import Settings, load_settings
 from ratlip.studies.bench_parts import Parts, count_operations, matrix_rate, step_in_parts, synchronise
 from ratlip.studies.bench_plain import Towers, plain_generate, plain_optimisers, plain_step
-from ratlip.training import loop
-from ratlip.training.loop import Session, peak_memory_mib, training_step
+from ratlip.training import loop, session, step
+from ratlip.training.loop import peak_memory_mib
+from ratlip.training.session import Session
+from ratlip.training.step import training_step
 from ratlip.workspace import Workspace
 
 FORMS = ("plain", "ours")
@@ -57,7 +60,7 @@ class World:
 
     def inputs(self, count: int) -> tuple[Tensor, Tensor]:
         """Latents (count,Z) and sentences (count,E)."""
-        latent = loop.sample_latents(0, 0, count, self.run.settings.model.latent_size).to(self.run.device)
+        latent = step.sample_latents(0, 0, count, self.run.settings.model.latent_size).to(self.run.device)
         rows = torch.arange(count, device=self.run.device) % len(self.run.sentences)
         return latent, self.run.sentences[rows]
 
@@ -69,7 +72,7 @@ class World:
         if form == "plain":
             return_freed_memory()
         else:
-            keep_freed_memory(LARGEST if drawing else loop.kept_bytes(self.run.settings))
+            keep_freed_memory(LARGEST if drawing else session.kept_bytes(self.run.settings))
 
     def step(self, form: str) -> Callable[[], object]:
         """One training step in that form, as a function without arguments."""

@@ -15,7 +15,8 @@ from ratlip.data.batches import to_network
 from ratlip.fast.tower import frozen_linear
 from ratlip.networks.generator import AFFINES
 from ratlip.networks.losses import generator_loss, hinge, ma_gp
-from ratlip.training.loop import Session, mismatch, sample_latents
+from ratlip.training.session import Session
+from ratlip.training.step import mismatch, sample_latents
 
 
 def synchronise(device: torch.device) -> None:

@@ -20,7 +20,8 @@ from ratlip.data.batches import to_network
 from ratlip.networks import ConvShuffle, Generator, OfficialRecurrentAffine
 from ratlip.networks.generator import AFFINES
 from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss, clip_similarity, hinge, ma_gp
-from ratlip.training.loop import Session, mismatch, sample_latents
+from ratlip.training.session import Session
+from ratlip.training.step import mismatch, sample_latents
 
 
 class Towers:

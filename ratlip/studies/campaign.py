@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from ratlip.errors import RatlipError, SettingsError
-from ratlip.files import write_json
+from ratlip.files import outputs_folder, write_json
 from ratlip.provenance import describe
 from ratlip.settings import load_settings
 from ratlip.studies import grid
@@ -98,11 +98,10 @@ def carry_out(
 
 def stage_workspace(stage: Stage, root: Path | None = None, progress: bool = True):
     """The `Workspace` of a stage's profile."""
-    from ratlip.report import notebooks
     from ratlip.workspace import Workspace
 
     settings = load_settings(stage.profile, stage.settings)
-    home = Path(root) / settings.profile if root else notebooks.outputs_folder(settings.profile)
+    home = Path(root) / settings.profile if root else outputs_folder(settings.profile)
     return Workspace.of(settings, home, progress)
 
 

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from ratlip.report.tables import MINE, NONE, Table
 from ratlip.studies import grid
 from ratlip.studies.bench_parts import synchronise
-from ratlip.training.loop import sample_latents
-from ratlip.workspace import best_device
+from ratlip.training.generation import best_device
+from ratlip.training.step import sample_latents
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 

@@ -27,9 +27,9 @@ from ratlip.data.batches import centre_crop, real_images
 from ratlip.data.synthetic import object_mask
 from ratlip.plots.pictures import as_pixels
 from ratlip.progress import bar
-from ratlip.scores.evaluation import generate
-from ratlip.studies import grid
-from ratlip.training.loop import sample_latents
+from ratlip.studies import compare, grid
+from ratlip.training.generation import generate
+from ratlip.training.step import sample_latents
 
 CAMS = ("GradCAM", "HiResCAM", "ScoreCAM")  # classes of pytorch_grad_cam; no SVD, whose sign is arbitrary
 TARGETS = ("cosine", "projection")
@@ -313,7 +313,7 @@ def margins(energies: pd.DataFrame) -> pd.DataFrame:
     return found.assign(beaten=found["margin"] > 2 * found["se"])
 
 
-def compare(clip: FrozenClip, material: Material, methods: Sequence[Method]) -> pd.DataFrame:
+def compare_methods(clip: FrozenClip, material: Material, methods: Sequence[Method]) -> pd.DataFrame:
     """One row a method: mean energy on the object, that of each control, smallest margin, its standard error,
     and whether all controls are beaten.
     """
@@ -400,7 +400,7 @@ def whole_object(frame: pd.DataFrame, label: str) -> tuple[float, str]:
     values = frame.loc[frame["label"] == label, "coverage"].dropna()
     if len(values) < 2:
         return float(values.mean()), "undecided"
-    reach = grid.half_interval(values)
+    reach = compare.half_interval(values)
     away = float(values.mean()) - WHOLE
     return away + WHOLE, "undecided" if abs(away) <= reach else "supported" if away > 0 else "contradicted"
 
@@ -415,6 +415,6 @@ def against_others(frame: pd.DataFrame, label: str, column: str = "coverage") ->
         if both.dropna().empty:
             rows[other] = {"difference": np.nan, "low": np.nan, "high": np.nan, "verdict": "undecided"}
             continue
-        found = grid.paired(frame, label, other, column)
+        found = compare.paired(frame, label, other, column)
         rows[other] = {"difference": found.mean, "low": found.low, "high": found.high, "verdict": found.verdict}
     return pd.DataFrame.from_dict(rows, orient="index")

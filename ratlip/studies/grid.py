@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterable
 
-import numpy as np
 import pandas as pd
 
 from ratlip.errors import RatlipError, RunError
-from ratlip.files import read_json, write_text
+from ratlip.files import outputs_folder, read_json, repository, write_text
 from ratlip.progress import bar
 from ratlip.settings import Settings, lay, load_settings, profile_names
+from ratlip.studies.compare import plain
 
 GROUPS = ("ablation", "sweep", "versus")
 CAT = {"model.conditioning": "cat"}
@@ -207,7 +206,7 @@ def execute(run: Experiment, workspace, door: str = "papermill", end: float | No
             own.evaluate()
             return folder
     given = {**parameters(run, workspace.root), "outputs": str(workspace.root)}
-    source = notebooks.repository() / "notebooks" / "03_train.ipynb"
+    source = repository() / "notebooks" / "03_train.ipynb"
     notebooks.execute(source, folder / "03_train.ipynb", given, talk=False)
     return folder
 
@@ -280,111 +279,6 @@ def score_names(workspace, group: str = "ablation") -> dict[str, str]:
     return {column: plain(label) for column, label in labels.items()}
 
 
-def plain(label: str) -> str:
-    """A score's label without the fingerprint of a CLIP: "FD (small CLIP ab12cd)" -> "FD (small CLIP)"."""
-    return re.sub(r" [0-9a-f]{6}\b", "", label)
-
-
-def summary(frame: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Mean, standard deviation over seeds (NaN for one) and number of runs of each variant, in the given order."""
-    return frame.groupby("label", sort=False)[column].agg(mean="mean", sd="std", n="count")
-
-
-def table(frame: pd.DataFrame, scores: dict[str, tuple[str, bool]]) -> pd.DataFrame:
-    """Mean ± standard deviation over seeds as text: one row a variant, one column a score of `quality`."""
-    columns = {}
-    for column, (name, _) in scores.items():
-        found = summary(frame, column)
-        digits = decimals(*found["mean"])
-        columns[name] = {
-            label: f"{row['mean']:.{digits}f}" + (f" ± {row['sd']:.{digits}f}" if row["n"] > 1 else "")
-            for label, row in found.iterrows()
-        }
-    return pd.DataFrame(columns)
-
-
-def decimals(*values: float) -> int:
-    """Decimals (0 to 2) that show the largest of `values` with two digits: more would be another machine's."""
-    largest = max((abs(value) for value in values if np.isfinite(value)), default=0)
-    return int(np.clip(1 - np.floor(np.log10(largest)), 0, 2)) if largest else 2
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A mean paired difference with its 95 % t interval over `n` seeds, and what follows from it."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-    verdict: str
-
-    def turned(self) -> Difference:
-        """b - a in place of a - b, with the same verdict: for scores where lower is better."""
-        return Difference(-self.mean, -self.high, -self.low, self.n, self.verdict)
-
-    def __str__(self) -> str:
-        digits = decimals(self.low, self.high)
-        return f"{self.mean:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
-
-
-def half_interval(values) -> float:
-    """Half the width of the 95 % t interval of the mean of `values` (n,); infinite for one value."""
-    from scipy import stats  # half a second that a run of 03_train need not wait for
-
-    n = len(values)
-    return float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else np.inf
-
-
-def paired(frame: pd.DataFrame, a: str, b: str, column: str, higher_is_better: bool = True) -> Difference:
-    """Mean of a - b over the seeds that both variants have, with a 95 % t interval.
-
-    The verdict on "a is better than b": "supported" or "contradicted" where the interval lies on one side of
-    zero, else "undecided". Two seeds leave one degree of freedom, and an interval of 12.7 standard errors.
-    """
-    wide = frame.pivot_table(index="seed", columns="label", values=column)
-    if a not in wide or b not in wide:
-        raise ValueError(f"no runs of {a if a not in wide else b!r}; there are {', '.join(wide.columns)}")
-    differences = (wide[a] - wide[b]).dropna().to_numpy()
-    n, mean = len(differences), float(np.mean(differences))
-    reach = half_interval(differences)
-    better = mean if higher_is_better else -mean
-    decided = abs(mean) > reach
-    verdict = ("supported" if better > 0 else "contradicted") if decided else "undecided"
-    return Difference(mean, mean - reach, mean + reach, n, verdict)
-
-
-def quality(frame: pd.DataFrame, names: dict[str, str] | None = None) -> dict[str, tuple[str, bool]]:
-    """The scores by which variants are compared, as far as the runs have them: column -> (label, higher is better).
-
-    The training CLIP's similarity is not among them: the generator was trained to raise it.
-    """
-    every = {
-        "judge_all": ("all attributes right", True),
-        "frechet_distance": ("Fréchet distance", False),
-        "independent_similarity": ("similarity, independent CLIP", True),
-    }
-    return {
-        column: ((names or {}).get(column, label), up)
-        for column, (label, up) in every.items()
-        if column in frame and frame[column].notna().all()
-    }
-
-
-def compare(frame: pd.DataFrame, a: str, b: str) -> dict[str, Difference]:
-    """The paired difference a - b in every score of `quality`."""
-    return {column: paired(frame, a, b, column, up) for column, (_, up) in quality(frame).items()}
-
-
-def verdict(differences: Iterable[Difference]) -> str:
-    """What several scores say together: "supported" where one does and none contradicts, or the reverse.
-
-    Else "undecided": no score decides, or two disagree.
-    """
-    said = {each.verdict for each in differences} - {"undecided"}
-    return said.pop() if len(said) == 1 else "undecided"
-
-
 def open_run(workspace, run):
     """The `generation.Run` of an Experiment, of a row of `results`, or of a run's name."""
     from ratlip.training import generation
@@ -406,8 +300,7 @@ def training_log(workspace, run) -> pd.DataFrame:
 
 def main() -> None:
     """Entry point of `python -m ratlip.studies.grid`."""
-    from ratlip.cli import read_overrides
-    from ratlip.report import notebooks
+    from ratlip.settings import read_overrides
     from ratlip.workspace import Workspace
 
     parser = argparse.ArgumentParser(
@@ -424,7 +317,7 @@ def main() -> None:
     chosen = parser.parse_args()
     try:
         settings = load_settings(chosen.profile, read_overrides(chosen.set))
-        workspace = Workspace.of(settings, notebooks.outputs_folder(settings.profile, chosen.out))
+        workspace = Workspace.of(settings, outputs_folder(settings.profile, chosen.out))
         if chosen.run:
             workspace.prepare(chosen.data)
             complete(workspace, *chosen.group, door=chosen.door, minutes=chosen.minutes)

@@ -28,10 +28,12 @@ from ratlip.networks.affine import OfficialRecurrentAffine
 from ratlip.networks.losses import clip_similarity
 from ratlip.plots.charts import COLOURS, MARKERS
 from ratlip.plots.pictures import save
-from ratlip.scores.evaluation import TEST_LATENTS, embed, generate, test_pairs
+from ratlip.scores.evaluation import TEST_LATENTS, embed, test_pairs
 from ratlip.scores.judge import Judge, judge_right
 from ratlip.settings import Settings, load_settings
-from ratlip.training.loop import build_networks, sample_latents
+from ratlip.training.generation import generate
+from ratlip.training.session import build_networks
+from ratlip.training.step import sample_latents
 
 NOT_STATED = "not stated"
 TABLE = (  # paper or what a reader expects, published code, our default, setting to switch back, from GALIP?

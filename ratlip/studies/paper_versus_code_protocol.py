@@ -34,7 +34,9 @@ from ratlip.scores.extractors import published_range
 from ratlip.scores.metrics import frechet_distance
 from ratlip.settings import Settings, load_settings
 from ratlip.training.generation import file_names
-from ratlip.training.loop import build_networks, mismatch, read_checkpoint, train
+from ratlip.training.loop import train
+from ratlip.training.session import build_networks, read_checkpoint
+from ratlip.training.step import mismatch
 from ratlip.workspace import Workspace
 
 # ------------------------------------------------------------------------------- row 5: shrunk by nearest

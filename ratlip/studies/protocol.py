@@ -30,8 +30,6 @@ from ratlip.scores.evaluation import (
     PROTOCOLS,
     PUBLISHED_PASSES,
     TEST_LATENTS,
-    generate,
-    load_generator,
     protocol_name,
     protocol_settings,
     reference_numbers,
@@ -41,7 +39,9 @@ from ratlip.scores.evaluation import (
 from ratlip.scores.extractors import Extractor, cached_inception, clip_extractor, inception_extractor, judge_extractor
 from ratlip.scores.metrics import frechet_distance
 from ratlip.settings import Settings, load_settings
-from ratlip.training.loop import is_complete, sample_latents
+from ratlip.training.generation import generate, load_generator
+from ratlip.training.loop import is_complete
+from ratlip.training.step import sample_latents
 
 __all__ = ["PROTOCOLS", "protocol_name", "protocol_settings", "reference_images", "study", "study_chart"]
 CROPS = 47  # stream of random numbers of the reference's random crops

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ratlip.errors import SettingsError
-from ratlip.files import write_text
-from ratlip.report.notebooks import outputs_folder, repository, shown
+from ratlip.files import outputs_folder, repository, shown, write_text
 from ratlip.settings import Settings, load_settings
 from ratlip.studies import grid
 

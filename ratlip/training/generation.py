@@ -9,12 +9,57 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from ratlip.clip.frozen import FrozenClip, load_clip
+from ratlip.clip.frozen import FrozenClip
+from ratlip.clip.loading import load_clip
 from ratlip.errors import RunError, SettingsError
-from ratlip.scores.evaluation import generate, load_generator
+from ratlip.fast.memory import keep_freed_memory
+from ratlip.files import read_json
+from ratlip.progress import bar
 from ratlip.settings import Settings, load_settings
-from ratlip.training.loop import sample_latents
-from ratlip.workspace import best_device
+from ratlip.training.session import build_networks, read_checkpoint
+from ratlip.training.step import sample_latents
+
+
+def best_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_generator(folder: str | Path, settings: Settings, clip: FrozenClip):
+    """The run's generator as of its last checkpoint (its moving average where there is one), in eval mode."""
+    device, identity = clip.mean.device, Path(folder) / "identity.json"
+    trained_with = read_json(identity)["clip"] if identity.is_file() else clip.fingerprint
+    if trained_with != clip.fingerprint:
+        raise RunError(
+            f"{folder}: was trained with the CLIP {trained_with}, not with {clip.name} "
+            f"({clip.fingerprint}), which would draw noise; give the folder of its own CLIP"
+        )
+    networks = read_checkpoint(Path(folder) / "checkpoint.pt", device)["networks"]
+    with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten, unnoticed by the caller
+        generator, _ = build_networks(settings, clip)
+    if "average" in networks:
+        state = {
+            key.removeprefix("module."): value for key, value in networks["average"].items() if key != "n_averaged"
+        }
+    else:
+        state = networks["generator"]
+    generator.load_state_dict(state)
+    return generator.to(device).eval()
+
+
+@torch.no_grad()
+def generate(generator, latent: Tensor, sentence: Tensor, batch_size: int = 64, progress: bool = False) -> Tensor:
+    """Images (N,3,S,S) clamped to [-1,1] on the CPU for latent (N,Z) and sentences (N,E), in batches."""
+    device = next(generator.parameters()).device
+    if device.type == "cpu":
+        keep_freed_memory()
+    batches = list(zip(latent.split(batch_size), sentence.split(batch_size), strict=True))
+    return torch.cat(
+        [
+            generator(z.to(device), s.to(device)).clamp(-1, 1).float().cpu()
+            for z, s in bar(batches, desc="generate", unit="batch", enabled=progress)
+        ]
+    )
 
 
 def _device(name: str) -> torch.device:

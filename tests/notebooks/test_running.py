@@ -10,9 +10,12 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from ratlip.errors import RunError, SettingsError
+from ratlip.files import outputs_folder, repository
+from ratlip.plots import pictures
 from ratlip.report import notebooks
 from ratlip.settings import load_settings
 from ratlip.studies import grid, workflow
+from ratlip.workspace import open_workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,24 +33,22 @@ def write(path: Path, *sources: str) -> Path:
 def test_outputs_are_found_from_the_root_whatever_the_current_folder(monkeypatch, inside):
     monkeypatch.chdir(ROOT / inside)
     monkeypatch.delenv("RATLIP_OUTPUTS", raising=False)
-    assert notebooks.repository() == ROOT
-    assert notebooks.outputs_folder("demo") == ROOT / "outputs" / "demo"
-    assert notebooks.outputs_folder("mine/tiny.yaml") == ROOT / "outputs" / "tiny"
-    assert notebooks.outputs_folder("demo", "elsewhere") == ROOT / "elsewhere"
-    assert notebooks.figure_path("reports/demo", "grid.png") == ROOT / "reports/demo/figures/grid.png"
-    assert notebooks.figure_path(None, "grid.png") is None
+    assert repository() == ROOT
+    assert outputs_folder("demo") == ROOT / "outputs" / "demo"
+    assert outputs_folder("mine/tiny.yaml") == ROOT / "outputs" / "tiny"
+    assert outputs_folder("demo", "elsewhere") == ROOT / "elsewhere"
+    assert pictures.figure_path("reports/demo", "grid.png") == ROOT / "reports/demo/figures/grid.png"
+    assert pictures.figure_path(None, "grid.png") is None
 
 
 class TestWorkspace:
     def test_none_and_empty_keep_what_the_profile_says(self, tmp_path):
-        plain = notebooks.open_workspace("smoke", tmp_path).settings
-        same = notebooks.open_workspace(
-            "smoke", tmp_path, settings=None, conditioning=None, seed="", steps=None
-        ).settings
+        plain = open_workspace("smoke", tmp_path).settings
+        same = open_workspace("smoke", tmp_path, settings=None, conditioning=None, seed="", steps=None).settings
         assert same == plain
 
     def test_parameters_reach_their_settings(self, tmp_path):
-        workspace = notebooks.open_workspace(
+        workspace = open_workspace(
             "smoke", tmp_path, conditioning="cat", attention="none", seed=3, steps=5, settings={"training.ema": 0.5}
         )
         s = workspace.settings
@@ -62,12 +63,12 @@ class TestWorkspace:
 
     @pytest.mark.parametrize("given", ["clip.steps=7 model.hidden_size=16", ["clip.steps=7", "model.hidden_size=16"]])
     def test_further_settings_as_text_or_list(self, tmp_path, given):
-        s = notebooks.open_workspace("smoke", tmp_path, settings=given).settings
+        s = open_workspace("smoke", tmp_path, settings=given).settings
         assert (s.clip.steps, s.model.hidden_size) == (7, 16)
 
     def test_a_wrong_value_is_named(self, tmp_path):
         with pytest.raises(SettingsError, match="model.conditioning='rta'"):
-            notebooks.open_workspace("smoke", tmp_path, conditioning="rta")
+            open_workspace("smoke", tmp_path, conditioning="rta")
 
 
 class TestTidy:

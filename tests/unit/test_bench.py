@@ -16,7 +16,7 @@ from ratlip.networks.attention import Conv3x3
 from ratlip.studies import bench
 from ratlip.studies.bench_parts import Parts, count_operations, matrix_rate, step_in_parts
 from ratlip.studies.bench_plain import plain_generate, plain_optimisers, plain_step
-from ratlip.training.loop import training_step
+from ratlip.training.step import training_step
 
 ARMS = {
     "rat": {},

@@ -5,7 +5,7 @@ import pandas as pd
 import torch
 
 from ratlip.plots import charts
-from ratlip.studies.grid import Difference
+from ratlip.studies.compare import Difference
 
 FRAME = pd.DataFrame(
     [

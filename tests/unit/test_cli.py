@@ -8,9 +8,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from ratlip.cli import app, read_overrides
+from ratlip.cli import app
 from ratlip.errors import SettingsError
-from ratlip.settings import load_settings, profile_names
+from ratlip.settings import load_settings, profile_names, read_overrides
 
 COMMANDS = ["profiles", "download", "prepare", "clip", "train", "evaluate", "generate"]
 RED = "a large red ring on the left on a white background"

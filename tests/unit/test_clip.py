@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import ratlip  # noqa: F401, I001  (before open_clip: it makes torchvision importable)
-from ratlip.clip.frozen import FrozenClip, build_small_clip, load_clip, normalise
+from ratlip.clip.frozen import FrozenClip, normalise
+from ratlip.clip.loading import build_small_clip, load_clip
 from ratlip.clip.vocabulary import PAD, START, UNKNOWN, Vocabulary
 from ratlip.errors import WeightsError
 from ratlip.settings import ClipSettings

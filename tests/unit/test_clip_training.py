@@ -11,16 +11,10 @@ import torch
 
 import ratlip  # noqa: F401, I001  (before open_clip: it makes torchvision importable)
 from ratlip.clip import small
-from ratlip.clip.frozen import load_clip
+from ratlip.clip.loading import load_clip
+from ratlip.clip.pairs import PairBatches, caption_groups, neighbourhoods
 from ratlip.clip.retrieval import centre_square, embed_captions, retrieval
-from ratlip.clip.small import (
-    PairBatches,
-    caption_groups,
-    contrastive_loss,
-    learning_rate,
-    neighbourhoods,
-    train_small_clip,
-)
+from ratlip.clip.small import contrastive_loss, learning_rate, train_small_clip
 from ratlip.errors import DataError, RunError, WeightsError
 from ratlip.settings import ClipSettings
 

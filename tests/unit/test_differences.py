@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ratlip.clip.small import caption_groups
+from ratlip.clip.pairs import caption_groups
 from ratlip.data.batches import to_network
 from ratlip.errors import RunError, SettingsError
 from ratlip.scores.extractors import published_range
@@ -14,9 +14,9 @@ from ratlip.settings import load_settings
 from ratlip.studies import paper_versus_code
 from ratlip.studies import paper_versus_code_protocol as protocol
 from ratlip.studies.grid import overridden
-from ratlip.training import loop
+from ratlip.training import session
 from ratlip.training.generation import Run, file_names
-from ratlip.training.loop import sample_latents
+from ratlip.training.step import sample_latents
 
 ARMS = {
     "published": {"model.conditioning": "rat-official", "model.rat_scope": "mapper"},
@@ -31,7 +31,7 @@ def variants(smoke):
     made = {}
     for name, overrides in ARMS.items():
         settings = overridden(smoke.settings, {**overrides, "model.mapper_blocks": 2})
-        generator = loop.build_networks(settings, smoke.workspace.clip)[0].eval()
+        generator = session.build_networks(settings, smoke.workspace.clip)[0].eval()
         made[name] = paper_versus_code.with_random_affines(generator, seed=1)
     return made
 
@@ -243,11 +243,11 @@ def test_names_as_published_on_the_command_line(ratlip, smoke, tmp_path):
 
 def test_parameters_that_get_no_gradient_are_the_dead_ones(smoke):
     clip = smoke.workspace.clip
-    with_dead = loop.build_networks(overridden(smoke.settings, {"model.unused_shortcuts": True}), clip)[1]
+    with_dead = session.build_networks(overridden(smoke.settings, {"model.unused_shortcuts": True}), clip)[1]
     idle = protocol.without_gradient(with_dead, clip)
     assert idle and all("shortcut" in name for name in idle)
     assert sum(idle.values()) == protocol.dead_parameters(with_dead)
-    assert protocol.without_gradient(loop.build_networks(smoke.settings, clip)[1], clip) == {}
+    assert protocol.without_gradient(session.build_networks(smoke.settings, clip)[1], clip) == {}
     assert protocol.dead_parameters(paper_versus_code.full_size()[1]) == 2 * (768 * 768 + 768)  # 1.18 million
     assert protocol.dead_parameters(paper_versus_code.full_size("cub")[1]) == 0
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from ratlip import cache
-from ratlip.clip.frozen import FrozenClip, build_small_clip
+from ratlip.clip.frozen import FrozenClip
+from ratlip.clip.loading import build_small_clip
 from ratlip.errors import RunError, SettingsError
 from ratlip.files import read_json
 from ratlip.scores import evaluation
 from ratlip.settings import load_settings
-from ratlip.training import loop
+from ratlip.training import generation, session, step
 
 DISTANCES = ("frechet_distance", "kernel_distance", "kernel_distance_sd", "inception_score", "precision", "recall")
 
@@ -119,10 +120,10 @@ def test_the_batch_size_of_the_scores_does_not_change_them(smoke):
 
 
 def test_every_caption_of_a_partial_batch_becomes_an_image(smoke):
-    generator = evaluation.load_generator(smoke.run, smoke.settings, smoke.workspace.clip)
-    latent, sentence = loop.sample_latents(0, 1, 11, 8), smoke.workspace.sentences("test")[:11]
-    whole = evaluation.generate(generator, latent, sentence, batch_size=64)
-    parts = evaluation.generate(generator, latent, sentence, batch_size=4)
+    generator = generation.load_generator(smoke.run, smoke.settings, smoke.workspace.clip)
+    latent, sentence = step.sample_latents(0, 1, 11, 8), smoke.workspace.sentences("test")[:11]
+    whole = generation.generate(generator, latent, sentence, batch_size=64)
+    parts = generation.generate(generator, latent, sentence, batch_size=4)
     assert whole.shape == (11, 3, 16, 16) and whole.abs().max() <= 1
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
     assert whole.flatten(1).std(dim=0).mean() > 1e-3  # they differ among one another
@@ -141,8 +142,8 @@ def test_pairs_go_through_the_split_and_then_through_the_next_captions(smoke):
 
 
 def test_the_averaged_generator_is_the_one_that_is_scored(smoke):
-    saved = loop.read_checkpoint(smoke.run / "checkpoint.pt", "cpu")["networks"]
-    generator = evaluation.load_generator(smoke.run, smoke.settings, smoke.workspace.clip)
+    saved = session.read_checkpoint(smoke.run / "checkpoint.pt", "cpu")["networks"]
+    generator = generation.load_generator(smoke.run, smoke.settings, smoke.workspace.clip)
     assert not generator.training
     loaded = {key: value.cpu() for key, value in generator.state_dict().items()}
     for key, value in loaded.items():
@@ -154,7 +155,7 @@ def test_loading_a_generator_leaves_the_callers_random_numbers_alone(smoke):
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    evaluation.load_generator(smoke.run, smoke.settings, smoke.workspace.clip)
+    generation.load_generator(smoke.run, smoke.settings, smoke.workspace.clip)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -163,7 +164,7 @@ def test_a_run_of_another_clip_is_not_scored(smoke, tmp_path):
     text = (folder / "identity.json").read_text()
     (folder / "identity.json").write_text(text.replace(smoke.workspace.clip.fingerprint, "0123456789ab"))
     with pytest.raises(RunError, match="was trained with the CLIP 0123456789ab"):
-        evaluation.load_generator(folder, smoke.settings, smoke.workspace.clip)
+        generation.load_generator(folder, smoke.settings, smoke.workspace.clip)
 
 
 def test_a_run_that_is_not_complete_is_not_scored(smoke, tmp_path):
@@ -221,7 +222,7 @@ def test_an_independent_clip_of_another_image_size_sees_the_images_resized(smoke
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same_scores(smoke, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "RECORD_EVERY", 2)
-    plain, drawn = evaluation.generate, []
+    plain, drawn = generation.generate, []
 
     def stops(generator, latent, sentence, batch_size):
         drawn.append(len(latent))

@@ -10,7 +10,7 @@ import pytest
 
 from ratlip.errors import RunError
 from ratlip.settings import load_settings
-from ratlip.studies import grid
+from ratlip.studies import compare, grid
 from ratlip.workspace import Workspace
 
 
@@ -88,35 +88,35 @@ def frame(**variants) -> pd.DataFrame:
 
 class TestDifferences:
     def test_the_interval_is_students(self):
-        found = grid.paired(frame(a=[3.0, 5.0, 4.0], b=[1.0, 2.0, 3.0]), "a", "b", "score")
+        found = compare.paired(frame(a=[3.0, 5.0, 4.0], b=[1.0, 2.0, 3.0]), "a", "b", "score")
         # differences 2, 3, 1: mean 2, s = 1, t(0.975, 2) = 4.3027
         assert found.mean == pytest.approx(2) and found.high - found.mean == pytest.approx(4.3027 / math.sqrt(3), 1e-4)
         assert found.verdict == "undecided" and found.n == 3
 
     def test_verdicts_follow_the_direction_of_the_score(self):
         table = frame(a=[3.0, 3.1, 3.2], b=[1.0, 1.1, 1.21])
-        assert grid.paired(table, "a", "b", "score").verdict == "supported"
-        assert grid.paired(table, "b", "a", "score").verdict == "contradicted"
-        assert grid.paired(table, "a", "b", "score", higher_is_better=False).verdict == "contradicted"
+        assert compare.paired(table, "a", "b", "score").verdict == "supported"
+        assert compare.paired(table, "b", "a", "score").verdict == "contradicted"
+        assert compare.paired(table, "a", "b", "score", higher_is_better=False).verdict == "contradicted"
 
     def test_pairs_are_made_by_seed(self):
         table = frame(a=[1.0, 9.0], b=[0.0, 8.0])
-        assert grid.paired(table.sample(frac=1, random_state=1), "a", "b", "score").verdict == "supported"
+        assert compare.paired(table.sample(frac=1, random_state=1), "a", "b", "score").verdict == "supported"
 
     def test_one_seed_decides_nothing(self):
-        found = grid.paired(frame(a=[9.0], b=[1.0]), "a", "b", "score")
+        found = compare.paired(frame(a=[9.0], b=[1.0]), "a", "b", "score")
         assert found.verdict == "undecided" and found.low == -math.inf
 
     def test_a_seed_that_one_arm_lacks_is_left_out(self):
-        assert grid.paired(frame(a=[1.0, 2.0, 3.0], b=[1.0, 2.0]), "a", "b", "score").n == 2
+        assert compare.paired(frame(a=[1.0, 2.0, 3.0], b=[1.0, 2.0]), "a", "b", "score").n == 2
 
     def test_a_missing_arm_is_named(self):
         with pytest.raises(ValueError, match="no runs of 'c'; there are a, b"):
-            grid.paired(frame(a=[1.0], b=[1.0]), "c", "a", "score")
+            compare.paired(frame(a=[1.0], b=[1.0]), "c", "a", "score")
 
     def test_several_scores_together(self):
         def said(*verdicts):
-            return grid.verdict([grid.Difference(0, 0, 0, 2, each) for each in verdicts])
+            return compare.verdict([compare.Difference(0, 0, 0, 2, each) for each in verdicts])
 
         assert said("undecided", "supported") == "supported"
         assert said("contradicted", "undecided") == "contradicted"
@@ -129,7 +129,7 @@ class TestDifferences:
             "clip_similarity": [0.9],
             "independent_similarity": [np.nan],
         }
-        assert list(grid.quality(pd.DataFrame(columns))) == ["judge_all", "frechet_distance"]
+        assert list(compare.quality(pd.DataFrame(columns))) == ["judge_all", "frechet_distance"]
 
 
 @pytest.fixture(scope="module")
@@ -187,4 +187,4 @@ class TestRuns:
     ],
 )
 def test_two_digits_are_shown(values, digits):
-    assert grid.decimals(*values) == digits
+    assert compare.decimals(*values) == digits

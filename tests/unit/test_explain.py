@@ -261,7 +261,7 @@ class TestValidation:
             "random weights": False,
             "another image": True,
         }
-        assert not grad_cam.compare(smoke.workspace.clip, m, [PAPER])["valid"].any()
+        assert not grad_cam.compare_methods(smoke.workspace.clip, m, [PAPER])["valid"].any()
 
     def test_a_lead_within_two_standard_errors_is_none(self):
         lead = np.random.default_rng(0).normal(0, 1, 100)

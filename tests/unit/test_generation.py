@@ -7,9 +7,8 @@ import torch
 
 import ratlip
 from ratlip.errors import RunError, SettingsError, WeightsError
-from ratlip.scores import evaluation
 from ratlip.settings import load_settings
-from ratlip.training import loop
+from ratlip.training import generation, session, step
 
 RED = "a large red ring on the left on a white background"
 BLUE = "a small blue square on the right on a black background"
@@ -48,14 +47,14 @@ def test_an_image_depends_on_its_batch_mates_in_the_published_code_only(smoke, c
     """official.md, rows 1 and 2. With weights off their start, where affines are blind to their condition."""
     scope = "mapper" if conditioning == "rat-official" else "generator"
     settings = load_settings("smoke", {"model.conditioning": conditioning, "model.rat_scope": scope})
-    generator = loop.build_networks(settings, smoke.workspace.clip)[0].to(smoke.workspace.clip.mean.device).eval()
+    generator = session.build_networks(settings, smoke.workspace.clip)[0].to(smoke.workspace.clip.mean.device).eval()
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    latent, sentence = loop.sample_latents(0, 0, 8, 8), smoke.workspace.sentences("test")[::60]
-    mates = torch.cat([latent[:1], loop.sample_latents(1, 0, 7, 8)]), torch.cat([sentence[:1], sentence[1:].flip(0)])
+    latent, sentence = step.sample_latents(0, 0, 8, 8), smoke.workspace.sentences("test")[::60]
+    mates = torch.cat([latent[:1], step.sample_latents(1, 0, 7, 8)]), torch.cat([sentence[:1], sentence[1:].flip(0)])
     alone, one, other = (
-        evaluation.generate(generator, *pair)[0] for pair in ((latent[:1], sentence[:1]), (latent, sentence), mates)
+        generation.generate(generator, *pair)[0] for pair in ((latent[:1], sentence[:1]), (latent, sentence), mates)
     )
     change = max((one - other).abs().max().item(), (one - alone).abs().max().item())
     assert change > 1e-3 if depends else change < 1e-5

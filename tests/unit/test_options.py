@@ -9,7 +9,7 @@ from ratlip.errors import SettingsError
 from ratlip.fast import options
 from ratlip.settings import load_settings
 from ratlip.studies import bench
-from ratlip.training.loop import training_step
+from ratlip.training.step import training_step
 
 
 def stepped(folder, overrides, steps=2):

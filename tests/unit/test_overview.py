@@ -5,11 +5,9 @@ import pytest
 import torch
 
 from ratlip.plots import overview
-from ratlip.report import notebooks
-from ratlip.scores import evaluation
 from ratlip.studies import neighbours
 from ratlip.training import generation
-from ratlip.training.loop import sample_latents
+from ratlip.training.step import sample_latents
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,7 @@ def test_curves_have_a_thin_line_a_seed_and_a_thick_one_an_arm():
 
 
 def test_kept_as_png_and_as_the_same_svg_every_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(notebooks, "repository", lambda: tmp_path)
+    monkeypatch.setattr(pictures, "repository", lambda: tmp_path)
     figure = overview.training_curves({"CAT": logs(1)}, {"g_logit": "logit"})
     assert overview.keep(figure, "reports/x", "curves") is figure
     folder = tmp_path / "reports/x/figures"
@@ -50,8 +48,8 @@ def test_paths_begin_and_end_at_their_captions_and_noises(run):
     latents = overview.between_latents(run, first, steps=5)
     ends = run.clip.embed_text([first, last]).cpu()
     one = sample_latents(1, 0, 1, size).expand(2, -1)
-    assert torch.allclose(words[[0, -1]], evaluation.generate(run.generator, one, ends), atol=1e-5)
-    two = evaluation.generate(run.generator, sample_latents(1, 0, 2, size), ends[:1].expand(2, -1))
+    assert torch.allclose(words[[0, -1]], generation.generate(run.generator, one, ends), atol=1e-5)
+    two = generation.generate(run.generator, sample_latents(1, 0, 2, size), ends[:1].expand(2, -1))
     assert torch.allclose(latents[[0, -1]], two, atol=1e-5)
     assert words.shape == latents.shape == (5, 3, 16, 16)
 

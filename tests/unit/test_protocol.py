@@ -13,6 +13,7 @@ from ratlip.errors import RunError
 from ratlip.scores import evaluation, extractors
 from ratlip.settings import load_settings
 from ratlip.studies import protocol
+from ratlip.training import generation
 from ratlip.workspace import Workspace
 
 KEYS = {"aspect", "variant", "images", "value", "label", "real"}
@@ -56,11 +57,11 @@ def test_images_are_nested_and_their_spread_is_over_disjoint_parts(smoke, rows):
     assert found[1]["real"] == pytest.approx(smoke.scores["real"]["frechet_distance"], rel=1e-4)
     assert found[2]["value"] == found[2]["mean"] and found[2]["real"] is None  # 48 test images, not 96
     workspace, clip = smoke.workspace, smoke.workspace.clip
-    generator = evaluation.load_generator(smoke.run, smoke.settings, clip)
+    generator = generation.load_generator(smoke.run, smoke.settings, clip)
     latent = evaluation.sample_latents(0, evaluation.TEST_LATENTS, 96, 8)
     sentence = clip.embed_text(evaluation.test_pairs(workspace.prepared, 96)[1]).cpu()
     extractor = extractors.clip_extractor(workspace.independent)
-    features = extractor(evaluation.generate(generator, latent, sentence))["features"]
+    features = extractor(generation.generate(generator, latent, sentence))["features"]
     reference = extractor(real_images(workspace.prepared.train, range(192), 16, 16))["features"]
     parts = [evaluation.frechet_distance(part, reference) for part in features.split(24)]
     assert found[0]["value"] == pytest.approx(parts[0], rel=1e-3)

@@ -14,6 +14,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
+from ratlip import files
 from ratlip.errors import RunError
 from ratlip.report import html, notebooks, page, summary, tables
 from ratlip.settings import load_settings
@@ -77,22 +78,22 @@ def executed(path: Path, picture_from: Path | None = None) -> Path:
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A repository root of its own, with an empty report and no outputs."""
-    for module in (page, notebooks):
+    for module in (page, notebooks, files):
         monkeypatch.setattr(module, "repository", lambda: tmp_path)
     monkeypatch.setenv("RATLIP_OUTPUTS", str(tmp_path / "outputs"))
     (tmp_path / "reports" / "smoke").mkdir(parents=True)
     return tmp_path
 
 
-def check_links(page: Path) -> Page:
-    parsed = Page(page.read_text("utf-8"))
+def check_links(opened: Path) -> Page:
+    parsed = Page(opened.read_text("utf-8"))
     assert not parsed.wrong and not parsed.open
     for link in parsed.links:
         assert not re.match(r"\w+://|/|file:", link), link
         if link.startswith("#"):
             assert link[1:] in parsed.ids, link
         elif not link.startswith("data:"):
-            assert (page.parent / link).is_file(), link
+            assert (opened.parent / link).is_file(), link
     assert all(parsed.alts)
     return parsed
 
@@ -126,10 +127,10 @@ class TestVerdicts:
 
 class TestPage:
     def test_an_empty_report_says_what_is_missing_and_how_to_make_it(self, home):
-        page = page.build("smoke")
-        check_links(page)
-        text = page.read_text("utf-8")
-        assert page == home / "reports/smoke/index.html"
+        opened = page.build("smoke")
+        check_links(opened)
+        text = opened.read_text("utf-8")
+        assert opened == home / "reports/smoke/index.html"
         assert text.count("not answered yet") >= len(page.QUESTIONS)
         assert all(f"{name}: not run yet" in text for name in notebooks.STORY)
         assert "make reproduce PROFILE=smoke" in text and "ratlip.studies.grid --profile smoke --run" in text
@@ -159,9 +160,11 @@ class TestPage:
             "reproducibility.md",
             "provenance.json",
         } <= set(parsed.links)
-        for page in full.parent.rglob("*.html"):
-            assert "http" not in re.sub(r'http-equiv|"http://www\.w3\.org/[^"]*"', "", page.read_text("utf-8")).lower()
-            assert page.stat().st_size < 2 * 2**20
+        for opened in full.parent.rglob("*.html"):
+            assert (
+                "http" not in re.sub(r'http-equiv|"http://www\.w3\.org/[^"]*"', "", opened.read_text("utf-8")).lower()
+            )
+            assert opened.stat().st_size < 2 * 2**20
 
     def test_what_comes_from_results_is_escaped(self, full):
         text = full.read_text("utf-8")
@@ -215,8 +218,8 @@ class TestPage:
 class TestNotebookPage:
     def test_pictures_have_the_heading_as_alternative_text(self, tmp_path):
         picture(tmp_path / "p.png")
-        page = html.notebook_page(executed(tmp_path / "04.ipynb", tmp_path / "p.png"), tmp_path / "04.html")
-        text = page.read_text("utf-8")
+        opened = html.notebook_page(executed(tmp_path / "04.ipynb", tmp_path / "p.png"), tmp_path / "04.html")
+        text = opened.read_text("utf-8")
         assert 'alt="Figure: The pictures"' in text and "two &amp; &lt;two&gt;" in text
         assert "<title>4. Does it help?</title>" in text and "Question." in text
 
@@ -250,8 +253,8 @@ class TestNotebookPage:
         source = executed(tmp_path / "a.ipynb", tmp_path / "p.png")
         whole = html.notebook_page(source, tmp_path / "whole.html").stat().st_size
         monkeypatch.setattr(html, "LIMIT", 100_000)
-        page = html.notebook_page(source, tmp_path / "a.html")
-        assert page.stat().st_size < 100_000 < whole and 'src="a_files/01.png"' in page.read_text("utf-8")
+        opened = html.notebook_page(source, tmp_path / "a.html")
+        assert opened.stat().st_size < 100_000 < whole and 'src="a_files/01.png"' in opened.read_text("utf-8")
         assert (tmp_path / "a_files/01.png").read_bytes() == (tmp_path / "p.png").read_bytes()
 
     def test_a_damaged_notebook_is_named(self, tmp_path):

@@ -7,7 +7,7 @@ from lightning_fabric.plugins.precision.precision import Precision
 from ratlip.errors import SettingsError
 from ratlip.settings import load_settings
 from ratlip.studies import paper_versus_code_protocol
-from ratlip.training import loop
+from ratlip.training import loop, step
 
 QUIET = {"training.sample_every": 1000}
 
@@ -16,12 +16,12 @@ QUIET = {"training.sample_every": 1000}
 def sitting(smoke, tmp_path, monkeypatch):
     """`sitting(way, **options)` trains smoke, one folder for each way; -> what each step was given."""
     given = []
-    step = loop.training_step
+    training_step = step.training_step
 
     def watched(run, batch):
-        latent = loop.sample_latents(run.settings.seed, run.draw, 2, 4)
+        latent = step.sample_latents(run.settings.seed, run.draw, 2, 4)
         given.append((run.step, batch["image"].tolist(), batch["caption"].tolist(), latent))
-        return step(run, batch)
+        return training_step(run, batch)
 
     monkeypatch.setattr(loop, "training_step", watched)
 

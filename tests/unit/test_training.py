@@ -17,8 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ratlip.errors import RunError, SettingsError
 from ratlip.settings import load_settings
-from ratlip.training import loop
-from ratlip.training.loop import read_checkpoint, train
+from ratlip.training import loop, session, step
+from ratlip.training.loop import train
+from ratlip.training.session import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -370,7 +371,7 @@ def test_the_average_follows_its_formula(smoke, run):
     folders = [run(str(k), {"training.steps": k, "training.ema": decay}) for k in (1, 2, 3)]
     seen = [generator_weights(folder) for folder in folders]
     last = checkpoint(folders[-1])["networks"]
-    for name, _ in loop.build_networks(smoke.settings, smoke.workspace.clip)[0].named_parameters():
+    for name, _ in session.build_networks(smoke.settings, smoke.workspace.clip)[0].named_parameters():
         expected = seen[0][name]
         for n, weights in enumerate(seen[1:], start=1):
             keep = min(decay, (1 + n) / (10 + n))
@@ -392,13 +393,13 @@ def test_epochs_become_steps_rounded_up():
 
 
 def test_noise_is_a_function_of_seed_step_and_process():
-    base = loop.sample_latents(0, 5, 4096, 8)
-    assert torch.equal(base, loop.sample_latents(0, 5, 4096, 8))
-    assert torch.equal(base[:3], loop.sample_latents(0, 5, 3, 8))  # fewer images get the same latents
+    base = step.sample_latents(0, 5, 4096, 8)
+    assert torch.equal(base, step.sample_latents(0, 5, 4096, 8))
+    assert torch.equal(base[:3], step.sample_latents(0, 5, 3, 8))  # fewer images get the same latents
     for other in (
-        loop.sample_latents(1, 5, 4096, 8),
-        loop.sample_latents(0, 6, 4096, 8),
-        loop.sample_latents(0, 5, 4096, 8, rank=1),
+        step.sample_latents(1, 5, 4096, 8),
+        step.sample_latents(0, 6, 4096, 8),
+        step.sample_latents(0, 5, 4096, 8, rank=1),
     ):
         assert abs(torch.corrcoef(torch.stack([base.flatten(), other.flatten()]))[0, 1]) < 0.03
     assert abs(base.mean()) < 0.03 and abs(base.std() - 1) < 0.03
@@ -407,12 +408,12 @@ def test_noise_is_a_function_of_seed_step_and_process():
 def test_roll_takes_the_neighbours_sentence():
     sentences, groups = torch.arange(10.0)[:, None].expand(10, 3), torch.arange(10)
     for mode in ("roll", "published"):
-        wrong = loop.mismatch(torch.tensor([7, 2, 5, 0]), sentences, groups, mode, seed=0, step=0)
+        wrong = step.mismatch(torch.tensor([7, 2, 5, 0]), sentences, groups, mode, seed=0, step=0)
         assert wrong[:, 0].tolist() == [2, 5, 0, 7]
-    alone = loop.mismatch(torch.tensor([4]), sentences, groups, "published", seed=0, step=0)
+    alone = step.mismatch(torch.tensor([4]), sentences, groups, "published", seed=0, step=0)
     assert alone[:, 0].tolist() == [4]  # difference 7: the "mismatched" sentence is the true one
     with pytest.raises(ValueError, match="at least 2"):
-        loop.mismatch(torch.tensor([4]), sentences, groups, "roll", seed=0, step=0)
+        step.mismatch(torch.tensor([4]), sentences, groups, "roll", seed=0, step=0)
 
 
 def test_similar_never_takes_a_true_caption_for_want_of_others():
@@ -421,8 +422,8 @@ def test_similar_never_takes_a_true_caption_for_want_of_others():
     groups[0] = 1
     sentences = torch.eye(400)
     captions = torch.tensor([5, 0, 6, 0])
-    for step in range(20):
-        wrong = loop.mismatch(captions, sentences, groups, "similar", seed=0, step=step).argmax(dim=1)
+    for number in range(20):
+        wrong = step.mismatch(captions, sentences, groups, "similar", seed=0, step=number).argmax(dim=1)
         assert wrong[::2].tolist() == [0, 0]  # the neighbour's, or the only other one there is
 
 
@@ -432,7 +433,7 @@ def test_similar_takes_close_captions_of_other_images():
     groups = torch.arange(300) // 10
     sentences = (torch.randn(30, 4) + 1)[groups] + 0.01 * torch.randn(300, 4)
     captions = torch.arange(0, 160, 20)
-    similar = loop.mismatch(captions, sentences, groups, "similar", 0, 0)
+    similar = step.mismatch(captions, sentences, groups, "similar", 0, 0)
     drawn = torch.cdist(similar, sentences).argmin(dim=1)
     assert torch.equal(sentences[drawn], similar)
     assert (groups[drawn[::2]] != groups[captions[::2]]).all()
@@ -441,7 +442,7 @@ def test_similar_takes_close_captions_of_other_images():
     everything = torch.nn.functional.normalize(sentences) @ torch.nn.functional.normalize(sentences).T
     assert (cosine > everything[captions[::2]].median(dim=1).values).all()
     again, *others = (
-        loop.mismatch(captions, sentences, groups, "similar", *key) for key in ((0, 0), (1, 0), (0, 1), (0, 0, 1))
+        step.mismatch(captions, sentences, groups, "similar", *key) for key in ((0, 0), (1, 0), (0, 1), (0, 0, 1))
     )
     assert torch.equal(similar, again)
     assert not any(torch.equal(similar, other) for other in others)  # by seed, step and process
@@ -452,7 +453,7 @@ def test_networks_that_do_not_fit_the_clip_are_refused(smoke):
     for wrong in ({"model.image_size": 32}, {"model.feature_blocks": [0, 3]}, {"model.prompt_blocks": [7]}):
         settings = load_settings("smoke", {**pretrained, **wrong})
         with pytest.raises(SettingsError, match=r"takes images of 16 px and has the blocks 0 to 2; set"):
-            loop.build_networks(settings, smoke.workspace.clip)
+            session.build_networks(settings, smoke.workspace.clip)
 
 
 @pytest.mark.parametrize(
