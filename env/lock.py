@@ -5,7 +5,7 @@
     python env/lock.py --upgrade    # takes the newest of everything
     make test                       # tests/unit/test_pins.py: the files agree
 
-Both locks hold the same versions for Python 3.10 and newer; the GPU lock adds the CUDA packages of PyTorch's
+Both locks hold the same versions for Python 3.11 and newer; the GPU lock adds the CUDA packages of PyTorch's
 Linux build, which the CPU lock leaves to whatever build of PyTorch pip finds.
 """
 import subprocess
@@ -33,7 +33,7 @@ def lock(name, settings, *options):
         subprocess.run(
             [
                 *("uv", "pip", "compile", "pyproject.toml", "--all-extras"),
-                *("--universal", "--python-version", "3.10", "--config-file", config),
+                *("--universal", "--python-version", "3.11", "--config-file", config),
                 *("--no-annotate", "--no-header", "--quiet", "--output-file", target, *options),
             ],
             cwd=HERE.parent,

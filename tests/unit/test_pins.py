@@ -1,17 +1,12 @@
 """pyproject.toml, environment.yml and env/ name the same versions, and no one machine's places."""
 
-import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = {"cpu": ROOT / "env/requirements-cpu.txt", "gpu": ROOT / "env/requirements-gpu.txt"}
@@ -28,7 +23,7 @@ PLACES = [
         "platform_python_implementation": "CPython",
         "extra": "",
     }
-    for python in ("3.10", "3.11", "3.12", "3.13", "3.14")
+    for python in ("3.11", "3.12", "3.13", "3.14")
     for system, machine in (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
 ]
 CONDA_PYTHON = "3.11"
@@ -109,4 +104,4 @@ def test_pyproject_takes_the_oldest_pytorch_and_python_we_support():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     torch = next(Requirement(line) for line in project["dependencies"] if line.startswith("torch>"))
     assert "2.11.0" in torch.specifier and "2.10.0" not in torch.specifier
-    assert project["requires-python"] == ">=3.10"
+    assert project["requires-python"] == ">=3.11"
