@@ -67,24 +67,22 @@ def download(dataset: str, root: str | Path, *, progress: bool = True, keep_arch
 def _fetch(remote: Remote, root: Path, progress: bool) -> Path:
     """The checked file in `root`; one that is there with the right checksum is taken as it is."""
     pooch.get_logger().setLevel("WARNING")  # its notes on each step would break the progress bar
-    url, checksum = remote.url, remote.checksum
+    url, checksum, name = remote.url, remote.checksum, remote.url.rsplit("/", 1)[-1]
     by_hand = f"or fetch {url} elsewhere, put it into {root} and run this again"
-    downloader = ResumingDownloader(root / f"{remote.name}.part", progress)
+    downloader = ResumingDownloader(root / f"{name}.part", progress)
     try:
-        return Path(pooch.retrieve(url, checksum, remote.name, root, downloader=downloader))
+        return Path(pooch.retrieve(url, checksum, name, root, downloader=downloader))
     except requests.HTTPError as error:
-        status = error.response.status_code
-        raise DataError(f"{url}: the server answered {status}; try again later, {by_hand}") from error
+        wrong = f"the server answered {error.response.status_code}; try again later"
+        raise DataError(f"{url}: {wrong}, {by_hand}") from error
     except requests.RequestException as error:
-        raise DataError(
-            f"{urlsplit(url).hostname} cannot be reached, or the connection broke off (is there a network?); what has "
-            f"come so far is kept: run this again, {by_hand}"
-        ) from error
+        wrong = "cannot be reached, or the connection broke off (is there a network?); what has come so far is kept"
+        raise DataError(f"{urlsplit(url).hostname} {wrong}: run this again, {by_hand}") from error
     except ValueError as error:  # pooch: the checksum differs; it has removed the file
-        wrong = f"what came has not the checksum {checksum} and was removed"
-        raise DataError(f"{url}: {wrong}; run this again, {by_hand}") from error
+        wrong = f"what came has not the checksum {checksum} and was removed; run this again"
+        raise DataError(f"{url}: {wrong}, {by_hand}") from error
     except OSError as error:
-        raise DataError(f"{root / remote.name}: cannot be written ({error})") from error
+        raise DataError(f"{root / name}: cannot be written ({error})") from error
 
 
 class ResumingDownloader:

@@ -52,6 +52,7 @@ https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html:
 )
 COMPLETE = {"images": 202599, "identities": 10177}
 TINY_SIZE, TINY_PER_IDENTITY, TEST_SHARE = 6000, 2, 5
+OFFICIAL_SPLITS = {"0": "train", "1": "train", "2": "test"}
 ATTRIBUTES = frozenset(
     """5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair
     Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male
@@ -78,9 +79,6 @@ PHRASES = {  # what attributes are called, by their part in a sentence
 }
 
 
-# --------------------------------------------------------------------------------------------------- reading
-
-
 def read(root: str | Path, tiny: bool = True, size: int = TINY_SIZE, captions_per_image: int = 10) -> Records:
     """Faces by file name as records with made captions and the identity as label.
 
@@ -97,18 +95,20 @@ def read(root: str | Path, tiny: bool = True, size: int = TINY_SIZE, captions_pe
         if identities is not None and name not in identities:
             problems.add(root / "identity_CelebA.txt", f"there is no identity for {name}")
     who = {name: (identities or {}).get(name, -1) for name in sorted(positives)}
-    split_of, rule = _split_rule(root, tiny, problems)
-    records = []
+    partition, official, records = root / "list_eval_partition.txt", None, []
+    if not tiny and partition.is_file():
+        official = read_rows(partition, fields(str, OFFICIAL_SPLITS.get), "'image partition'", problems)
     for name in tiny_subset(who, size) if tiny else who:
-        split = split_of(name, who[name])
+        split = split_of_identity(who[name]) if official is None else official.get(name)
         if split is None:
-            problems.add(root / "list_eval_partition.txt", f"there is no partition (0, 1 or 2) for {name}")
+            problems.add(partition, f"there is no partition (0, 1 or 2) for {name}")
         captions = caption_image(name, positives[name], captions_per_image)
         records.append(Record(Path(name).stem, split or "train", captions, who[name], folder / name))
+    by_identity = f"identity-disjoint: test if {TEST_SHARE} divides the first 8 hex digits of sha256('identity N')"
     by_name = f"by file name, the first {TINY_PER_IDENTITY} images of each identity, then the first {size}"
     about = {
         "tiny": tiny,
-        "split": rule,
+        "split": by_identity if official is None else "official list_eval_partition.txt: 0 and 1 are train, 2 is test",
         "rule": by_name if tiny else "all images of list_attr_celeba.txt",
         "expected_images": size if tiny else COMPLETE["images"],
         "found_images": len(records),
@@ -136,18 +136,6 @@ def split_of_identity(identity: int) -> str:
     return "test" if int(digest[:8], 16) % TEST_SHARE == 0 else "train"
 
 
-def _split_rule(root: Path, tiny: bool, problems: Problems) -> tuple[Callable[[str, int], str | None], str]:
-    """A function (file name, identity) -> "train", "test" or None (not said), and the rule in words."""
-    path = root / "list_eval_partition.txt"
-    if tiny or not path.is_file():
-        rule = f"identity-disjoint: test if {TEST_SHARE} divides the first 8 hex digits of sha256('identity N')"
-        return lambda name, identity: split_of_identity(identity), rule
-    partition = read_rows(path, fields(str, int), "'image partition'", problems) or {}
-    split_of = {0: "train", 1: "train", 2: "test"}
-    rule = "official list_eval_partition.txt: 0 and 1 are train, 2 is test"
-    return lambda name, identity: split_of.get(partition.get(name, -1)), rule
-
-
 def _read_attributes(path: Path, problems: Problems) -> dict[str, frozenset[str]]:
     """{file name: names of the attributes that are 1} of list_attr_celeba.txt."""
     count, header, *rows = [*(read_text(path) if path.is_file() else "").split("\n"), ""]
@@ -167,9 +155,6 @@ def _read_attributes(path: Path, problems: Problems) -> dict[str, frozenset[str]
     if found and count.strip() != str(listed):
         problems.add(f"{path}:1", f"says that there are {count.strip()!r} images, there are {listed} rows")
     return found or {}
-
-
-# -------------------------------------------------------------------------------------------------- captions
 
 
 def caption_image(name: str, attributes: Iterable[str], number: int = 10) -> tuple[str, ...]:

@@ -43,10 +43,11 @@ COMPLETE = {"images": 8189, "classes": 102}
 CLASSES, TEST_CLASSES = 102, 20
 
 
-def own_test_classes() -> frozenset[int]:
-    """The class numbers that our own rule puts into the test split."""
-    digests = {number: hashlib.sha256(f"class_{number:05d}".encode()).hexdigest() for number in range(1, CLASSES + 1)}
-    return frozenset(sorted(digests, key=digests.__getitem__)[:TEST_CLASSES])
+def own_split() -> dict[str, str]:
+    """{class folder: "train" or "test"} by our own rule."""
+    folders = [f"class_{number:05d}" for number in range(1, CLASSES + 1)]
+    test = sorted(folders, key=lambda folder: hashlib.sha256(folder.encode()).hexdigest())[:TEST_CLASSES]
+    return {folder: "test" if folder in test else "train" for folder in folders}
 
 
 def read(root: str | Path, human_captions_only: bool = False) -> Records:
@@ -62,16 +63,11 @@ def read(root: str | Path, human_captions_only: bool = False) -> Records:
     images = {path.stem: path for path in sorted((root / "jpg").glob("*.jpg"))}
     texts = _caption_files(root / "text_c10", problems)
     _check_labels(root / "imagelabels.mat", texts, problems)
-    split = published_split(root, images, "has no image in jpg/", problems, key=lambda name: Path(name).stem)
-    splits, rule = split or (
-        {
-            f"class_{number:05d}": "test" if number in own_test_classes() else "train"
-            for number in range(1, CLASSES + 1)
-        },
-        "own class-disjoint rule: test = the 20 of 102 classes with the smallest sha256 of their folder",
-    )
+    own = own_split(), "own class-disjoint rule: test = the 20 of 102 classes with the smallest sha256 of their folder"
+    published = published_split(root, images, "has no image in jpg/", problems, key=lambda name: Path(name).stem)
+    splits, rule = published or own
 
-    records, used, unlisted = [], Counter(), 0
+    records, unlisted, used = [], 0, Counter[str]()
     for key in sorted(images.keys() | texts.keys()):
         kind = kinds.get(key, "not in manifest.tsv" if kinds else "human")
         label, file = texts.get(key, (-1, root / "text_c10" / "class_?????" / f"{key}.txt"))

@@ -23,10 +23,6 @@ class Remote:
     checksum: str
     gives: str
 
-    @property
-    def name(self) -> str:
-        return self.url.rsplit("/", 1)[-1]
-
 
 @dataclass(frozen=True)
 class Source:
@@ -105,13 +101,10 @@ def read_captions(path: Path, problems: Problems) -> tuple[str, ...]:
 
     Runs of U+FFFD, which stand for blanks in some files of Reed et al., become one blank, as in the published code.
     """
-    if not path.is_file():
-        problems.add(path, "the caption file is missing")
-        return ()
-    lines = read_text(path).replace("\ufffd", " ").split("\n")
+    lines = read_text(path).replace("\ufffd", " ").split("\n") if path.is_file() else []
     captions = tuple(" ".join(line.split()) for line in lines if line.strip())
     if not captions:
-        problems.add(path, "the caption file is empty")
+        problems.add(path, f"the caption file is {'empty' if lines else 'missing'}")
     return captions
 
 

@@ -33,31 +33,16 @@ BATCH_BYTES = 32 << 20  # pixels held in memory before they go to disk, about
 LISTED = ("name", "hash", "resize", "settings", "counts", "records_sha256", "content_sha256")  # in every manifest
 LIBRARIES = ("pillow", "numpy", "pyarrow", "datasets")  # those that decide the pixels and the files
 AGAIN = "delete the folder and prepare it again"
-SCHEMA = pa.schema(
-    {
-        "key": pa.string(),
-        "label": pa.int64(),
-        "height": pa.int32(),
-        "width": pa.int32(),
-        "pixels": pa.binary(),  # raw RGB bytes
-        "captions": pa.list_(pa.string()),
-        "attributes": pa.string(),  # JSON, or ""
-        "mask": pa.binary(),  # packed bits, or empty
-    }
+TEXT, BYTES = pa.string(), pa.binary()
+SCHEMA = pa.schema(  # pixels: raw RGB; attributes: JSON, or ""; mask: packed bits, or empty
+    {"key": TEXT, "label": pa.int64(), "height": pa.int32(), "width": pa.int32(), "pixels": BYTES}
+    | {"captions": pa.list_(TEXT), "attributes": TEXT, "mask": BYTES}
 )
-
-
-def _identity(settings: dict, resize: int) -> dict:
-    """Everything that decides what `prepare` writes from the same source."""
-    return {"format": FORMAT, "resize": resize, "settings": settings}
 
 
 def settings_hash(settings: dict, resize: int) -> str:
     """12 hex digits of everything that decides what `prepare` writes from the same source."""
-    return digest(_identity(settings, resize), 12)
-
-
-# -------------------------------------------------------------------------------------------------- writing
+    return digest({"format": FORMAT, "resize": resize, "settings": settings}, 12)
 
 
 def prepare(
@@ -120,24 +105,23 @@ def existing(out: str | Path, *, resize: int, settings: dict) -> Prepared | None
     out = Path(out)
     if not (out / "manifest.json").is_file():
         return None
-    manifest, wanted = _read_manifest(out), _identity(settings, resize)
-    found = {key: manifest[key] for key in wanted}
+    prepared, wanted = load_prepared(out), {"resize": resize, "settings": settings}
+    found = {key: prepared.manifest[key] for key in wanted}
     check_identity(out, found, wanted, what="prepared data", error=DataError)
-    return load_prepared(out)
+    return prepared
 
 
 def _check_same_source(ready: Prepared, records: Iterable[Record]) -> None:
     """With equal settings, a list of records must be the one prepared (a generator is left unread)."""
-    if not isinstance(records, (list, tuple)):
+    if not isinstance(records, Sized):
         return
-    checksum = hashlib.sha256(b"".join(map(_checked, records))).hexdigest()
-    if checksum != ready.manifest["records_sha256"]:
-        before, now = sum(ready.manifest["counts"].values()), len(records)
-        raise DataError(
-            f"{ready.folder}: the source has changed since this folder was prepared (it had {before} images, there are "
-            f"{now} now, or their captions, classes or split differ); delete the folder to prepare it anew, or choose "
-            "another"
-        )
+    checksum = hashlib.sha256()
+    for record in records:
+        checksum.update(_checked(record))
+    if checksum.hexdigest() != ready.manifest["records_sha256"]:
+        images = f"it had {len(ready.train) + len(ready.test)} images, there are {len(records)} now"
+        changed = f"the source has changed since ({images}, or their captions, classes or split differ)"
+        raise DataError(f"{ready.folder}: {changed}; delete the folder to prepare it anew, or choose another")
 
 
 def _check_replaceable(out: Path) -> None:
@@ -168,18 +152,10 @@ def _encode(record: Record, resize: int) -> tuple[Record, dict[str, Any] | str]:
         image = image.resize(size, Image.Resampling.BILINEAR)
         mask = mask and mask.resize(size, Image.Resampling.NEAREST)
     pixels, packed = image.tobytes(), b"" if mask is None else np.packbits(np.asarray(mask) > 127).tobytes()
-    row = {
-        "key": record.key,
-        "label": record.label,
-        "height": height,
-        "width": width,
-        "pixels": pixels,
-        "captions": record.captions,
-        "attributes": "" if record.attributes is None else json.dumps(record.attributes),
-        "mask": packed,
-        "content": hashlib.sha256(f"{width}x{height}".encode() + packed + pixels).hexdigest(),
-    }
-    return record, row
+    content = hashlib.sha256(f"{width}x{height}".encode() + packed + pixels).hexdigest()
+    attributes = "" if record.attributes is None else json.dumps(record.attributes)
+    row = {"key": record.key, "label": record.label, "captions": record.captions, "attributes": attributes}
+    return record, {**row, "height": height, "width": width, "pixels": pixels, "mask": packed, "content": content}
 
 
 def _write_dataset(encoded: Iterable[tuple], draft: Path, problems: Problems, held: int) -> dict[str, str]:
@@ -194,29 +170,30 @@ def _write_dataset(encoded: Iterable[tuple], draft: Path, problems: Problems, he
     with ExitStack() as stack:
         paths = {split: str(draft / f"{split}.arrow") for split in SPLITS}
         files = {split: stack.enter_context(pa.ipc.new_stream(path, SCHEMA)) for split, path in paths.items()}
+
+        def flush(split: str) -> None:
+            files[split].write_batch(pa.RecordBatch.from_pylist(rows[split], schema=SCHEMA))
+            rows[split].clear()
+
         for record, row in encoded:
             for message in _wrong_with(record, row, split_of):
                 problems.add(record.where, message)
             split_of[record.key] = record.split
-            if problems:  # nothing will be kept: only look on for what else is wrong
-                continue
-            given.update(_checked(record))
-            stored.update(_checked(record, row.pop("content")))
-            rows[record.split].append(row)
-            if len(rows[record.split]) >= held:
-                _flush(rows[record.split], files[record.split])
+            if not problems:  # otherwise nothing will be kept: only look on for what else is wrong
+                given.update(_checked(record))
+                stored.update(_checked(record, row.pop("content")))
+                rows[record.split].append(row)
+                if len(rows[record.split]) >= held:
+                    flush(record.split)
         for split in SPLITS:
-            _flush(rows[split], files[split])
-    for split in set(SPLITS) - set(split_of.values()) if not problems else ():
-        problems.add(split, "the split has no image")
+            flush(split)
+    problems.raise_if_any()
+    for split in SPLITS:
+        if split not in split_of.values():
+            problems.add(split, "the split has no image")
     problems.raise_if_any()
     _save(draft)
     return {"records_sha256": given.hexdigest(), "content_sha256": stored.hexdigest()}
-
-
-def _flush(rows: list[dict], file: pa.RecordBatchStreamWriter) -> None:
-    file.write_batch(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
-    rows.clear()
 
 
 def _wrong_with(record: Record, row: dict | str, known: Container[str]) -> list[str]:
@@ -249,18 +226,14 @@ def _save(draft: Path) -> None:
 
 def _counts(folder: Path) -> dict[str, dict]:
     """What the manifest counts of each split; image sizes are height, width."""
-    splits = {name: Split(folder, name) for name in SPLITS}
-    sizes = {
-        name: (split.sizes.min(axis=0).tolist(), split.sizes.max(axis=0).tolist()) for name, split in splits.items()
-    }
+    splits = [Split(folder, name) for name in SPLITS]
     return {
-        "counts": {name: len(split) for name, split in splits.items()},
-        "captions": {name: len(split.all_captions) for name, split in splits.items()},
-        "image_sizes": {name: {"smallest": least, "largest": most} for name, (least, most) in sizes.items()},
+        "counts": {s.name: len(s) for s in splits},
+        "captions": {s.name: len(s.all_captions) for s in splits},
+        "image_sizes": {
+            s.name: {"smallest": s.sizes.min(axis=0).tolist(), "largest": s.sizes.max(axis=0).tolist()} for s in splits
+        },
     }
-
-
-# -------------------------------------------------------------------------------------------------- reading
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -269,16 +242,17 @@ def _read_manifest(folder: Path) -> dict:
         raise DataError(f"{folder}: there is no such folder; make it with `ratlip prepare`")
     if not path.is_file():
         raise DataError(f"{folder}: has no manifest.json, so it is not prepared, or not completely; {AGAIN}")
+    wrong = ""
     try:
         manifest = read_json(path)
-        written = manifest["format"]
-        missing = ", ".join(key for key in LISTED if key not in manifest)
+        if manifest["format"] != FORMAT:
+            wrong = f"was written in format {manifest['format']}, this ratlip reads format {FORMAT}"
+        elif missing := [key for key in LISTED if key not in manifest]:
+            wrong = f"is damaged (no {', '.join(missing)})"
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: is damaged ({error!r}); {AGAIN}") from error
-    if written != FORMAT:
-        raise DataError(f"{path}: was written in format {written}, this ratlip reads format {FORMAT}; {AGAIN}")
-    if missing:
-        raise DataError(f"{path}: is damaged (no {missing}); {AGAIN}")
+        wrong = f"is damaged ({error!r})"
+    if wrong:
+        raise DataError(f"{path}: {wrong}; {AGAIN}")
     return manifest
 
 
