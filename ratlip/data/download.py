@@ -73,7 +73,7 @@ def _fetch(remote: Remote, root: Path, progress: bool) -> Path:
     try:
         return Path(pooch.retrieve(url, checksum, name, root, downloader=downloader))
     except requests.HTTPError as error:
-        wrong = f"the server answered {error.response.status_code}; try again later"
+        wrong = f"the server answered {getattr(error.response, 'status_code', None)}; try again later"
         raise DataError(f"{url}: {wrong}, {by_hand}") from error
     except requests.RequestException as error:
         wrong = "cannot be reached, or the connection broke off (is there a network?); what has come so far is kept"
@@ -128,12 +128,14 @@ class ResumingDownloader:
             response.raise_for_status()
             start = have if response.status_code == 206 else 0  # 200: the server knows no ranges and sends all
             total = start + int(response.headers.get("Content-Length", 0)) or None
-            options = {"desc": self.part.stem, "unit": "B", "unit_scale": True, "enabled": self.progress}
-            with open(self.part, "ab" if start else "wb") as file:
-                with progress_bar(total=total, initial=start, **options) as bar:
-                    for chunk in response.iter_content(1 << 16):
-                        file.write(chunk)
-                        bar.update(len(chunk))
+            name, mode = self.part.stem, "ab" if start else "wb"
+            shown = progress_bar(
+                desc=name, total=total, initial=start, unit="B", unit_scale=True, enabled=self.progress
+            )
+            with open(self.part, mode) as file, shown:
+                for chunk in response.iter_content(1 << 16):
+                    file.write(chunk)
+                    shown.update(len(chunk))
         return True
 
 

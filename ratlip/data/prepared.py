@@ -147,10 +147,10 @@ def _encode(record: Record, resize: int) -> tuple[Record, dict[str, Any] | str]:
     except ValueError as error:
         return record, str(error)
     short, long = sorted(image.size)
-    width, height = size = tuple(resize if side == short else int(resize * long / short) for side in image.size)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BILINEAR)
-        mask = mask and mask.resize(size, Image.Resampling.NEAREST)
+    width, height = (resize if side == short else int(resize * long / short) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        mask = mask and mask.resize((width, height), Image.Resampling.NEAREST)
     pixels, packed = image.tobytes(), b"" if mask is None else np.packbits(np.asarray(mask) > 127).tobytes()
     content = hashlib.sha256(f"{width}x{height}".encode() + packed + pixels).hexdigest()
     attributes = "" if record.attributes is None else json.dumps(record.attributes)
@@ -231,7 +231,7 @@ def _counts(folder: Path) -> dict[str, dict]:
         "counts": {s.name: len(s) for s in splits},
         "captions": {s.name: len(s.all_captions) for s in splits},
         "image_sizes": {
-            s.name: {"smallest": s.sizes.min(axis=0).tolist(), "largest": s.sizes.max(axis=0).tolist()} for s in splits
+            s.name: {"smallest": s.sizes.min(0).tolist(), "largest": s.sizes.max(0).tolist()} for s in splits
         },
     }
 
@@ -274,21 +274,12 @@ def load_prepared(folder: str | Path) -> Prepared:
     return prepared
 
 
-class _Bytes:
-    """The values of a binary Arrow column as uint8 views of the column's own memory (`as_buffer` copies them)."""
-
-    def __init__(self, column: pa.ChunkedArray):
-        self.chunks, spans = [], []
-        for number, chunk in enumerate(column.chunks):
-            _, offsets, values = chunk.buffers()
-            ends = np.frombuffer(offsets, dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-            spans.append(np.stack([np.full(len(chunk), number), ends[:-1], ends[1:]], axis=1))
-            self.chunks.append(np.frombuffer(values or b"", dtype=np.uint8))
-        self.spans = np.concatenate(spans)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        chunk, start, stop = self.spans[i]
-        return self.chunks[chunk][start:stop]
+def _view(column: pa.ChunkedArray, i: int) -> np.ndarray:
+    """Value i of a binary column as a uint8 view of the column's own memory (`column[i].as_buffer()` would copy it)."""
+    value = column.slice(range(len(column))[i], 1).chunk(0)
+    _, offsets, content = value.buffers()
+    start, stop = np.frombuffer(offsets, dtype=np.int32)[value.offset : value.offset + 2]
+    return np.frombuffer(content or b"", dtype=np.uint8)[start:stop]
 
 
 class Split:
@@ -310,7 +301,7 @@ class Split:
         self.caption_offsets = np.cumsum([0, *map(len, self.captions)], dtype=np.int64)
         attributes = table["attributes"].to_pylist()
         self.attributes = [json.loads(text or "{}") for text in attributes] if any(attributes) else None
-        self._pixels, self._masks = _Bytes(table["pixels"]), _Bytes(table["mask"])
+        self._pixels, self._masks = table["pixels"], table["mask"]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -324,11 +315,11 @@ class Split:
 
     def image(self, i: int) -> np.ndarray:
         """Image i: uint8 (H,W,3) RGB, a read-only view, not a copy."""
-        return self._pixels[range(len(self))[i]].reshape(*self.sizes[i], 3)
+        return _view(self._pixels, i).reshape(*self.sizes[i], 3)
 
     def mask(self, i: int) -> np.ndarray | None:
         """Where the object of image i is: bool (H,W), or None if that is not known."""
-        packed, size = self._masks[range(len(self))[i]], self.sizes[i]
+        packed, size = _view(self._masks, i), self.sizes[i]
         return np.unpackbits(packed, count=size.prod()).astype(bool).reshape(size) if packed.size else None
 
 

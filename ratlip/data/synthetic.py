@@ -140,6 +140,5 @@ def records(image_size: int = 32, train_images: int = 4096, test_images: int = 5
             attributes = split[name][i % len(split[name])]
             pixels, mask = render(attributes, image_size, np.random.default_rng([seed, stream, i]))
             captions = tuple(caption(attributes, template) for template in range(len(TEMPLATES)))
-            label = OBJECTS.index(attributes["object"])
-            shown = {"pixels": pixels, "mask": mask, "attributes": dict(attributes)}
-            yield Record(f"{name}/{i:06d}", name, captions, label, **shown)
+            key, label = f"{name}/{i:06d}", OBJECTS.index(attributes["object"])
+            yield Record(key, name, captions, label, pixels=pixels, attributes=dict(attributes), mask=mask)
