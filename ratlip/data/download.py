@@ -9,19 +9,24 @@ from __future__ import annotations
 import shutil
 import tarfile
 import time
+from importlib import import_module
 from pathlib import Path
+from typing import get_args
 from urllib.parse import urlsplit
 
 import pooch
 import requests
 
-from ratlip.data import birds, faces, flowers
 from ratlip.data.layout import Remote, Source
 from ratlip.errors import DataError
 from ratlip.files import atomic_path
 from ratlip.progress import bar as progress_bar
+from ratlip.settings import DataSettings
 
-SOURCES = {"birds": birds.SOURCE, "flowers": flowers.SOURCE, "faces": faces.SOURCE}
+NAMES = get_args(DataSettings.model_fields["dataset"].annotation)  # each has a module of its own, its reader
+SOURCES: dict[str, Source] = {
+    name: import_module(f"ratlip.data.{name}").SOURCE for name in NAMES if name != "synthetic"
+}
 
 
 def _source(dataset: str) -> Source:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ratlip.data.batches import Batches, centre_crop, real_images, to_network
+from ratlip.data.batches import Batches, centre_crop, cut, real_images, to_network
 from ratlip.errors import DataError
 
 
@@ -157,6 +157,14 @@ def test_antialiasing_keeps_a_fine_pattern_from_becoming_a_coarse_one():
     assert strength["antialias"] < 0.1
     spectrum = torch.fft.rfft(to_network(images, 32, "nearest")[0, 0, 0]).abs()
     assert spectrum[1:].argmax() + 1 == 2  # 30 cycles of 64 samples come back as 32 - 30 = 2 cycles
+
+
+def test_a_cut_is_a_view_mirrored_or_not():
+    pixels = np.arange(12 * 20 * 3, dtype=np.uint8).reshape(12, 20, 3)
+    square = cut(pixels, 1, 2, 8)
+    np.testing.assert_array_equal(square, pixels[1:9, 2:10])
+    np.testing.assert_array_equal(cut(pixels, 1, 2, 8, mirrored=True), square[:, ::-1])
+    assert np.shares_memory(square, pixels)
 
 
 def test_real_images_are_centre_crops_in_the_order_asked_for():
