@@ -1,8 +1,7 @@
 """Fetching what has a stable public address and a checksum, and saying where the rest comes from.
 
-Public and checked here: the CUB-200-2011 images and the Oxford-102 images. The captions of Reed et al. lie on
-Google Drive, CelebA asks each user to agree to its terms: those are fetched by hand, and `instructions` says
-how.
+Public and checked here: the CUB-200-2011 images and the Oxford-102 images. The captions of Reed et al. lie on Google
+Drive, CelebA asks each user to agree to its terms: those are fetched by hand, and `instructions` says how.
 """
 
 from __future__ import annotations
@@ -10,123 +9,60 @@ from __future__ import annotations
 import shutil
 import tarfile
 import time
-from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import get_args
 from urllib.parse import urlsplit
 
-from ratlip.data import birds, faces, flowers
+import pooch
+import requests
+
+from ratlip.data.layout import Remote, Source
 from ratlip.errors import DataError
 from ratlip.files import atomic_path
 from ratlip.progress import bar as progress_bar
+from ratlip.settings import DataSettings
 
-
-@dataclass(frozen=True)
-class Remote:
-    """A file with a public address, its checksum as pooch writes it, and what it becomes in the dataset root.
-
-    gives: the file or folder that is there afterwards, relative to the root; for an archive, the one thing
-    taken out.
-    """
-
-    url: str
-    checksum: str
-    gives: str
-
-    @property
-    def name(self) -> str:
-        return urlsplit(self.url).path.rsplit("/", 1)[-1]
-
-    @property
-    def is_archive(self) -> bool:
-        return self.name.endswith((".tgz", ".tar.gz", ".tar"))
-
-
-OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
-REGISTRY: dict[str, tuple[Remote, ...]] = {
-    # CaltechDATA record 20098. The sha256 is torchvision's (prototype/datasets/_builtin/cub200.py); the file
-    # has the md5 97eceeb196236b17998738112f37df78 that most other loaders state, and 1,150,585,339 bytes.
-    "birds": (
-        Remote(
-            "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-            "sha256:0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081",
-            "CUB_200_2011",
-        ),
-    ),
-    # Both md5 are those of torchvision.datasets.Flowers102 (a test compares them).
-    "flowers": (
-        Remote(OXFORD + "102flowers.tgz", "md5:52808999861908f626f3c1f4e79d11fa", "jpg"),
-        Remote(OXFORD + "imagelabels.mat", "md5:e0620be6f572b9609742df49c70aed4d", "imagelabels.mat"),
-    ),
-    "faces": (),
-}
-BY_HAND = {
-    "birds": """\
-By hand, into the same folder:
-  1. The captions of Reed et al. (2016) and the class-disjoint split, as AttnGAN packs them: follow
-     "preprocessed metadata for birds" in the README of https://github.com/taoxugit/AttnGAN (Google Drive),
-     and unpack it (and the text.zip in it, if there is one). It gives text/, train/filenames.pickle and
-     test/filenames.pickle.""",
-    "flowers": """\
-By hand, into the same folder:
-  1. The captions of Reed et al. (2016): follow "Download the birds and flowers data" (flowers) in the README
-     of https://github.com/reedscot/cvpr2016 (Google Drive). It gives text_c10/; put trainvalclasses.txt and
-     testclasses.txt beside it if they come with it, for the published split.""",
-    "faces": """\
-By hand (CelebA is for non-commercial research, and asks for agreement to its terms), from
-https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html:
-  1. img_align_celeba.zip ("Align&Cropped Images"), unpacked.
-  2. list_attr_celeba.txt ("Attributes Annotations") and, if wanted, list_eval_partition.txt.
-  3. identity_CelebA.txt ("Identities Annotations"); the identities may have to be asked for.""",
-}
-LAYOUTS = {"birds": birds.LAYOUT, "flowers": flowers.LAYOUT, "faces": faces.LAYOUT}
-# What must be there besides what can be fetched; any one of the alternatives in a row will do.
-NEEDED = {
-    "birds": (("text",), ("train/filenames.pickle", "trainvalclasses.txt")),
-    "flowers": (("text_c10",),),
-    "faces": (("img_align_celeba",), ("list_attr_celeba.txt",), ("identity_CelebA.txt",)),
+NAMES = get_args(DataSettings.model_fields["dataset"].annotation)  # each has a module of its own, its reader
+SOURCES: dict[str, Source] = {
+    name: import_module(f"ratlip.data.{name}").SOURCE for name in NAMES if name != "synthetic"
 }
 
 
-def _known(dataset: str) -> str:
-    if dataset not in REGISTRY:
-        raise DataError(f"dataset {dataset!r} is not known; choose one of {', '.join(REGISTRY)}")
-    return dataset
+def _source(dataset: str) -> Source:
+    if dataset not in SOURCES:
+        raise DataError(f"dataset {dataset!r} is not known; choose one of {', '.join(SOURCES)}")
+    return SOURCES[dataset]
 
 
 def instructions(dataset: str) -> str:
     """What to fetch from where for "birds", "flowers" or "faces", and a picture of the finished root."""
-    fetched = [f"  {remote.url}  ({remote.checksum})" for remote in REGISTRY[_known(dataset)]]
+    source = _source(dataset)
+    fetched = [f"  {remote.url}  ({remote.checksum})" for remote in source.fetched]
     automatic = [f"Fetched by `ratlip download {dataset}`:", *fetched] if fetched else []
-    return "\n".join([*automatic, BY_HAND[dataset], "The finished folder:", LAYOUTS[dataset]])
+    return "\n".join([*automatic, source.by_hand, "The finished folder:", source.layout])
 
 
 def missing(dataset: str, root: str | Path) -> list[str]:
     """What `root` still lacks of `dataset`, as paths relative to it; empty when all is there."""
-    root = Path(root)
-    needed = [*((remote.gives,) for remote in REGISTRY[_known(dataset)]), *NEEDED[dataset]]
-    return [" or ".join(row) for row in needed if not any((root / name).exists() for name in row)]
+    source = _source(dataset)
+    needed = [*((remote.gives,) for remote in source.fetched), *source.needed]
+    return [" or ".join(row) for row in needed if not any((Path(root) / name).exists() for name in row)]
 
 
-def download(
-    dataset: str,
-    root: str | Path,
-    *,
-    progress: bool = True,
-    keep_archives: bool = False,
-    registry: dict[str, tuple[Remote, ...]] | None = None,
-) -> list[str]:
+def download(dataset: str, root: str | Path, *, progress: bool = True, keep_archives: bool = False) -> list[str]:
     """Fetch into `root` what has a public address, check it, unpack it; return what is still `missing`.
 
-    What is there already is left alone. A broken download goes on where it stopped, in this call and in the
-    next. Raises DataError: no network, wrong checksum, an archive that is not what it should be.
+    What is there already is left alone. A broken download goes on where it stopped, in this call and in the next.
+    Raises DataError: no network, wrong checksum, an archive that is not what it should be.
     """
     root = Path(root).expanduser()
-    for remote in (registry or REGISTRY)[_known(dataset)]:
+    for remote in _source(dataset).fetched:
         if (root / remote.gives).exists():
             continue
         root.mkdir(parents=True, exist_ok=True)
         file = _fetch(remote, root, progress)
-        if remote.is_archive:
+        if file.name.endswith((".tgz", ".tar.gz", ".tar")):
             unpack(file, root, remote.gives)
             if not keep_archives:
                 file.unlink()
@@ -135,99 +71,77 @@ def download(
 
 def _fetch(remote: Remote, root: Path, progress: bool) -> Path:
     """The checked file in `root`; one that is there with the right checksum is taken as it is."""
-    import pooch
-    import requests
-
     pooch.get_logger().setLevel("WARNING")  # its notes on each step would break the progress bar
-    by_hand = f"or fetch {remote.url} elsewhere, put it into {root} and run this again"
-    host = urlsplit(remote.url).hostname
+    url, checksum, name = remote.url, remote.checksum, remote.url.rsplit("/", 1)[-1]
+    by_hand = f"or fetch {url} elsewhere, put it into {root} and run this again"
+    downloader = ResumingDownloader(root / f"{name}.part", progress)
     try:
-        return Path(
-            pooch.retrieve(
-                remote.url,
-                remote.checksum,
-                remote.name,
-                root,
-                downloader=ResumingDownloader(root / f"{remote.name}.part", progress),
-            )
-        )
+        return Path(pooch.retrieve(url, checksum, name, root, downloader=downloader))
     except requests.HTTPError as error:
-        raise DataError(
-            f"{remote.url}: the server answered {error.response.status_code}; try again later, {by_hand}"
-        ) from error
+        wrong = f"the server answered {getattr(error.response, 'status_code', None)}; try again later"
+        raise DataError(f"{url}: {wrong}, {by_hand}") from error
     except requests.RequestException as error:
-        raise DataError(
-            f"{host} cannot be reached, or the connection broke off (is there a network?); what "
-            f"has come so far is kept: run this again, {by_hand}"
-        ) from error
+        wrong = "cannot be reached, or the connection broke off (is there a network?); what has come so far is kept"
+        raise DataError(f"{urlsplit(url).hostname} {wrong}: run this again, {by_hand}") from error
     except ValueError as error:  # pooch: the checksum differs; it has removed the file
-        raise DataError(
-            f"{remote.url}: what came has not the checksum {remote.checksum} and was removed; run this again, {by_hand}"
-        ) from error
+        wrong = f"what came has not the checksum {checksum} and was removed; run this again"
+        raise DataError(f"{url}: {wrong}, {by_hand}") from error
     except OSError as error:
-        raise DataError(f"{root / remote.name}: cannot be written ({error})") from error
+        raise DataError(f"{root / name}: cannot be written ({error})") from error
 
 
 class ResumingDownloader:
     """A downloader for pooch that goes on where an earlier or broken-off download stopped.
 
-    pooch's own gives its file a new random name in each call, so it must begin again each time. This one
-    writes to `part`, asks the server for the rest by an HTTP Range, and moves the file to where pooch checks
-    it.
+    pooch's own gives its file a new random name in each call, so it must begin again each time. This one writes to
+    `part`, asks the server for the rest by an HTTP Range, and moves the file to where pooch checks it.
     """
 
-    def __init__(self, part: Path, progress: bool = True, attempts: int = 3, wait: float = 1.0, timeout: float = 30):
-        self.part, self.progress = Path(part), progress
-        self.attempts, self.wait, self.timeout = attempts, wait, timeout
+    def __init__(self, part: Path, progress: bool = True, attempts: int = 3):
+        self.part, self.progress, self.attempts = Path(part), progress, attempts
 
     def __call__(self, url: str, output_file: str, pooch) -> None:
         """Fetch `url` to `output_file`; raises RequestException after `attempts` without a new byte."""
-        import requests
-
-        failures = 0
-        while True:
+        failures, complete = 0, False
+        while not complete:
             before = self._have()
             try:
-                self._get_rest(url)
-                break
+                complete = self._get_rest(url)
             except requests.HTTPError:
                 raise
             except requests.RequestException:
                 failures = 0 if self._have() > before else failures + 1
                 if failures >= self.attempts:
                     raise
-                time.sleep(self.wait * failures)
+                time.sleep(failures)
         shutil.move(self.part, output_file)
 
     def _have(self) -> int:
         return self.part.stat().st_size if self.part.exists() else 0
 
-    def _get_rest(self, url: str) -> None:
-        import requests
-
+    def _get_rest(self, url: str) -> bool:
+        """Append what is not there yet; False where the part is of no use, is gone, and all must come anew."""
         have = self._have()
         # identity: a compressed transfer would make byte positions meaningless
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-        with requests.get(url, headers=headers, stream=True, timeout=self.timeout) as response:
+        with requests.get(url, headers=headers, stream=True, timeout=30) as response:
             if response.status_code == 416:  # nothing after these bytes: all is there, or it was another file
-                if response.headers.get("Content-Range", "").endswith(f"/{have}"):
-                    return
-                self.part.unlink()
-                return self._get_rest(url)
+                complete = response.headers.get("Content-Range", "").endswith(f"/{have}")
+                if not complete:
+                    self.part.unlink()
+                return complete
             response.raise_for_status()
-            resumed = response.status_code == 206
-            start = have if resumed else 0
-            length = response.headers.get("Content-Length")
-            total = start + int(length) if length else None
-            with (
-                open(self.part, "ab" if resumed else "wb") as file,
-                progress_bar(
-                    desc=self.part.stem, total=total, initial=start, unit="B", unit_scale=True, enabled=self.progress
-                ) as bar,
-            ):
+            start = have if response.status_code == 206 else 0  # 200: the server knows no ranges and sends all
+            total = start + int(response.headers.get("Content-Length", 0)) or None
+            name, mode = self.part.stem, "ab" if start else "wb"
+            shown = progress_bar(
+                desc=name, total=total, initial=start, unit="B", unit_scale=True, enabled=self.progress
+            )
+            with open(self.part, mode) as file, shown:
                 for chunk in response.iter_content(1 << 16):
                     file.write(chunk)
-                    bar.update(len(chunk))
+                    shown.update(len(chunk))
+        return True
 
 
 def unpack(archive: str | Path, root: str | Path, wanted: str) -> Path:
@@ -239,21 +153,9 @@ def unpack(archive: str | Path, root: str | Path, wanted: str) -> Path:
     try:
         with atomic_path(root / wanted) as draft:
             with tarfile.open(archive) as tar:
-                _extract(tar, draft.parent)
+                tar.extractall(draft.parent, filter="data")
             if not draft.exists():
                 raise DataError(f"{archive}: holds no {wanted}")
     except (tarfile.TarError, EOFError, OSError) as error:  # OSError: also gzip's own, and a full disk
         raise DataError(f"{archive}: cannot be unpacked ({error})") from error
     return root / wanted
-
-
-def _extract(tar: tarfile.TarFile, folder: Path) -> None:
-    if hasattr(tarfile, "data_filter"):
-        tar.extractall(folder, filter="data")
-        return
-    members = tar.getmembers()  # a Python before 3.10.12 and 3.11.4: the same refusals, spelled out
-    for member in members:
-        target = (folder / member.name).resolve()
-        if not (member.isfile() or member.isdir()) or not target.is_relative_to(folder.resolve()):
-            raise tarfile.TarError(f"{member.name!r} would be written outside the folder, or is a link")
-    tar.extractall(folder, members)

@@ -1,103 +1,115 @@
 """CelebA faces, complete, partial or our CelebA-tiny, with captions made from the 40 attributes.
 
-CelebA-tiny. The paper trains on "CelebA-tiny" without saying how large it is or how it was chosen. Ours, in
-the open: go through list_attr_celeba.txt by file name, keep the first two images of each identity, take the
-first 6,000 of those. Two, so that few people are not most of the set. Where fewer are there, all are taken,
-and the manifest states the expected and the found number.
+CelebA-tiny. The paper trains on "CelebA-tiny" without saying how large it is or how it was chosen. Ours, in the open:
+go through list_attr_celeba.txt by file name, keep the first two images of each identity, take the first 6,000 of those.
+Two, so that few people are not most of the set. Where fewer are there, all are taken, and the manifest states the
+expected and the found number.
 
-Split. By identity, so nobody is in both: an identity is test if the first 8 hex digits of the sha256 of
-"identity N", read as a number, are divisible by 5 (about 20 %). With tiny=False and a
-list_eval_partition.txt, the official partition instead: 0 and 1 (training and validation) are train, 2 is
-test.
+Split. By identity, so nobody is in both: an identity is test if the first 8 hex digits of the sha256 of "identity N",
+read as a number, are divisible by 5 (about 20 %). With tiny=False and a list_eval_partition.txt, the official partition
+instead: 0 and 1 (training and validation) are train, 2 is test.
 
-Captions. The attributes become phrases; a caption draws some of them and one of four sentences. Everything is
-drawn by a generator seeded with the file name alone, so a caption depends neither on the order nor on the
-other files.
-
-    subject    [young | older] [chubby] [clean-shaven] man | woman
-    hair       [wavy | straight] black | blond | brown | gray hair; bangs; a receding hairline; sideburns;
-               or a bald head
-    face       bushy, arched eyebrows; bags under the eyes; narrow eyes; a big, pointy nose; full lips; high
-               cheekbones; rosy cheeks; an oval face; a double chin; pale skin; a beard, a goatee, a mustache,
-               a five o'clock shadow
-    worn       eyeglasses, a hat, earrings, a necklace, a necktie, lipstick, heavy makeup
-    expression smiling; the mouth slightly open
+Captions. The attributes become phrases; a caption draws some of them and one of four sentences. Everything is drawn by
+a generator seeded with the file name alone, so a caption depends neither on the order nor on the other files.
 
     a young woman with wavy blond hair and bangs, wearing earrings, smiling
     this older man has gray hair and bushy eyebrows, wears a necktie and is smiling
     a photo of a smiling young woman who has straight black hair and rosy cheeks and wears lipstick
     a young man wearing eyeglasses has brown hair, a goatee and sideburns
 
-"Attractive" and "Blurry" are left out: one is an opinion, the other is about the photograph. Both of two
-attributes that exclude each other (wavy and straight, bald and bangs) say nothing, and are left out too. The
-sex is the attribute "Male" as the set's annotators ticked it; "older" is its "not Young".
+"Attractive" and "Blurry" are left out: one is an opinion, the other is about the photograph. Both of two attributes
+that exclude each other (wavy and straight, bald and bangs) say nothing, and are left out too. The sex is the attribute
+"Male" as the set's annotators ticked it; "older" is its "not Young".
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from ratlip.data.layout import find_root, finish, read_table, read_text
+from ratlip.data.layout import Source, fields, find_root, finish, read_rows, read_text
 from ratlip.data.records import Problems, Record, Records
 
-PARTS = ("img_align_celeba",)
-LAYOUT = """\
+SOURCE = Source(
+    name="faces (CelebA)",
+    parts=("img_align_celeba",),
+    layout="""\
   faces/
     img_align_celeba/000001.jpg ...
     list_attr_celeba.txt         40 attributes of each image
     identity_CelebA.txt          who is on each image
-    list_eval_partition.txt      optional: the official partition"""
+    list_eval_partition.txt      optional: the official partition""",
+    by_hand="""\
+By hand (CelebA is for non-commercial research, and asks for agreement to its terms), from
+https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html:
+  1. img_align_celeba.zip ("Align&Cropped Images"), unpacked.
+  2. list_attr_celeba.txt ("Attributes Annotations") and, if wanted, list_eval_partition.txt.
+  3. identity_CelebA.txt ("Identities Annotations"); the identities may have to be asked for.""",
+    needed=(("img_align_celeba",), ("list_attr_celeba.txt",), ("identity_CelebA.txt",)),
+)
 COMPLETE = {"images": 202599, "identities": 10177}
 TINY_SIZE, TINY_PER_IDENTITY, TEST_SHARE = 6000, 2, 5
+OFFICIAL_SPLITS = {"0": "train", "1": "train", "2": "test"}
 ATTRIBUTES = frozenset(
-    """5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips
-    Big_Nose Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee
-    Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face
-    Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair
-    Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young""".split()
+    """5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair
+    Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male
+    Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks
+    Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace
+    Wearing_Necktie Young""".split()
 )
-
-
-# --------------------------------------------------------------------------------------------------- reading
+PHRASES = {  # what attributes are called, by their part in a sentence
+    part: dict(pair.split(": ") for pair in pairs.split("; "))
+    for part, pairs in {
+        "texture": "Wavy_Hair: wavy; Straight_Hair: straight",
+        "colour": "Black_Hair: black; Blond_Hair: blond; Brown_Hair: brown; Gray_Hair: gray",
+        "beside": "Bangs: bangs; Receding_Hairline: a receding hairline; Sideburns: sideburns",
+        "eyebrows": "Bushy_Eyebrows: bushy; Arched_Eyebrows: arched",
+        "nose": "Big_Nose: big; Pointy_Nose: pointy",
+        "face": "Bags_Under_Eyes: bags under the eyes; Narrow_Eyes: narrow eyes; Big_Lips: full lips; "
+        "High_Cheekbones: high cheekbones; Rosy_Cheeks: rosy cheeks; Oval_Face: an oval face; "
+        "Double_Chin: a double chin; Pale_Skin: pale skin",
+        "beard": "Goatee: a goatee; Mustache: a mustache; 5_o_Clock_Shadow: a five o'clock shadow",
+        "worn": "Eyeglasses: eyeglasses; Wearing_Hat: a hat; Wearing_Earrings: earrings; Wearing_Necklace: a necklace; "
+        "Wearing_Necktie: a necktie; Wearing_Lipstick: lipstick; Heavy_Makeup: heavy makeup",
+        "smiling": "Smiling: smiling",
+    }.items()
+}
 
 
 def read(root: str | Path, tiny: bool = True, size: int = TINY_SIZE, captions_per_image: int = 10) -> Records:
     """Faces by file name as records with made captions and the identity as label.
 
-    tiny takes CelebA-tiny (`size` images) instead of all. Raises DataError that lists every problem with its
-    path.
+    tiny takes CelebA-tiny (`size` images) instead of all. Raises DataError that lists every problem with its path.
     """
-    root = find_root(root, "faces (CelebA)", PARTS, LAYOUT)
-    problems = Problems(f"the faces in {root}")
+    root = find_root(root, SOURCE)
+    folder, problems = root / "img_align_celeba", Problems(f"the faces in {root}")
     positives = _read_attributes(root / "list_attr_celeba.txt", problems)
-    identities = read_table(root / "identity_CelebA.txt", (str, int), "image identity", problems)
-    on_disk = {path.name for path in (root / "img_align_celeba").iterdir()}
+    identities = read_rows(root / "identity_CelebA.txt", fields(str, int), "'image identity'", problems)
+    on_disk = {path.name for path in folder.iterdir()}
     for name in sorted(positives):
         if name not in on_disk:
-            problems.add(root / "img_align_celeba" / name, "the image is missing, list_attr_celeba.txt names it")
+            problems.add(folder / name, "the image is missing, list_attr_celeba.txt names it")
         if identities is not None and name not in identities:
             problems.add(root / "identity_CelebA.txt", f"there is no identity for {name}")
     who = {name: (identities or {}).get(name, -1) for name in sorted(positives)}
-    chosen = tiny_subset(who, size) if tiny else list(who)
-    split_of, rule = _split_rule(root, tiny, problems)
-    records = []
-    for name in chosen:
-        split = split_of(name, who[name])
+    partition, official, records = root / "list_eval_partition.txt", None, []
+    if not tiny and partition.is_file():
+        official = read_rows(partition, fields(str, OFFICIAL_SPLITS.get), "'image partition'", problems)
+    for name in tiny_subset(who, size) if tiny else who:
+        split = split_of_identity(who[name]) if official is None else official.get(name)
         if split is None:
-            problems.add(root / "list_eval_partition.txt", f"there is no partition (0, 1 or 2) for {name}")
+            problems.add(partition, f"there is no partition (0, 1 or 2) for {name}")
         captions = caption_image(name, positives[name], captions_per_image)
-        records.append(Record(Path(name).stem, split or "train", captions, who[name], root / "img_align_celeba" / name))
+        records.append(Record(Path(name).stem, split or "train", captions, who[name], folder / name))
+    by_identity = f"identity-disjoint: test if {TEST_SHARE} divides the first 8 hex digits of sha256('identity N')"
+    by_name = f"by file name, the first {TINY_PER_IDENTITY} images of each identity, then the first {size}"
     about = {
         "tiny": tiny,
-        "split": rule,
-        "rule": (
-            f"by file name, the first {TINY_PER_IDENTITY} images of each identity, then the first {size}"
-            if tiny
-            else "all images of list_attr_celeba.txt"
-        ),
+        "split": by_identity if official is None else "official list_eval_partition.txt: 0 and 1 are train, 2 is test",
+        "rule": by_name if tiny else "all images of list_attr_celeba.txt",
         "expected_images": size if tiny else COMPLETE["images"],
         "found_images": len(records),
         "captions": f"up to {captions_per_image} an image, made from the attributes: see ratlip.data.faces",
@@ -109,11 +121,11 @@ def read(root: str | Path, tiny: bool = True, size: int = TINY_SIZE, captions_pe
 
 def tiny_subset(identities: dict[str, int], size: int = TINY_SIZE) -> list[str]:
     """The file names of CelebA-tiny among {file name: identity}: see the module's text for the rule."""
-    taken: dict[int, int] = {}
+    taken: Counter[int] = Counter()
     chosen = []
-    for name in sorted(identities):
-        taken[identities[name]] = taken.get(identities[name], 0) + 1
-        if taken[identities[name]] <= TINY_PER_IDENTITY:
+    for name, identity in sorted(identities.items()):
+        taken[identity] += 1
+        if taken[identity] <= TINY_PER_IDENTITY:
             chosen.append(name)
     return chosen[:size]
 
@@ -124,53 +136,25 @@ def split_of_identity(identity: int) -> str:
     return "test" if int(digest[:8], 16) % TEST_SHARE == 0 else "train"
 
 
-def _split_rule(root: Path, tiny: bool, problems: Problems) -> tuple[Callable[[str, int], str | None], str]:
-    """A function (file name, identity) -> "train", "test" or None (not said), and the rule in words."""
-    path = root / "list_eval_partition.txt"
-    if not tiny and path.is_file():
-        partition = read_table(path, (str, int), "image partition", problems)
-        names = {0: "train", 1: "train", 2: "test"}
-        return (
-            lambda name, identity: names.get(partition.get(name)),
-            "official list_eval_partition.txt: 0 and 1 are train, 2 is test",
-        )
-    return (
-        lambda name, identity: split_of_identity(identity),
-        f"identity-disjoint: test if {TEST_SHARE} divides the first 8 hex digits of sha256('identity N')",
-    )
-
-
 def _read_attributes(path: Path, problems: Problems) -> dict[str, frozenset[str]]:
     """{file name: names of the attributes that are 1} of list_attr_celeba.txt."""
-    if not path.is_file():
-        problems.add(path, "the file is missing")
-        return {}
-    lines = read_text(path).split("\n")
-    names = lines[1].split() if len(lines) > 1 else []
-    if not ATTRIBUTES <= set(names):
+    count, header, *rows = [*(read_text(path) if path.is_file() else "").split("\n"), ""]
+    names, listed = header.split(), len(list(filter(str.strip, rows)))
+
+    def parse(line: str) -> tuple[str, frozenset[str]]:
+        image, *values = line.split()
+        if not {"1", "-1"}.issuperset(values):
+            raise ValueError(line)
+        return image, frozenset(name for name, value in zip(names, values, strict=True) if value == "1")
+
+    if path.is_file() and not ATTRIBUTES <= set(names):
         missing = ", ".join(sorted(ATTRIBUTES - set(names))[:5])
         problems.add(f"{path}:2", f"expected the names of the 40 attributes; {missing} ... are not there")
         return {}
-    found: dict[str, frozenset[str]] = {}
-    for number, line in enumerate(lines[2:], start=3):
-        if not line.strip():
-            continue
-        image, *values = line.split()
-        if len(values) != len(names) or not {"1", "-1"}.issuperset(values):
-            problems.add(
-                f"{path}:{number}", f"expected a file name and {len(names)} values 1 or -1, found {line.strip()[:60]!r}"
-            )
-            continue
-        if image in found:
-            problems.add(f"{path}:{number}", f"{image} occurs twice")
-        found[image] = frozenset(name for name, value in zip(names, values, strict=True) if value == "1")
-    listed = sum(1 for line in lines[2:] if line.strip())
-    if lines[0].strip() != str(listed):
-        problems.add(f"{path}:1", f"says that there are {lines[0].strip()!r} images, there are {listed} rows")
-    return found
-
-
-# -------------------------------------------------------------------------------------------------- captions
+    found = read_rows(path, parse, f"a file name and {len(names)} values 1 or -1", problems, header=2)
+    if found and count.strip() != str(listed):
+        problems.add(f"{path}:1", f"says that there are {count.strip()!r} images, there are {listed} rows")
+    return found or {}
 
 
 def caption_image(name: str, attributes: Iterable[str], number: int = 10) -> tuple[str, ...]:
@@ -182,79 +166,39 @@ def caption_image(name: str, attributes: Iterable[str], number: int = 10) -> tup
     phrases = _phrases(frozenset(attributes))
     captions: dict[str, None] = {}
     for _ in range(4 * number):
-        captions[_sentence(phrases, draw)] = None
-        if len(captions) == number:
-            break
+        if len(captions) < number:
+            captions[_sentence(phrases, draw)] = None
     return tuple(captions)
 
 
-def _phrases(has: frozenset[str]) -> dict[str, list[str] | str]:
-    """The phrases that the attributes allow, by their place in a sentence."""
-    male = "Male" in has
-    beards = (("Goatee", "a goatee"), ("Mustache", "a mustache"), ("5_o_Clock_Shadow", "a five o'clock shadow"))
-    beard = [phrase for attribute, phrase in beards if attribute in has]
+def _phrases(has: frozenset[str]) -> dict[str, list[str]]:
+    """The phrases that the attributes allow, by their part in a sentence.
+
+    Under "hair", the phrase of the hair itself comes first, if there is one; then what is on it or beside it.
+    """
+
+    def said(part: str) -> list[str]:
+        return [phrase for attribute, phrase in PHRASES[part].items() if attribute in has]
+
+    male, bald, beard, texture, colours = "Male" in has, "Bald" in has, said("beard"), said("texture"), said("colour")
     shaven = male and "No_Beard" in has and not beard and "Sideburns" not in has
-    if male and "No_Beard" not in has and not beard:
-        beard = ["a beard"]
-    return {
-        "noun": "man" if male else "woman",
-        "age": "young" if "Young" in has else "older",
-        "build": [word for word, true in (("chubby", "Chubby" in has), ("clean-shaven", shaven)) if true],
-        "hair": _hair(has),
-        "face": _face(has) + beard,
-        "worn": [
-            phrase
-            for attribute, phrase in (
-                ("Eyeglasses", "eyeglasses"),
-                ("Wearing_Hat", "a hat"),
-                ("Wearing_Earrings", "earrings"),
-                ("Wearing_Necklace", "a necklace"),
-                ("Wearing_Necktie", "a necktie"),
-                ("Wearing_Lipstick", "lipstick"),
-                ("Heavy_Makeup", "heavy makeup"),
-            )
-            if attribute in has
-        ],
-        "smiling": ["smiling"] if "Smiling" in has else [],
-        "mouth": [f"{'his' if male else 'her'} mouth slightly open"] if "Mouth_Slightly_Open" in has else [],
-    }
-
-
-def _hair(has: frozenset[str]) -> list[str]:
-    """The phrase of the hair itself first, if there is one; then what is on it or beside it."""
-    colours = [colour for colour in ("black", "blond", "brown", "gray") if f"{colour.title()}_Hair" in has]
-    texture = [word for word in ("wavy", "straight") if f"{word.title()}_Hair" in has]
-    haired = bool(colours or texture or "Bangs" in has)
-    phrases = ["a bald head"] if "Bald" in has and not haired else []
-    if "Bald" not in has and (colours or len(texture) == 1):
+    bearded = male and "No_Beard" not in has and not beard
+    hair = ["a bald head"] if bald and not (colours or texture or "Bangs" in has) else []
+    if not bald and (colours or len(texture) == 1):
         words = [*(texture if len(texture) == 1 else []), " and ".join(colours), "hair"]
-        phrases.append(" ".join(filter(None, words)))
-    beside = (("Bangs", "bangs"), ("Receding_Hairline", "a receding hairline"), ("Sideburns", "sideburns"))
-    return phrases + [
-        phrase for attribute, phrase in beside if attribute in has and ("Bald" not in has or attribute == "Sideburns")
-    ]
-
-
-def _face(has: frozenset[str]) -> list[str]:
-    def pair(words: dict[str, str], noun: str, article: str = "") -> list[str]:
-        said = [word for attribute, word in words.items() if attribute in has]
-        return [f"{article}{', '.join(said)} {noun}"] if said else []
-
-    single = (
-        ("Bags_Under_Eyes", "bags under the eyes"),
-        ("Narrow_Eyes", "narrow eyes"),
-        ("Big_Lips", "full lips"),
-        ("High_Cheekbones", "high cheekbones"),
-        ("Rosy_Cheeks", "rosy cheeks"),
-        ("Oval_Face", "an oval face"),
-        ("Double_Chin", "a double chin"),
-        ("Pale_Skin", "pale skin"),
-    )
-    return [
-        *pair({"Bushy_Eyebrows": "bushy", "Arched_Eyebrows": "arched"}, "eyebrows"),
-        *pair({"Big_Nose": "big", "Pointy_Nose": "pointy"}, "nose", "a "),
-        *(phrase for attribute, phrase in single if attribute in has),
-    ]
+        hair = [" ".join(filter(None, words))]
+    eyebrows, nose = (", ".join(said(part)) for part in ("eyebrows", "nose"))
+    pairs = [f"{eyebrows} eyebrows"] * bool(eyebrows) + [f"a {nose} nose"] * bool(nose)
+    return {
+        "noun": ["man" if male else "woman"],
+        "age": ["young" if "Young" in has else "older"],
+        "build": ["chubby"] * ("Chubby" in has) + ["clean-shaven"] * shaven,
+        "hair": hair + [phrase for phrase in said("beside") if not bald or phrase == "sideburns"],
+        "face": pairs + said("face") + beard + ["a beard"] * bearded,
+        "worn": said("worn"),
+        "smiling": said("smiling"),
+        "mouth": [f"{'his' if male else 'her'} mouth slightly open"] * ("Mouth_Slightly_Open" in has),
+    }
 
 
 def _some(phrases: Sequence[str], most: int, draw: Callable[[], float]) -> list[str]:
@@ -272,11 +216,12 @@ def _a(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _sentence(phrases: dict, draw: Callable[[], float]) -> str:
+def _sentence(phrases: dict[str, list[str]], draw: Callable[[], float]) -> str:
     """One caption. Drawn are age (4 in 5), each build word (1 in 2), hair (9 in 10), up to two details of it,
-    two of the face and two things worn, smile and mouth (4 in 5), and the form of the sentence."""
-    age = [phrases["age"]] if draw() < 0.8 else []
-    subject = " ".join([*age, *(word for word in phrases["build"] if draw() < 0.5), phrases["noun"]])
+    two of the face and two things worn, smile and mouth (4 in 5), and the form of the sentence.
+    """
+    age = phrases["age"] if draw() < 0.8 else []
+    subject = " ".join([*age, *(word for word in phrases["build"] if draw() < 0.5), *phrases["noun"]])
     hair, details = phrases["hair"][:1], phrases["hair"][1:]
     features = [*(hair if draw() < 0.9 else []), *_some(details, 2, draw), *_some(phrases["face"], 2, draw)]
     worn = _some(phrases["worn"], 2, draw)
@@ -290,9 +235,8 @@ def _sentence(phrases: dict, draw: Callable[[], float]) -> str:
         return f"this {subject} {_listed(has + wears + (ending or [f'has {m}' for m in mouth]))}"
     if form == 2:  # a photo of a smiling young woman who has ... and wears ...
         facts = has + wears + ([] if has else [f"has {m}" for m in mouth])
-        return f"a photo of {_a(('smiling ' if smiling else '') + subject)}" + (
-            f" who {' and '.join(facts)}" if facts else ""
-        )
+        who = f" who {' and '.join(facts)}" if facts else ""
+        return f"a photo of {_a('smiling ' * smiling + subject)}{who}"
     if form == 3 and worn and has:  # a young man wearing ... has ... and is smiling
         return f"{_a(subject)} wearing {_listed(worn)} {_listed(has + ending)}"
     parts = [f"{_a(subject)} with {_listed(features)}" if features else _a(subject)]

@@ -1,38 +1,55 @@
-"""Reading the files of the official layouts: tables, captions and split lists, with every mistake noted."""
+"""Reading the official layouts: where a root is, its tables, captions and split lists, with every mistake noted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ratlip.data.records import SPLITS, Problems, Record, Records, check_images
-from ratlip.data.safe_pickle import load_names
+from ratlip.data.records import SPLITS, Problems, Record, Records, in_order, open_image
 from ratlip.errors import DataError
 
 
-def find_root(root: str | Path, dataset: str, parts: Sequence[str], picture: str) -> Path:
-    """The folder that holds `parts[0]`: `root`, or the one folder in it that does, or the parent of a part.
+@dataclass(frozen=True)
+class Remote:
+    """A file with a public address, its checksum as pooch writes it, and what it becomes in the dataset root.
 
-    `parts` are the folders that the layout has at its top, `picture` shows the layout. Raises DataError with
-    it.
+    gives: the file or folder that is there afterwards, relative to the root; for an archive, the one thing taken out.
     """
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        raise DataError(f"{root}: there is no such folder; the root of {dataset} looks like this:\n{picture}")
-    if (root / parts[0]).is_dir():
-        return root
-    inside = sorted(folder for folder in root.iterdir() if (folder / parts[0]).is_dir())
-    if len(inside) == 1:
-        return inside[0]
-    if inside:
-        names = ", ".join(folder.name for folder in inside)
-        raise DataError(f"{root}: holds several roots of {dataset} ({names}); name one of them")
-    parent = root.absolute().parent
-    if root.absolute().name in parts and (parent / parts[0]).is_dir():
-        return parent
-    raise DataError(
-        f"{root}: is no root of {dataset} (there is no folder {parts[0]} in it); a root looks like this:\n{picture}"
-    )
+
+    url: str
+    checksum: str
+    gives: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset as its authors give it away: what its root looks like, and where each part of it comes from."""
+
+    name: str
+    parts: tuple[str, ...]  # folders at the top of the root; the first is in every root
+    layout: str  # the root as a picture
+    by_hand: str  # how to get what has no public address
+    needed: tuple[tuple[str, ...], ...]  # what must then be there: one of each row
+    fetched: tuple[Remote, ...] = ()
+
+
+def find_root(root: str | Path, source: Source) -> Path:
+    """The dataset root: `root`, or the one folder in it that is a root, or the folder around it. DataError if none."""
+    root, first = Path(root).expanduser(), source.parts[0]
+    whole = root.absolute()
+    inside = sorted(root.iterdir()) if root.is_dir() else []
+    for folders in ([root], inside, [whole.parent] if whole.name in source.parts else []):
+        found = [folder for folder in folders if (folder / first).is_dir()]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(folder.name for folder in found)
+            raise DataError(f"{root}: holds several roots of {source.name} ({names}); name one of them")
+    wrong = f"there is no folder {first} in it" if root.is_dir() else "there is no such folder"
+    raise DataError(f"{root}: is no root of {source.name} ({wrong}); a root looks like this:\n{source.layout}")
 
 
 def read_text(path: Path) -> str:
@@ -40,110 +57,136 @@ def read_text(path: Path) -> str:
     return path.read_bytes().decode("utf-8-sig", "replace")
 
 
-def read_table(path: Path, types: Sequence[Callable], expected: str, problems: Problems) -> dict | None:
-    """Rows of white-space separated fields as {first field: second} or {first: (second, third, ...)}.
+def read_rows(
+    path: Path, parse: Callable[[str], tuple[Any, Any]], expected: str, problems: Problems, header: int = 0
+) -> dict | None:
+    """{key: value} as `parse` makes them of every line after the first `header` ones; None if the file is missing.
 
-    `types` convert the fields; the last field takes the rest of the line. A missing file (then the answer is
-    None), a row that does not parse and a first field that occurs twice are added to `problems`, rows with
-    the number of their line.
+    `problems` gets the missing file, rows that `parse` refuses (ValueError) and repeated keys, with their line numbers.
     """
     if not path.is_file():
         problems.add(path, "the file is missing")
         return None
-    table = {}
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
+    rows: dict[Any, Any] = {}
+    for number, line in enumerate(map(str.strip, read_text(path).split("\n")), start=1):
+        if number <= header or not line:
             continue
-        fields = line.split(maxsplit=len(types) - 1)
         try:
-            key, *values = [convert(field.strip()) for convert, field in zip(types, fields, strict=True)]
+            key, value = parse(line)
         except ValueError:
-            problems.add(f"{path}:{number}", f"expected {expected!r}, found {line.strip()!r}")
+            problems.add(f"{path}:{number}", f"expected {expected}, found {line[:60]!r}")
             continue
-        if key in table:
-            problems.add(f"{path}:{number}", f"{key!r} occurs twice")
-        table[key] = values[0] if len(values) == 1 else tuple(values)
-    return table
+        if key in rows:
+            problems.add(f"{path}:{number}", f"{key} occurs twice")
+        rows[key] = value
+    return rows
+
+
+def fields(*types: Callable[[str], Any]) -> Callable[[str], tuple[Any, Any]]:
+    """A `parse` for `read_rows`: white-space separated fields as (first, second) or (first, (second, third, ...)).
+
+    `types` convert the fields; the last field takes the rest of the line.
+    """
+
+    def parse(line: str) -> tuple[Any, Any]:
+        pairs = zip(types, line.split(maxsplit=len(types) - 1), strict=True)
+        key, *values = [convert(field) for convert, field in pairs]
+        return key, values[0] if len(values) == 1 else tuple(values)
+
+    return parse
 
 
 def read_captions(path: Path, problems: Problems) -> tuple[str, ...]:
-    """The captions of one image, one a line, as they are but for white workspace.
+    """The captions of one image, one a line, as they are but for white space.
 
-    Runs of U+FFFD, which stand for blanks in some files of Reed et al., become one blank, as in the published
-    code.
+    Runs of U+FFFD, which stand for blanks in some files of Reed et al., become one blank, as in the published code.
     """
-    try:
-        lines = read_text(path).replace("\ufffd", " ").split("\n")
-    except FileNotFoundError:
-        problems.add(path, "the caption file is missing")
-        return ()
+    lines = read_text(path).replace("\ufffd", " ").split("\n") if path.is_file() else []
     captions = tuple(" ".join(line.split()) for line in lines if line.strip())
     if not captions:
-        problems.add(path, "the caption file is empty")
+        problems.add(path, f"the caption file is {'empty' if lines else 'missing'}")
     return captions
 
 
-def _merge(lists: dict[Path, tuple[str, Sequence[str]]], problems: Problems) -> dict[str, str]:
-    """{name: split} of several lists; a name that occurs twice is a problem."""
-    splits: dict[str, str] = {}
-    for path, (split, names) in lists.items():
-        for name in names:
-            if name in splits:
-                problems.add(
-                    path,
-                    f"{name} occurs twice" if splits[name] == split else f"{name} is in both splits, train and test",
-                )
-            splits.setdefault(name, split)
-    return splits
+class _NamesOnly(pickle.Unpickler):
+    """A pickle is a program: the ordinary loader imports and calls whatever the file names. This one imports nothing,
+    so the only things that can come out are those that need no import: lists, tuples, strings, numbers.
+    """
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it wants to import {module}.{name}, which was refused")
 
 
-def pickled_split(root: Path, problems: Problems) -> dict[str, str] | None:
-    """{image name: "train" or "test"} of the two `filenames.pickle`; None if there is neither."""
-    paths = {split: root / split / "filenames.pickle" for split in ("train", "test")}
-    if not any(path.is_file() for path in paths.values()):
-        return None
-    lists = {}
-    for split, path in paths.items():
+def load_names(path: str | Path) -> list[str]:
+    """The list (or tuple) of strings in a pickle file of any protocol, those written by Python 2 included.
+
+    Raises ValueError that says what is wrong if the file holds anything else; nothing of it is executed.
+    """
+    with open(path, "rb") as file:
         try:
-            lists[path] = split, load_names(path)
+            names = _NamesOnly(file, encoding="latin-1").load()
+        except Exception as error:  # a damaged pickle raises whatever its bytes happen to trip over
+            raise ValueError(f"is not a pickled list of names ({error})") from error
+    if not isinstance(names, (list, tuple)):
+        raise ValueError(f"holds a {type(names).__name__} where a list of names is expected")
+    for position, name in enumerate(names):
+        if not isinstance(name, str):
+            raise ValueError(f"holds a {type(name).__name__} at position {position} where a name is expected")
+    return list(names)
+
+
+def published_split(
+    root: Path, images: Collection[str], unknown: str, problems: Problems, key: Callable[[str], str] = str
+) -> tuple[dict[str, str], str] | None:
+    """{image or class folder: "train" or "test"} of the lists in the root, and the rule in words; None without lists.
+
+    `key` makes listed names those of `images`; one that is not among them is a problem, put in words by `unknown`.
+    """
+    pickles = [root / split / "filenames.pickle" for split in SPLITS]
+    classes = [root / "trainvalclasses.txt", root / "testclasses.txt"]
+    lists = next((files for files in (pickles, classes) if any(file.is_file() for file in files)), None)
+    if lists is None:
+        return None
+    splits: dict[str, str] = {}
+    for split, path in zip(SPLITS, lists, strict=True):
+        names: list[str] = []
+        try:
+            names = [key(name) for name in (load_names(path) if lists is pickles else read_text(path).split())]
         except FileNotFoundError:
             problems.add(path, "the file is missing, though the other split has one")
         except ValueError as error:
             problems.add(path, str(error))
-    return _merge(lists, problems)
-
-
-def class_split(root: Path, problems: Problems) -> dict[str, str] | None:
-    """{class folder: "train" or "test"} of trainvalclasses.txt, testclasses.txt; None if there is neither."""
-    paths = {"train": root / "trainvalclasses.txt", "test": root / "testclasses.txt"}
-    if not any(path.is_file() for path in paths.values()):
-        return None
-    lists = {}
-    for split, path in paths.items():
-        if path.is_file():
-            lists[path] = split, read_text(path).split()
-        else:
-            problems.add(path, "the file is missing, though the other split has one")
-    return _merge(lists, problems)
+        problems.add_repeated(path, names)
+        for name in names:
+            if splits.setdefault(name, split) != split:
+                problems.add(path, f"{name} is in both splits, train and test")
+            if lists is pickles and images and name not in images:
+                problems.add(path, f"{name} {unknown}")
+    if lists is pickles:
+        return splits, "published class-disjoint text-to-image split (train/, test/filenames.pickle)"
+    return splits, "published class-disjoint split (trainvalclasses.txt, testclasses.txt)"
 
 
 def finish(records: list[Record], problems: Problems, about: dict) -> Records:
     """The reader's result with the counts that every manifest states; or DataError if there are any problems.
 
-    Before it stops it decodes the images too, so that the message is complete: mending one thing does not
-    bring up the next.
+    Before it stops it decodes the images too, so that the message is complete: mending one thing does not bring up the
+    next. Where nothing is wrong `prepare` does the same, as it resizes.
     """
-    if problems.found:
-        check_images([record for record in records if record.path.is_file()], problems)
+
+    def trouble(record: Record) -> str:
+        try:
+            open_image(record)
+        except ValueError as error:
+            return f"{record.where}: {error}"
+        return ""
+
+    if problems:
+        there = [record for record in records if record.path and record.path.is_file()]
+        problems.found += filter(None, in_order(trouble, there))
     elif not records:
         problems.add(problems.subject, "there is no image in it")
     problems.raise_if_any()
     labels = {split: {record.label for record in records if record.split == split} for split in SPLITS}
-    return Records(
-        records,
-        {
-            **about,
-            "labels": {split: len(found) for split, found in labels.items()},
-            "labels_in_both_splits": len(labels["train"] & labels["test"]),
-        },
-    )
+    counts = {split: len(found) for split, found in labels.items()}
+    return Records(records, {**about, "labels": counts, "labels_in_both_splits": len(labels["train"] & labels["test"])})

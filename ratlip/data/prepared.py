@@ -1,19 +1,18 @@
 """The prepared format: one folder with all images resized once, their captions, and a manifest.
 
-<folder>/dataset/        a `datasets.DatasetDict` on disk (Arrow); columns key, label, height, width,
-                         pixels (raw RGB bytes), captions (list of string), attributes (JSON or ""),
-                         mask (packed bits or empty)
-<folder>/manifest.json   settings, rule of the split, counts, checksums; it comes last: where it is, all
-is there
+<folder>/dataset/        a `datasets.DatasetDict` on disk (Arrow), with the columns of `SCHEMA`
+<folder>/manifest.json   settings, rule of the split, counts, checksums; it comes last: where it is, all is there
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Sized
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,34 +21,28 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from ratlip import __version__
+from ratlip.cache import check_identity, digest
 from ratlip.data.records import SPLITS, Problems, Record, in_order, open_image
 from ratlip.errors import DataError
 from ratlip.files import atomic_path, read_json, write_json
 from ratlip.progress import bar
 
 FORMAT = 1
-BATCH_BYTES = 32 << 20  # pixels held in memory before they go to disk
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("label", pa.int64()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("pixels", pa.binary()),
-        ("captions", pa.list_(pa.string())),
-        ("attributes", pa.string()),
-        ("mask", pa.binary()),
-    ]
+BATCH_BYTES = 32 << 20  # pixels held in memory before they go to disk, about
+LISTED = ("name", "hash", "resize", "settings", "counts", "records_sha256", "content_sha256")  # in every manifest
+LIBRARIES = ("pillow", "numpy", "pyarrow", "datasets")  # those that decide the pixels and the files
+AGAIN = "delete the folder and prepare it again"
+TEXT, BYTES = pa.string(), pa.binary()
+SCHEMA = pa.schema(  # pixels: raw RGB; attributes: JSON, or ""; mask: packed bits, or empty
+    {"key": TEXT, "label": pa.int64(), "height": pa.int32(), "width": pa.int32(), "pixels": BYTES}
+    | {"captions": pa.list_(TEXT), "attributes": TEXT, "mask": BYTES}
 )
 
 
 def settings_hash(settings: dict, resize: int) -> str:
     """12 hex digits of everything that decides what `prepare` writes from the same source."""
-    text = json.dumps({"format": FORMAT, "resize": resize, "settings": settings}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-# -------------------------------------------------------------------------------------------------- writing
+    return digest({"format": FORMAT, "resize": resize, "settings": settings}, 12)
 
 
 def prepare(
@@ -57,51 +50,46 @@ def prepare(
     out: str | Path,
     *,
     resize: int,
-    workers: int | None = None,
     settings: dict,
     source: str | Path,
+    workers: int | None = None,
     progress: bool = True,
 ) -> Prepared:
     """Decode, crop (birds), resize and store all images and captions in folder `out`, whole or not at all.
 
-    The shorter side of each image becomes `resize` pixels by Pillow's antialiased bilinear filter, as
-    torchvision's Resize does in the published code (official.md: "images are resized to 304"). Every image is
-    decoded in full, once: the pass that resizes is the pass that validates, into a temporary folder beside
-    `out`. `records` may be a generator; memory does not grow with their number. `settings` (JSON values; its
-    "dataset" names the set) are kept in the manifest with `records.about`. `source` is the name of the
-    dataset root (a path is cut to its last part).
+    The shorter side of each image becomes `resize` pixels by Pillow's antialiased bilinear filter, as torchvision's
+    Resize does in the published code (official.md: "images are resized to 304"). The pass that resizes is the pass that
+    validates: every image is decoded in full, once, into a temporary folder beside `out`. `records` may be a generator;
+    memory does not grow with their number. `settings` (JSON values; its "dataset" names the set) are kept in the
+    manifest with `records.about`. `source` is the name of the dataset root (a path is cut to its last part).
 
-    An `out` prepared before with equal settings is opened, not written. Raises DataError that lists
-    everything wrong with the records, or says that `out` holds something else.
+    An `out` prepared before with equal settings is opened, not written. Raises DataError that lists everything wrong
+    with the records, or says that `out` holds something else.
     """
-    out = Path(out)
+    out, source = Path(out), Path(source).absolute().name
     ready = existing(out, resize=resize, settings=settings)
     if ready is not None:
         _check_same_source(ready, records)
         return ready
     _check_replaceable(out)
-    source = Path(source).absolute().name
     name = str(settings.get("dataset") or source)
+    total = len(records) if isinstance(records, Sized) else None
+    rows = in_order(partial(_encode, resize=resize), records, workers)
+    rows = bar(rows, total=total, desc=f"prepare {name}", unit="image", enabled=progress)
     try:
         with atomic_path(out) as draft:
-            facts = _write_dataset(
-                records,
-                draft,
-                resize,
-                workers,
-                Problems(f"{name} ({source})"),
-                partial(bar, desc=f"prepare {name}", unit="image", enabled=progress),
-            )
+            checksums = _write_dataset(rows, draft, Problems(f"{name} ({source})"), BATCH_BYTES // (3 * resize**2))
             manifest = {
                 "format": FORMAT,
                 "name": name,
                 "source": source,
                 "resize": resize,
-                **facts,
+                **_counts(draft),
+                **checksums,
                 "settings": settings,
                 "hash": settings_hash(settings, resize),
                 "about": getattr(records, "about", {}),
-                "versions": _versions(),
+                "versions": {"ratlip": __version__, **{library: version(library) for library in LIBRARIES}},
             }
             write_json(draft / "manifest.json", manifest)
     except OSError as error:
@@ -117,216 +105,154 @@ def existing(out: str | Path, *, resize: int, settings: dict) -> Prepared | None
     out = Path(out)
     if not (out / "manifest.json").is_file():
         return None
-    manifest = _read_manifest(out)
-    if manifest["hash"] != settings_hash(settings, resize):
-        wanted = {"resize": resize, **json.loads(json.dumps(settings, default=str))}
-        found = {"resize": manifest["resize"], **manifest["settings"]}
-        differing = [
-            f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} now"
-            for key in dict.fromkeys([*wanted, *found])
-            if found.get(key) != wanted.get(key)
-        ]
-        raise DataError(
-            f"{out}: was prepared with other settings ({'; '.join(differing)}); "
-            "choose another folder, or delete this one to prepare it anew"
-        )
-    return load_prepared(out)
+    prepared, wanted = load_prepared(out), {"resize": resize, "settings": settings}
+    found = {key: prepared.manifest[key] for key in wanted}
+    check_identity(out, found, wanted, what="prepared data", error=DataError)
+    return prepared
 
 
 def _check_same_source(ready: Prepared, records: Iterable[Record]) -> None:
     """With equal settings, a list of records must be the one prepared (a generator is left unread)."""
-    if not isinstance(records, (list, tuple)):
+    if not isinstance(records, Sized):
         return
-    digest = hashlib.sha256()
+    checksum = hashlib.sha256()
     for record in records:
-        digest.update(_identity(record))
-    if digest.hexdigest() != ready.manifest["records_sha256"]:
-        count = sum(ready.manifest["counts"].values())
-        raise DataError(
-            f"{ready.folder}: the source has changed since this folder was prepared (it had "
-            f"{count} images, there are {len(records)} now, or their captions, classes or split "
-            "differ); delete the folder to prepare it anew, or choose another"
-        )
+        checksum.update(_checked(record))
+    if checksum.hexdigest() != ready.manifest["records_sha256"]:
+        images = f"it had {len(ready.train) + len(ready.test)} images, there are {len(records)} now"
+        changed = f"the source has changed since ({images}, or their captions, classes or split differ)"
+        raise DataError(f"{ready.folder}: {changed}; delete the folder to prepare it anew, or choose another")
 
 
 def _check_replaceable(out: Path) -> None:
     """Only what an earlier `prepare` can have left may be replaced, never a folder of the user's."""
-    if out.is_dir():
-        foreign = sorted(set(item.name for item in out.iterdir()) - {"dataset", "manifest.json"})
-        inside = out / "dataset"
-        if inside.is_dir():
-            foreign += sorted(set(item.name for item in inside.iterdir()) - {*SPLITS, "dataset_dict.json"})
-        if foreign:
-            raise DataError(f"{out}: holds other files ({', '.join(foreign[:3])}); choose an empty folder")
-    elif out.exists():
+    if out.is_file():
         raise DataError(f"{out}: is a file; choose a folder")
+    foreign = {item.name for item in out.glob("*")} - {"dataset", "manifest.json"}
+    foreign |= {item.name for item in out.glob("dataset/*")} - {*SPLITS, "dataset_dict.json"}
+    if foreign:
+        raise DataError(f"{out}: holds other files ({', '.join(sorted(foreign)[:3])}); choose an empty folder")
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    import ratlip
-
-    libraries = {name: version(name) for name in ("pillow", "numpy", "pyarrow", "datasets")}
-    return {"ratlip": ratlip.__version__, **libraries}
-
-
-def _identity(record: Record, content: str = "") -> bytes:
+def _checked(record: Record, content: str = "") -> bytes:
     """What a checksum covers of a record: all but the pixels, whose own checksum is `content`."""
     fields = [record.key, record.split, record.label, record.captions, record.box, record.attributes, content]
     return json.dumps(fields, default=str).encode()
 
 
-def _encode(record: Record, resize: int) -> tuple[Record, dict | str]:
+def _encode(record: Record, resize: int) -> tuple[Record, dict[str, Any] | str]:
     """The record's row of the dataset (and its "content" checksum), or a text that says what is wrong."""
     try:
         image, mask = open_image(record)
     except ValueError as error:
         return record, str(error)
     short, long = sorted(image.size)
-    size = tuple(resize if side == short else int(resize * long / short) for side in image.size)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BILINEAR)
-        mask = mask and mask.resize(size, Image.Resampling.NEAREST)
-    pixels = image.tobytes()
-    packed = b"" if mask is None else np.packbits(np.asarray(mask) > 127).tobytes()
-    row = {
-        "key": record.key,
-        "label": record.label,
-        "height": image.height,
-        "width": image.width,
-        "pixels": pixels,
-        "captions": list(record.captions),
-        "mask": packed,
-        "attributes": "" if record.attributes is None else json.dumps(record.attributes),
-    }
-    content = hashlib.sha256(f"{image.width}x{image.height}".encode() + packed)
-    content.update(pixels)
-    return record, {**row, "content": content.hexdigest()}
+    width, height = (resize if side == short else int(resize * long / short) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        mask = mask and mask.resize((width, height), Image.Resampling.NEAREST)
+    pixels, packed = image.tobytes(), b"" if mask is None else np.packbits(np.asarray(mask) > 127).tobytes()
+    content = hashlib.sha256(f"{width}x{height}".encode() + packed + pixels).hexdigest()
+    attributes = "" if record.attributes is None else json.dumps(record.attributes)
+    row = {"key": record.key, "label": record.label, "captions": record.captions, "attributes": attributes}
+    return record, {**row, "height": height, "width": width, "pixels": pixels, "mask": packed, "content": content}
 
 
-class _SplitWriter:
-    """Streams rows into one Arrow file and keeps count."""
+def _write_dataset(encoded: Iterable[tuple], draft: Path, problems: Problems, held: int) -> dict[str, str]:
+    """Write `draft`/dataset from what `_encode` gives, some `held` rows of a split in memory; return the checksums.
 
-    def __init__(self, path: Path):
-        self.path, self.rows, self.bytes = path, [], 0
-        self.images = self.captions = 0
-        self.smallest, self.largest = [2**31, 2**31], [0, 0]
-        self.stream = pa.ipc.new_stream(str(path), SCHEMA)
-
-    def add(self, row: dict) -> None:
-        self.rows.append(row)
-        self.bytes += len(row["pixels"])
-        self.images += 1
-        self.captions += len(row["captions"])
-        size = [row["height"], row["width"]]
-        self.smallest, self.largest = list(map(min, self.smallest, size)), list(map(max, self.largest, size))
-        if self.bytes >= BATCH_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        if self.rows:
-            self.stream.write_batch(pa.RecordBatch.from_pylist(self.rows, schema=SCHEMA))
-        self.rows, self.bytes = [], 0
-
-    def close(self) -> None:
-        self.flush()
-        self.stream.close()
-
-
-def _write_dataset(
-    records: Iterable[Record], draft: Path, resize: int, workers: int | None, problems: Problems, bar
-) -> dict[str, Any]:
-    """Write `draft`/dataset and return the manifest's facts about it; raise DataError if a record is bad."""
+    Raises DataError that lists all that is wrong with the records.
+    """
     draft.mkdir()
-    writers = {split: _SplitWriter(draft / f"{split}.arrow") for split in SPLITS}
-    keys, given, stored = set(), hashlib.sha256(), hashlib.sha256()
-    total = len(records) if hasattr(records, "__len__") else None
-    try:
-        for record, row in bar(in_order(partial(_encode, resize=resize), records, workers), total=total):
-            for wrong in _wrong_with(record, row, keys):
-                problems.add(record.where, wrong)
-            keys.add(record.key)
+    rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    split_of: dict[str, str] = {}
+    given, stored = hashlib.sha256(), hashlib.sha256()
+    with ExitStack() as stack:
+        paths = {split: str(draft / f"{split}.arrow") for split in SPLITS}
+        files = {split: stack.enter_context(pa.ipc.new_stream(path, SCHEMA)) for split, path in paths.items()}
+
+        def flush(split: str) -> None:
+            files[split].write_batch(pa.RecordBatch.from_pylist(rows[split], schema=SCHEMA))
+            rows[split].clear()
+
+        for record, row in encoded:
+            for message in _wrong_with(record, row, split_of):
+                problems.add(record.where, message)
+            split_of[record.key] = record.split
             if not problems:  # otherwise nothing will be kept: only look on for what else is wrong
-                given.update(_identity(record))
-                stored.update(_identity(record, row.pop("content")))
-                writers[record.split].add(row)
-    finally:
-        for writer in writers.values():
-            writer.close()
-    for split, writer in writers.items():
-        if not writer.images and not problems:
+                given.update(_checked(record))
+                stored.update(_checked(record, row.pop("content")))
+                rows[record.split].append(row)
+                if len(rows[record.split]) >= held:
+                    flush(record.split)
+        for split in SPLITS:
+            flush(split)
+    problems.raise_if_any()
+    for split in SPLITS:
+        if split not in split_of.values():
             problems.add(split, "the split has no image")
     problems.raise_if_any()
-    _save(writers, draft / "dataset")
-    return {
-        "counts": {split: writer.images for split, writer in writers.items()},
-        "captions": {split: writer.captions for split, writer in writers.items()},
-        "image_sizes": {
-            split: {"smallest": writer.smallest, "largest": writer.largest}  # height, width
-            for split, writer in writers.items()
-        },
-        "records_sha256": given.hexdigest(),
-        "content_sha256": stored.hexdigest(),
-    }
+    _save(draft)
+    return {"records_sha256": given.hexdigest(), "content_sha256": stored.hexdigest()}
 
 
-def _wrong_with(record: Record, row: dict | str, keys: set[str]) -> list[str]:
+def _wrong_with(record: Record, row: dict | str, known: Container[str]) -> list[str]:
     wrong = [row] if isinstance(row, str) else []
-    if record.key in keys:
+    if record.key in known:
         wrong.append(f"the key {record.key!r} occurs twice")
     if record.split not in SPLITS:
         wrong.append(f"the split is {record.split!r}, not one of {', '.join(SPLITS)}")
-    if not record.captions or any(not caption.strip() for caption in record.captions):
+    if not record.captions or not all(map(str.strip, record.captions)):
         wrong.append("a caption is empty, or there is none")
     return wrong
 
 
-def _save(writers: dict[str, _SplitWriter], folder: Path) -> None:
+def _save(draft: Path) -> None:
     """Turn the streamed files into a saved DatasetDict, memory-mapped from one to the other."""
-    import datasets
+    import datasets  # here, because it takes 0.6 s and only writing needs it
 
-    with _quiet(datasets):
-        parts = {split: datasets.Dataset.from_file(str(writer.path)) for split, writer in writers.items()}
-        datasets.DatasetDict(parts).save_to_disk(str(folder))
-    del parts
-    for writer in writers.values():
-        writer.path.unlink()
-
-
-@contextmanager
-def _quiet(datasets):
-    """Without the progress bars of `datasets`: `prepare` has its own."""
+    streams = {split: draft / f"{split}.arrow" for split in SPLITS}
     shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
+    datasets.disable_progress_bars()  # `prepare` has its own
     try:
-        yield
+        parts = {split: datasets.Dataset.from_file(str(path)) for split, path in streams.items()}
+        datasets.DatasetDict(parts).save_to_disk(str(draft / "dataset"))
     finally:
         if shown:
             datasets.enable_progress_bars()
+    for path in streams.values():
+        path.unlink()
 
 
-# -------------------------------------------------------------------------------------------------- reading
+def _counts(folder: Path) -> dict[str, dict]:
+    """What the manifest counts of each split; image sizes are height, width."""
+    splits = [Split(folder, name) for name in SPLITS]
+    return {
+        "counts": {s.name: len(s) for s in splits},
+        "captions": {s.name: len(s.all_captions) for s in splits},
+        "image_sizes": {
+            s.name: {"smallest": s.sizes.min(0).tolist(), "largest": s.sizes.max(0).tolist()} for s in splits
+        },
+    }
 
 
 def _read_manifest(folder: Path) -> dict:
     path = folder / "manifest.json"
-    mend = "delete the folder and prepare it again"
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder; make it with `ratlip prepare`")
     if not path.is_file():
-        raise DataError(f"{folder}: has no manifest.json, so it is not prepared, or not completely; {mend}")
+        raise DataError(f"{folder}: has no manifest.json, so it is not prepared, or not completely; {AGAIN}")
+    wrong = ""
     try:
         manifest = read_json(path)
-        written = manifest["format"]
-        needed = ("name", "hash", "resize", "settings", "counts", "records_sha256", "content_sha256")
-        missing = [key for key in needed if key not in manifest]
+        if manifest["format"] != FORMAT:
+            wrong = f"was written in format {manifest['format']}, this ratlip reads format {FORMAT}"
+        elif missing := [key for key in LISTED if key not in manifest]:
+            wrong = f"is damaged (no {', '.join(missing)})"
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: is damaged ({error!r}); {mend}") from error
-    if written != FORMAT:
-        raise DataError(f"{path}: was written in format {written}, this ratlip reads format {FORMAT}; {mend}")
-    if missing:
-        raise DataError(f"{path}: is damaged (no {', '.join(missing)}); {mend}")
+        wrong = f"is damaged ({error!r})"
+    if wrong:
+        raise DataError(f"{path}: {wrong}; {AGAIN}")
     return manifest
 
 
@@ -337,73 +263,51 @@ def load_prepared(folder: str | Path) -> Prepared:
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
-    import datasets
-
     try:
-        parts = datasets.DatasetDict.load_from_disk(str(folder / "dataset"), keep_in_memory=False)
-        tables = {split: parts[split].data.table for split in SPLITS}
-    except Exception as error:  # whatever Arrow or datasets make of a missing or damaged file
-        raise DataError(
-            f"{folder / 'dataset'}: is damaged or incomplete ({error}); delete the folder and prepare it again"
-        ) from error
-    for split, table in tables.items():
-        if table.num_rows != manifest["counts"][split]:
-            raise DataError(
-                f"{folder / 'dataset' / split}: has {table.num_rows} images, the manifest says "
-                f"{manifest['counts'][split]}; delete the folder and prepare it again"
-            )
-    return Prepared(folder, manifest, {split: Split(folder, split, table) for split, table in tables.items()})
+        prepared = Prepared(folder, manifest, Split(folder, "train"), Split(folder, "test"))
+    except Exception as error:  # whatever Arrow makes of a missing or damaged file
+        raise DataError(f"{folder / 'dataset'}: is damaged or incomplete ({error}); {AGAIN}") from error
+    for name, number in manifest["counts"].items():
+        if len(prepared[name]) != number:
+            found = f"has {len(prepared[name])} images, the manifest says {number}"
+            raise DataError(f"{folder / 'dataset' / name}: {found}; {AGAIN}")
+    return prepared
 
 
-def _load_split(folder: Path, name: str) -> Split:
-    return load_prepared(folder)[name]
-
-
-class _Bytes:
-    """The values of a binary Arrow column as uint8 views of the column's own memory.
-
-    `column[i].as_buffer()` copies the value first.
-    """
-
-    def __init__(self, column: pa.ChunkedArray):
-        self.chunks, places = [], []
-        for chunk in column.chunks:
-            _, offsets, values = chunk.buffers()
-            ends = np.frombuffer(offsets, dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-            number = np.full(len(chunk), len(self.chunks))
-            places.append(np.stack([number, ends[:-1], ends[1:]], axis=1))
-            self.chunks.append(np.frombuffer(values or b"", dtype=np.uint8))
-        self.places = np.concatenate(places)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        chunk, start, stop = self.places[i]
-        return self.chunks[chunk][start:stop]
+def _view(column: pa.ChunkedArray, i: int) -> np.ndarray:
+    """Value i of a binary column as a uint8 view of the column's own memory (`column[i].as_buffer()` would copy it)."""
+    value = column.slice(range(len(column))[i], 1).chunk(0)
+    _, offsets, content = value.buffers()
+    start, stop = np.frombuffer(offsets, dtype=np.int32)[value.offset : value.offset + 2]
+    return np.frombuffer(content or b"", dtype=np.uint8)[start:stop]
 
 
 class Split:
-    """The images of one split, in a fixed order, as views of the memory-mapped file.
+    """The images of one split, in a fixed order, as views of the memory-mapped files.
 
-    keys: list[str]. labels: np.int64 (n,). captions: list of list of str. all_captions: the same, flattened;
-    the captions of image i are all_captions[caption_offsets[i]:caption_offsets[i + 1]], caption_offsets:
-    int64 (n+1,). attributes: list[dict] or None.
+    keys: list[str]. labels: np.int64 (n,). sizes: np.int32 (n,2), height and width. captions: list of list of str.
+    all_captions: the same, flattened; those of image i are all_captions[caption_offsets[i]:caption_offsets[i + 1]],
+    caption_offsets: int64 (n+1,). attributes: list[dict] or None.
     """
 
-    def __init__(self, folder: Path, name: str, table: pa.Table):
+    def __init__(self, folder: Path, name: str):
+        files = sorted((folder / "dataset" / name).glob("*.arrow"))
+        table = pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files)
         self.folder, self.name = folder, name
         self.keys: list[str] = table["key"].to_pylist()
         self.labels: np.ndarray = table["label"].to_numpy()
+        self.sizes = np.stack([table["height"], table["width"]], axis=1)
         self.captions: list[list[str]] = table["captions"].to_pylist()
         self.caption_offsets = np.cumsum([0, *map(len, self.captions)], dtype=np.int64)
         attributes = table["attributes"].to_pylist()
         self.attributes = [json.loads(text or "{}") for text in attributes] if any(attributes) else None
-        self._heights, self._widths = table["height"].to_numpy(), table["width"].to_numpy()
-        self._pixels, self._masks = _Bytes(table["pixels"]), _Bytes(table["mask"])
+        self._pixels, self._masks = table["pixels"], table["mask"]
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __reduce__(self):
-        return _load_split, (self.folder, self.name)  # a worker process maps the file too, and gets no copy
+        return Split, (self.folder, self.name)  # a worker process maps the files too, and gets no copy
 
     @cached_property
     def all_captions(self) -> list[str]:
@@ -411,28 +315,25 @@ class Split:
 
     def image(self, i: int) -> np.ndarray:
         """Image i: uint8 (H,W,3) RGB, a read-only view, not a copy."""
-        i = range(len(self))[i]
-        return self._pixels[i].reshape(self._heights[i], self._widths[i], 3)
+        return _view(self._pixels, i).reshape(*self.sizes[i], 3)
 
     def mask(self, i: int) -> np.ndarray | None:
         """Where the object of image i is: bool (H,W), or None if that is not known."""
-        i = range(len(self))[i]
-        packed = self._masks[i]
-        if not packed.size:
-            return None
-        height, width = int(self._heights[i]), int(self._widths[i])
-        return np.unpackbits(packed, count=height * width).astype(bool).reshape(height, width)
+        packed, size = _view(self._masks, i), self.sizes[i]
+        return np.unpackbits(packed, count=size.prod()).astype(bool).reshape(size) if packed.size else None
 
 
+@dataclass(frozen=True, repr=False)
 class Prepared:
     """A complete prepared folder: `.train` and `.test` (or `["train"]`), `.manifest`, `.folder`."""
 
-    def __init__(self, folder: Path, manifest: dict, splits: dict[str, Split]):
-        self.folder, self.manifest, self._splits = folder, manifest, splits
-        self.train, self.test = (splits[name] for name in SPLITS)
+    folder: Path
+    manifest: dict
+    train: Split
+    test: Split
 
     def __getitem__(self, split: str) -> Split:
-        return self._splits[split]
+        return {"train": self.train, "test": self.test}[split]
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(self[split])} {split}" for split in SPLITS)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,10 @@ Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 class Record:
     """One captioned image, not yet decoded.
 
-    key: unique and stable. split: "train" or "test". captions: at least one, stripped, none empty. label:
-    class (birds, flowers), identity (faces) or kind of object (synthetic); -1 unknown. path: the image file,
-    or pixels: uint8 (H,W,3) RGB. box: x, y, width, height in pixels of the image file, for `published_crop`.
-    attributes, mask (bool (H,W)): what a synthetic image shows, and where.
+    key: unique and stable. split: "train" or "test". captions: at least one, stripped, none empty. label: class (birds,
+    flowers), identity (faces) or kind of object (synthetic); -1 unknown. path: the image file, or pixels: uint8 (H,W,3)
+    RGB. box: in pixels of the image file, for `published_crop`. attributes, mask (bool (H,W)): what a synthetic image
+    shows, and where.
     """
 
     key: str
@@ -46,10 +45,10 @@ class Record:
     @property
     def where(self) -> str:
         """What a message calls this record: the image file, or the key."""
-        return str(self.path) if self.path is not None else self.key
+        return str(self.path or self.key)
 
 
-class Records(list):
+class Records(list[Record]):
     """A list of Record with `about`: how it came about (rule of the split, counts), for the manifest."""
 
     def __init__(self, records: Iterable[Record] = (), about: dict[str, Any] | None = None):
@@ -62,57 +61,53 @@ class Problems:
 
     def __init__(self, subject: str = "the dataset"):
         self.subject = subject
-        self.found: list[tuple[str, str]] = []
+        self.found: list[str] = []
 
     def add(self, path: str | os.PathLike, message: str) -> None:
-        self.found.append((str(path), message))
+        self.found.append(f"{path}: {message}")
+
+    def add_repeated(self, path: str | os.PathLike, names: Iterable[str]) -> None:
+        """Note the names that occur more than once in the file at `path`."""
+        for name, count in Counter(names).items():
+            if count > 1:
+                self.add(path, f"{name} occurs twice")
 
     def __len__(self) -> int:
         return len(self.found)
 
     def raise_if_any(self) -> None:
         """Raise DataError that lists the problems, each with its path (the first 50, and how many more)."""
-        if not self.found:
-            return
-        lines = [f"  {path}: {message}" for path, message in self.found[:SHOWN]]
-        if len(self.found) > SHOWN:
-            lines.append(f"  ... and {len(self.found) - SHOWN} more")
-        number = f"{len(self.found)} problem{'s' if len(self.found) > 1 else ''}"
-        raise DataError(f"{number} in {self.subject}; nothing was written:\n" + "\n".join(lines))
-
-
-def cores() -> int:
-    """Number of processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        if self.found:
+            number = f"{len(self)} problem{'s' if len(self) > 1 else ''}"
+            more = [f"... and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
+            listed = "\n  ".join([f"{number} in {self.subject}; nothing was written:", *self.found[:SHOWN], *more])
+            raise DataError(listed)
 
 
 def in_order(work: Callable, items: Iterable, workers: int | None = None) -> Iterator:
     """Yield `work(item)` in the order of `items`, computed by threads, never more than a few items ahead.
 
-    Threads, because Pillow's decoding and resizing and hashlib let go of the interpreter lock. `Executor.map`
-    would read all items and keep all results, so memory would grow with the dataset.
+    Threads, because Pillow's decoding and resizing and hashlib let go of the interpreter lock. `Executor.map` would
+    read all items and keep all results, so memory would grow with the dataset.
     """
-    workers = workers or cores()
-    items = iter(items)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = workers or cores
+    ahead: deque = deque()
     with ThreadPoolExecutor(workers) as pool:
-        ahead = deque(pool.submit(work, item) for item in islice(items, 4 * workers))
-        try:
-            while ahead:
-                done = ahead.popleft().result()
-                ahead.extend(pool.submit(work, item) for item in islice(items, 1))
-                yield done
-        finally:
-            for future in ahead:
-                future.cancel()
+        for item in items:
+            ahead.append(pool.submit(work, item))
+            if len(ahead) > 4 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def published_crop(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of a bird's crop as published: a square 1.5 boxes wide, clipped to the image.
 
-    The rule of the text-to-image line since AttnGAN, to the pixel (official.md: "birds are first cropped to a
-    square about 1.5 boxes wide"): box numbers are cut to whole pixels, r = int(0.75 * the longer side), and
-    the crop reaches r to each side of the box's centre. Where the image ends earlier the crop ends with it
-    and is no square.
+    The rule of the text-to-image line since AttnGAN, to the pixel (official.md: "birds are first cropped to a square
+    about 1.5 boxes wide"): box numbers are cut to whole pixels, r = int(0.75 * the longer side), and the crop reaches r
+    to each side of the box's centre. Where the image ends earlier the crop ends with it and is no square.
     """
     x, y, box_width, box_height = (int(number) for number in box)
     r = int(max(box_width, box_height) * 0.75)
@@ -130,28 +125,31 @@ def _check_box(box: Box, width: int, height: int) -> None:
         raise ValueError(f"{numbers} lies outside the image of {width}x{height} pixels")
 
 
+def _decode(record: Record) -> Image.Image:
+    """The whole image of the record in RGB."""
+    pixels = record.pixels
+    if pixels is not None and record.path is None:
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(f"pixels must be uint8 (H,W,3), not {pixels.dtype} {pixels.shape}")
+        return Image.fromarray(np.ascontiguousarray(pixels))
+    if record.path is None or pixels is not None:
+        raise ValueError("a record needs either a path or pixels")
+    try:
+        with Image.open(record.path) as file:
+            return file.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError("the image file is missing") from None
+    except Exception as error:  # Pillow raises a dozen classes for damaged files, not all of them OSError
+        raise ValueError(f"the image cannot be decoded ({error})") from error
+
+
 def open_image(record: Record) -> tuple[Image.Image, Image.Image | None]:
     """Decode the record's image in full, and crop it as published if it has a box.
 
-    Returns (RGB image, mask image of mode "L" with 0 and 255, or None). Raises ValueError that says what is
-    wrong; the caller adds the path.
+    Returns (RGB image, mask image of mode "L" with 0 and 255, or None). Raises ValueError that says what is wrong; the
+    caller adds the path.
     """
-    if (record.path is None) == (record.pixels is None):
-        raise ValueError("a record needs either a path or pixels")
-    if record.path is not None:
-        try:
-            with Image.open(record.path) as file:
-                image = file.convert("RGB")
-        except FileNotFoundError:
-            raise ValueError("the image file is missing") from None
-        except Exception as error:  # Pillow raises a dozen classes for damaged files, not all of them OSError
-            raise ValueError(f"the image cannot be decoded ({error})") from error
-    else:
-        pixels = record.pixels
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise ValueError(f"pixels must be uint8 (H,W,3), not {pixels.dtype} {pixels.shape}")
-        image = Image.fromarray(np.ascontiguousarray(pixels))
-    mask = None
+    image, mask = _decode(record), None
     if record.mask is not None:
         if record.mask.shape != (image.height, image.width):
             raise ValueError(f"the mask has shape {record.mask.shape}, the image {image.height, image.width}")
@@ -161,22 +159,3 @@ def open_image(record: Record) -> tuple[Image.Image, Image.Image | None]:
         crop = published_crop(record.box, *image.size)
         image, mask = image.crop(crop), mask and mask.crop(crop)
     return image, mask
-
-
-def check_images(records: Iterable[Record], problems: Problems) -> None:
-    """Decode all images only to find what is wrong with them.
-
-    `prepare` finds the same while it resizes; a reader that has already found something calls this before it
-    stops, so that one message lists what is wrong with the lists and with the pixels.
-    """
-
-    def trouble(record: Record) -> tuple[str, str] | None:
-        try:
-            open_image(record)
-        except ValueError as error:
-            return record.where, str(error)
-        return None
-
-    for found in in_order(trouble, records):
-        if found:
-            problems.add(*found)

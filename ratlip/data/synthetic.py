@@ -1,21 +1,20 @@
 """A generated, captioned set whose truth is known: one object, with kind, colour, size, place and background.
 
-Why it exists: on photographs nobody can say which share of a caption a generated image shows. Here every
-attribute named by a caption can be checked against the image by a classifier (`ratlip.scores.judge`), and the
-object's mask is known, so that "where does the network look" has a right answer. It needs no download, and a
-laptop learns it in minutes.
+Why it exists: on photographs nobody can say which share of a caption a generated image shows. Here every attribute
+named by a caption can be checked against the image by a classifier (`ratlip.scores.judge`), and the object's mask is
+known, so that "where does the network look" has a right answer. It needs no download; a laptop learns it in minutes.
 
-Rule. An image is one combination of `OBJECTS` x `COLOURS` x `SIZES` x `PLACES` x `BACKGROUNDS` (960 of them)
-with position, scale, rotation, shade and a faint background gradient drawn at random. Every `HELD_OUT`-th
-combination, in an order shuffled by the seed, belongs to the test split: its captions are never seen in
-training, although each of its attributes is.
+Rule. An image is one combination of `OBJECTS` x `COLOURS` x `SIZES` x `PLACES` x `BACKGROUNDS` (960 of them) with
+position, scale, rotation, shade and a faint background gradient drawn at random. Every `HELD_OUT`-th combination, in an
+order shuffled by the seed, belongs to the test split: its captions are never seen in training, although each of its
+attributes is.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -43,12 +42,13 @@ BACKGROUNDS = {
     "brown": (110, 72, 40),
     "navy": (18, 26, 84),
 }
-ATTRIBUTES = {
-    "object": OBJECTS,
-    "colour": tuple(COLOURS),
-    "size": tuple(SIZES),
-    "place": tuple(PLACES),
-    "background": tuple(BACKGROUNDS),
+VALUES = (OBJECTS, tuple(COLOURS), tuple(SIZES), tuple(PLACES), tuple(BACKGROUNDS))
+ATTRIBUTES = dict(zip(("object", "colour", "size", "place", "background"), VALUES, strict=True))
+W = 0.32  # half the width of a bar of the cross
+OUTLINES = {  # x and y of the corners, in radii; a ring is drawn from circles instead
+    "square": ((-0.88, 0.88, 0.88, -0.88), (-0.88, -0.88, 0.88, 0.88)),
+    "triangle": ((0.0, 1.05, -1.05), (-1.0, 0.85, 0.85)),
+    "cross": ((-W, W, W, 1, 1, W, W, -W, -W, -1, -1, -W), (-1, -1, -W, -W, W, W, 1, 1, W, W, -W, -W)),
 }
 HELD_OUT = 8
 OVERSAMPLING = 4
@@ -76,51 +76,29 @@ def caption(attributes: dict[str, str], template: int = 0) -> str:
 
 def combinations(seed: int = 0) -> dict[str, list[dict[str, str]]]:
     """All attribute combinations as `train` and `test` (one in `HELD_OUT`), in an order given by `seed`."""
-    every = [dict(zip(ATTRIBUTES, values)) for values in itertools.product(*ATTRIBUTES.values())]
+    every = [dict(zip(ATTRIBUTES, values, strict=True)) for values in itertools.product(*ATTRIBUTES.values())]
     order = np.random.default_rng([seed, 1]).permutation(len(every))
     shuffled = [every[i] for i in order]
     cut = len(shuffled) // HELD_OUT
     return {"test": shuffled[:cut], "train": shuffled[cut:]}
 
 
-def _outline(kind: str, centre: tuple[float, float], radius: float, angle: float) -> list[tuple[float, float]]:
-    """Corners of the object in pixels; `angle` in radians. A ring is drawn from circles instead."""
-    if kind == "square":
-        corners = [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]
-    elif kind == "triangle":
-        corners = [(0.0, -1.0), (1.05, 0.85), (-1.05, 0.85)]
-    else:  # cross: a plus of two bars
-        w = 0.32
-        corners = [
-            (-w, -1),
-            (w, -1),
-            (w, -w),
-            (1, -w),
-            (1, w),
-            (w, w),
-            (w, 1),
-            (-w, 1),
-            (-w, w),
-            (-1, w),
-            (-1, -w),
-            (-w, -w),
-        ]
-    cos, sin = math.cos(angle), math.sin(angle)
-    return [(centre[0] + radius * (x * cos - y * sin), centre[1] + radius * (x * sin + y * cos)) for x, y in corners]
-
-
 def render(attributes: dict[str, str], image_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw one image: uint8 (S, S, 3), and the object's mask: bool (S, S)."""
     big = image_size * OVERSAMPLING
     radius = big * SIZES[attributes["size"]] / 2 * rng.uniform(0.94, 1.06)
-    centre = (big * (PLACES[attributes["place"]] + rng.uniform(-0.03, 0.03)), big * (0.5 + rng.uniform(-0.03, 0.03)))
+    cx, cy = (big * (middle + rng.uniform(-0.03, 0.03)) for middle in (PLACES[attributes["place"]], 0.5))
     mask = Image.new("L", (big, big), 0)
     draw = ImageDraw.Draw(mask)
     if attributes["object"] == "ring":
         for r, value in ((radius, 255), (0.5 * radius, 0)):
-            draw.ellipse([centre[0] - r, centre[1] - r, centre[0] + r, centre[1] + r], fill=value)
+            draw.ellipse([cx - r, cy - r, cx + r, cy + r], fill=value)
     else:
-        draw.polygon(_outline(attributes["object"], centre, radius, rng.uniform(-0.06, 0.06)), fill=255)
+        angle = rng.uniform(-0.06, 0.06)  # in radians
+        cos, sin = math.cos(angle), math.sin(angle)
+        corners = zip(*OUTLINES[attributes["object"]], strict=True)
+        outline = [(cx + radius * (x * cos - y * sin), cy + radius * (x * sin + y * cos)) for x, y in corners]
+        draw.polygon(outline, fill=255)
     small = mask.resize((image_size, image_size), Image.Resampling.BOX)
     cover = np.asarray(small, dtype=np.float64)[..., None] / 255
 
@@ -136,10 +114,10 @@ def render(attributes: dict[str, str], image_size: int, rng: np.random.Generator
 def object_mask(pixels: np.ndarray, backgrounds: Sequence[str]) -> np.ndarray:
     """Where the object is on images whose background's name is known, by colour alone: bool (N,S,S).
 
-    pixels uint8 (N,S,S,3), generated ones too; `backgrounds`: N names. A pixel belongs to the object where
-    its distance d to the background's colour (the largest of the channels) exceeds half of that of the object
-    (the 95th percentile of d: the smallest object fills more than 5 %), and `FAINT` at least, which no drawn
-    background reaches. For images of the set, the exact mask is stored beside them (`Split.mask`).
+    pixels uint8 (N,S,S,3), generated ones too; `backgrounds`: N names. A pixel belongs to the object where its distance
+    d to the background's colour (the largest of the channels) exceeds half of that of the object (the 95th percentile
+    of d: the smallest object fills more than 5 %), and `FAINT` at least, which no drawn background reaches. For images
+    of the set, the exact mask is stored beside them (`Split.mask`).
     """
     if len(pixels) != len(backgrounds):
         raise ValueError(f"{len(pixels)} images and {len(backgrounds)} backgrounds: one each is needed")
@@ -157,18 +135,10 @@ def records(image_size: int = 32, train_images: int = 4096, test_images: int = 5
     if image_size < 16:
         raise SettingsError(f"data.resize={image_size}: the generated set needs at least 16 px to show an object")
     split = combinations(seed)
-    for name, count in (("train", train_images), ("test", test_images)):
+    for name, count, stream in (("train", train_images, 2), ("test", test_images, 3)):
         for i in range(count):
             attributes = split[name][i % len(split[name])]
-            rng = np.random.default_rng([seed, 2 if name == "train" else 3, i])
-            pixels, mask = render(attributes, image_size, rng)
-            captions = tuple(caption(attributes, t) for t in range(len(TEMPLATES)))
-            yield Record(
-                key=f"{name}/{i:06d}",
-                split=name,
-                captions=captions,
-                label=OBJECTS.index(attributes["object"]),
-                pixels=pixels,
-                attributes=dict(attributes),
-                mask=mask,
-            )
+            pixels, mask = render(attributes, image_size, np.random.default_rng([seed, stream, i]))
+            captions = tuple(caption(attributes, template) for template in range(len(TEMPLATES)))
+            key, label = f"{name}/{i:06d}", OBJECTS.index(attributes["object"])
+            yield Record(key, name, captions, label, pixels=pixels, attributes=dict(attributes), mask=mask)

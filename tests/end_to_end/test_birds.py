@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ratlip.data.layout import load_names
 from ratlip.data.prepared import load_prepared
-from ratlip.data.safe_pickle import load_names
 from ratlip.settings import load_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.shared]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ratlip.data.batches import Batches, centre_crop, real_images, to_network
+from ratlip.data.batches import Batches, centre_crop, cut, real_images, to_network
 from ratlip.errors import DataError
 
 
@@ -68,7 +68,7 @@ def test_captions_belong_to_their_image_and_all_are_drawn_equally_often():
     data, counts = batches(), {}
     for step in range(600):
         batch = data[step]
-        for image, caption in zip(batch["image"].tolist(), batch["caption"].tolist()):
+        for image, caption in zip(batch["image"].tolist(), batch["caption"].tolist(), strict=True):
             first, last = data.split.caption_offsets[image : image + 2]
             assert first <= caption < last
             counts[caption] = counts.get(caption, 0) + 1
@@ -81,7 +81,7 @@ def test_crops_lie_inside_and_reach_every_place():
     data, places = batches(), set()
     for step in range(400):
         batch = data[step]
-        for image, number in zip(batch["images"], batch["image"]):
+        for image, number in zip(batch["images"], batch["image"], strict=True):
             top, left = int(image[0, 0, 0]), int(image[1, 0, 0])
             rows, columns = torch.meshgrid(torch.arange(top, top + 8), torch.arange(left, left + 8), indexing="ij")
             assert torch.equal(image[0].long(), rows) and torch.equal(image[1].long(), columns)
@@ -94,7 +94,7 @@ def test_half_of_the_images_are_mirrored_where_that_is_wanted():
     plain, mirrored = batches(), batches(flip=True)
     hits = 0
     for step in range(100):
-        for a, b in zip(plain[step]["images"], mirrored[step]["images"]):
+        for a, b in zip(plain[step]["images"], mirrored[step]["images"], strict=True):
             assert torch.equal(a, b) or torch.equal(a.flip(-1), b)
             hits += torch.equal(a.flip(-1), b)
     assert 150 < hits < 250
@@ -140,7 +140,7 @@ def test_at_its_own_size_an_image_is_only_rescaled():
 
 
 def test_nearest_leaves_rows_out_as_published():
-    """256 -> 224 by nearest: row floor(i * 8 / 7), every eighth never looked at (official.md, row 5)."""
+    """256 -> 224 by nearest: row floor(i * 8 / 7), every eighth never looked at (difference 5)."""
     rows = torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).expand(1, 3, 256, 256)
     taken = ((to_network(rows, 224, "nearest")[0, 0, :, 0] + 1) * 127.5).round().long().tolist()
     assert taken == [i * 8 // 7 for i in range(224)]
@@ -157,6 +157,14 @@ def test_antialiasing_keeps_a_fine_pattern_from_becoming_a_coarse_one():
     assert strength["antialias"] < 0.1
     spectrum = torch.fft.rfft(to_network(images, 32, "nearest")[0, 0, 0]).abs()
     assert spectrum[1:].argmax() + 1 == 2  # 30 cycles of 64 samples come back as 32 - 30 = 2 cycles
+
+
+def test_a_cut_is_a_view_mirrored_or_not():
+    pixels = np.arange(12 * 20 * 3, dtype=np.uint8).reshape(12, 20, 3)
+    square = cut(pixels, 1, 2, 8)
+    np.testing.assert_array_equal(square, pixels[1:9, 2:10])
+    np.testing.assert_array_equal(cut(pixels, 1, 2, 8, mirrored=True), square[:, ::-1])
+    assert np.shares_memory(square, pixels)
 
 
 def test_real_images_are_centre_crops_in_the_order_asked_for():

@@ -1,5 +1,6 @@
 """Downloading: resumed where it broke off, checked, unpacked inside the folder; clear words otherwise."""
 
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -12,7 +13,8 @@ import requests
 from torchvision.datasets import Flowers102
 
 from ratlip.data import download as module
-from ratlip.data.download import REGISTRY, Remote, ResumingDownloader, download, instructions, missing, unpack
+from ratlip.data.download import SOURCES, ResumingDownloader, download, instructions, missing, unpack
+from ratlip.data.layout import Remote
 from ratlip.errors import DataError
 
 CONTENT = bytes(range(256)) * 2000  # 512,000 bytes
@@ -88,9 +90,16 @@ def make_archive(*names, link=None):
     return buffer.getvalue()
 
 
-def registry(server, name="birds.tgz", gives="CUB_200_2011", content=None):
-    checksum = hashlib.sha256(server.content if content is None else content).hexdigest()
-    return {"birds": (Remote(f"{server.address}/{name}", f"sha256:{checksum}", gives),)}
+@pytest.fixture
+def publish(server, monkeypatch):
+    """A function that makes a file of the server the one that `download("birds", ...)` fetches."""
+
+    def publish(name="birds.tgz", gives="CUB_200_2011", content=None):
+        checksum = hashlib.sha256(server.content if content is None else content).hexdigest()
+        remote = Remote(f"{server.address}/{name}", f"sha256:{checksum}", gives)
+        monkeypatch.setitem(SOURCES, "birds", dataclasses.replace(SOURCES["birds"], fetched=(remote,)))
+
+    return publish
 
 
 # ------------------------------------------------------------------------------------------------- transfer
@@ -137,50 +146,54 @@ def test_gives_up_when_nothing_more_comes_and_keeps_the_part(server, tmp_path):
 # ------------------------------------------------------------------------------------------------- download
 
 
-def test_download_fetches_checks_and_unpacks(server, tmp_path):
+def test_download_fetches_checks_and_unpacks(server, publish, tmp_path):
     server.content = make_archive("attributes.txt", "CUB_200_2011/images.txt", "CUB_200_2011/images/a/b.jpg")
     server.breaks = [1000]
-    lacking = download("birds", tmp_path / "root", progress=False, registry=registry(server))
+    publish()
+    lacking = download("birds", tmp_path / "root", progress=False)
     assert (tmp_path / "root" / "CUB_200_2011" / "images" / "a" / "b.jpg").read_bytes() == CONTENT
     assert [item.name for item in (tmp_path / "root").iterdir()] == ["CUB_200_2011"]
     assert lacking == ["text", "train/filenames.pickle or trainvalclasses.txt"]
     requests_made = len(server.ranges)
-    download("birds", tmp_path / "root", progress=False, registry=registry(server))
+    download("birds", tmp_path / "root", progress=False)
     assert len(server.ranges) == requests_made
 
 
-def test_archive_put_there_by_hand_is_used(server, tmp_path):
+def test_archive_put_there_by_hand_is_used(server, publish, tmp_path):
     content = make_archive("CUB_200_2011/images.txt")
     (tmp_path / "birds.tgz").write_bytes(content)
-    known = registry(server, content=content)
-    download("birds", tmp_path, progress=False, keep_archives=True, registry=known)
+    publish(content=content)
+    download("birds", tmp_path, progress=False, keep_archives=True)
     assert not server.ranges and (tmp_path / "birds.tgz").exists()
     assert (tmp_path / "CUB_200_2011" / "images.txt").exists()
 
 
-def test_plain_file_stays_as_it_is(server, tmp_path):
-    download("birds", tmp_path, progress=False, registry=registry(server, "labels.mat", "labels.mat"))
+def test_plain_file_stays_as_it_is(publish, tmp_path):
+    publish("labels.mat", "labels.mat")
+    download("birds", tmp_path, progress=False)
     assert (tmp_path / "labels.mat").read_bytes() == CONTENT
 
 
-def test_wrong_checksum(server, tmp_path):
+def test_wrong_checksum(publish, tmp_path):
+    publish(content=b"other")
     with pytest.raises(DataError, match="has not the checksum sha256.*removed"):
-        download("birds", tmp_path, progress=False, registry=registry(server, content=b"other"))
+        download("birds", tmp_path, progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_server_error(server, tmp_path):
+def test_server_error(server, publish, tmp_path):
     server.status = 404
+    publish()
     with pytest.raises(DataError, match="answered 404"):
-        download("birds", tmp_path, progress=False, registry=registry(server))
+        download("birds", tmp_path, progress=False)
 
 
-def test_offline(server, tmp_path):
-    known = registry(server)
+def test_offline(server, publish, tmp_path):
+    publish()
     server.shutdown()
     server.server_close()
     with pytest.raises(DataError) as caught:
-        download("birds", tmp_path, progress=False, registry=known)
+        download("birds", tmp_path, progress=False)
     message = str(caught.value)
     assert "127.0.0.1 cannot be reached" in message and "birds.tgz elsewhere" in message
     assert "\n" not in message
@@ -189,11 +202,8 @@ def test_offline(server, tmp_path):
 # -------------------------------------------------------------------------------------------------- unpacking
 
 
-@pytest.mark.parametrize("with_filter", [True, False])
 @pytest.mark.parametrize("kind", ["upward", "absolute", "link"])
-def test_archives_cannot_write_outside(tmp_path, monkeypatch, kind, with_filter):
-    if not with_filter:
-        monkeypatch.delattr(tarfile, "data_filter")
+def test_archives_cannot_write_outside(tmp_path, kind):
     archive = {
         "upward": lambda: make_archive("CUB/a", "../outside"),
         "absolute": lambda: make_archive("CUB/a", f"{tmp_path}/outside"),
@@ -201,20 +211,13 @@ def test_archives_cannot_write_outside(tmp_path, monkeypatch, kind, with_filter)
     }[kind]()
     (tmp_path / "archive.tgz").write_bytes(archive)
     root = tmp_path / "one" / "root"
-    if kind == "absolute" and with_filter:  # the filter makes the name relative, and goes on
+    if kind == "absolute":  # the filter makes the name relative, and goes on
         unpack(tmp_path / "archive.tgz", root, "CUB")
     else:
         with pytest.raises(DataError, match="cannot be unpacked"):
             unpack(tmp_path / "archive.tgz", root, "CUB")
         assert not (root / "CUB").exists()
     assert not list(tmp_path.rglob("outside"))
-
-
-def test_ordinary_archive_without_the_filter_of_newer_pythons(tmp_path, monkeypatch):
-    monkeypatch.delattr(tarfile, "data_filter")
-    (tmp_path / "archive.tgz").write_bytes(make_archive("CUB/a"))
-    unpack(tmp_path / "archive.tgz", tmp_path, "CUB")
-    assert (tmp_path / "CUB" / "a").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("content", [b"no archive", make_archive("CUB/a")[:-100], make_archive("other/a")])
@@ -229,17 +232,17 @@ def test_damaged_or_other_archives(tmp_path, content):
 
 
 def test_flower_checksums_are_those_of_torchvision():
-    known = {remote.name: remote.checksum for remote in REGISTRY["flowers"]}
+    known = {remote.url.rsplit("/", 1)[-1]: remote.checksum for remote in SOURCES["flowers"].fetched}
     for name, md5 in (Flowers102._file_dict["image"], Flowers102._file_dict["label"]):
         assert known[name] == f"md5:{md5}"
-    assert all(remote.url.startswith(Flowers102._download_url_prefix) for remote in REGISTRY["flowers"])
+    assert all(remote.url.startswith(Flowers102._download_url_prefix) for remote in SOURCES["flowers"].fetched)
 
 
 @pytest.mark.parametrize("dataset", ["birds", "flowers", "faces"])
 def test_instructions_show_sources_and_the_folder(dataset):
     text = instructions(dataset)
     assert "https://" in text and f"  {dataset}/\n" in text
-    for remote in REGISTRY[dataset]:
+    for remote in SOURCES[dataset].fetched:
         assert remote.url in text
 
 

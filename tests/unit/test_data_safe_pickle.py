@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ratlip.data.safe_pickle import load_names
+from ratlip.data.layout import load_names
 
 NAMES = ["001.Albatross/Albatross_1", "002.Crow/Crow_2"]
 

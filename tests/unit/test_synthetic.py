@@ -22,7 +22,7 @@ def test_the_same_seed_draws_the_same_set_and_another_seed_another():
         assert a.key == b.key and a.captions == b.captions and a.attributes == b.attributes
         np.testing.assert_array_equal(a.pixels, b.pixels)
         np.testing.assert_array_equal(a.mask, b.mask)
-    assert not all(np.array_equal(a.pixels, b.pixels) for a, b in zip(one, other))
+    assert not all(np.array_equal(a.pixels, b.pixels) for a, b in zip(one, other, strict=True))
     assert [a.attributes for a in one] != [b.attributes for b in other]
 
 
@@ -116,7 +116,7 @@ def test_captions_name_every_attribute_and_all_wordings_differ(drawn):
 
 
 def test_a_caption_says_one_combination_and_no_other():
-    every = [dict(zip(ATTRIBUTES, values)) for values in itertools.product(*ATTRIBUTES.values())]
+    every = [dict(zip(ATTRIBUTES, values, strict=True)) for values in itertools.product(*ATTRIBUTES.values())]
     for template in range(10):
         assert len({caption(each, template) for each in every}) == len(every)
 
