@@ -1,4 +1,4 @@
-"""Figures of images: sheets, grids, samples of models, maps laid over images. Images are in [-1,1], channels first."""
+"""Figures of images in [-1,1]: rows of pictures, grids by caption, samples of models, maps laid over images."""
 
 from __future__ import annotations
 
@@ -29,28 +29,6 @@ def save_images(images: Tensor, folder: str | Path, names: Sequence[str]) -> lis
         with atomic_path(path) as draft:
             Image.fromarray(pixels).save(draft)
     return paths
-
-
-def mosaic(images: Tensor, columns: int) -> np.ndarray:
-    """Images (N,3,H,W) in [-1,1] side by side, a white line between them: uint8 (rows*(H+1)-1, ..., 3)."""
-    n, _, h, w = images.shape
-    rows = -(-n // columns)
-    sheet = np.full((rows * (h + 1) - 1, columns * (w + 1) - 1, 3), 255, dtype=np.uint8)
-    for i, picture in enumerate(as_pixels(images)):
-        top, left = i // columns * (h + 1), i % columns * (w + 1)
-        sheet[top : top + h, left : left + w] = picture
-    return sheet
-
-
-def picture_sheet(images: Tensor, columns: int = 12, title: str = "") -> Figure:
-    """Images (N,3,H,W) in [-1,1] as one sheet."""
-    sheet, width = mosaic(images, columns), columns * 0.75
-    figure = Figure(figsize=(width, sheet.shape[0] / sheet.shape[1] * width + 0.3), layout="constrained")
-    ax = figure.subplots()
-    ax.imshow(sheet, interpolation="nearest")
-    ax.set_axis_off()
-    ax.set_title(title, fontsize=10)
-    return figure
 
 
 def pictures(images: Sequence[Tensor], titles: Sequence[str] = (), columns: int = 8, width: float = 1.35) -> Figure:

@@ -33,14 +33,6 @@ def test_images_are_saved_one_by_one_without_loss(tmp_path):
         pictures.save_images(images, tmp_path, ["too", "few"])
 
 
-def test_a_mosaic_puts_each_image_in_its_place():
-    sheet = pictures.mosaic(flat(-1.0, -0.5, 0.0, 0.5, 0.9), columns=3)
-    assert sheet.shape == (2 * 5 - 1, 3 * 5 - 1, 3)
-    corners = [sheet[row * 5, column * 5, 0] for row in range(2) for column in range(3)]
-    assert corners == [0, 64, 128, 191, 242, 255]
-    assert (sheet[4] == 255).all() and (sheet[:, 4] == 255).all()
-
-
 def shown(ax):
     return np.asarray(ax.images[0].get_array())
 
@@ -61,9 +53,10 @@ def test_long_captions_are_wrapped_not_cut():
     assert figure.axes[0].texts[0].get_text().split() == words.split()
 
 
-def test_a_sheet_shows_all_images():
-    figure = pictures.picture_sheet(flat(*[0.0] * 13), columns=6)
-    assert shown(figure.axes[0]).shape[:2] == (3 * 5 - 1, 6 * 5 - 1)
+def test_pictures_show_all_images_row_by_row_with_their_titles():
+    figure = pictures.pictures(list(flat(-1.0, -0.5, 0.0, 0.5, 0.9)), ["a", "b"], columns=3)
+    assert [int(shown(ax)[0, 0, 0]) for ax in figure.axes[:5]] == [0, 64, 128, 191, 242] and not figure.axes[5].images
+    assert [ax.get_title() for ax in figure.axes] == ["a", "b", "", "", "", ""]
 
 
 def test_samples_have_a_row_a_caption_and_a_column_a_model():
