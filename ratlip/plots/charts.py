@@ -102,18 +102,20 @@ def against(
     figure, panels = _panels(columns, 3.1, 2.6, 2 if len(columns) == 4 else 3)
     lines = frame[hue] if hue else pd.Series("mean over seeds", frame.index)
     colours = style.palette(lines.unique()) if hue else {lines.iloc[0]: COLOURS[0]}
-    by_size = {str(h): style.look(f"h = {h}")["color"] for h in frame[x].unique()}
+    sizes = sorted(frame[x].unique())
+    by_size = {str(h): style.look(f"h = {h}")["color"] for h in sizes}
     dots = {"hue": hue, "palette": colours} if hue else {"hue": x, "palette": by_size}
     references = real or {} if hue else {"real images": real or {}}
     for ax, column, name in panels:
         common = {"x": x, "y": column, "legend": False, "ax": ax}
-        line = {"hue": "line", "palette": colours, "markers": "", "linewidth": 1.5, "errorbar": None}
+        line = {"order": sizes, "hue": "line", "palette": colours, "markers": "", "linewidth": 1.5, "errorbar": None}
         sns.pointplot(frame.assign(line=lines), **common, **line)
         sns.scatterplot(frame.assign(**{x: frame[x].map(str)}), s=28, linewidth=0, alpha=0.85, **common, **dots)
         for which, values in references.items():
             if column in values:
                 ax.axhline(values[column], color=colours.get(which, GREY), linestyle="--", linewidth=1)
-        ax.set(xlabel=label or x, ylabel=_wrap(name), **({"ylim": (0, None)} if hue else {}))
+        ax.set(xlim=(-0.4, len(sizes) - 0.6), xlabel=label or x, ylabel=_wrap(name))
+        ax.set_ylim(bottom=0 if hue else None)
     looks = {name: {"color": colour} for name, colour in colours.items()}
     looks["run"] = {"color": "#444444", "marker": "o", "linestyle": ""}
     _legend(figure, looks | ({"real images": {"color": GREY, "linestyle": "--"}} if real else {}))
@@ -129,8 +131,9 @@ def intervals(differences: dict[str, Difference], title: str = "", xlabel: str =
         ends = [max(each.low, -reach), min(each.high, reach)]
         ax.plot(ends, [row, row], color=colour, linewidth=2, linestyle="-" if each.n > 2 else "--")
         ax.plot(each.mean, row, "o", color=colour, markersize=6)
-        ax.annotate(f" {each.verdict}", (1, row), xycoords=("axes fraction", "data"), fontsize=8, va="center")
+        ax.text(1.02, row, each.verdict, transform=ax.get_yaxis_transform(), va="center", fontsize=8)
     ax.axvline(0, color="black", linewidth=0.8)
+    ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.set(xlim=(-1.05 * reach, 1.05 * reach), xlabel=xlabel, ylabel="claim", title=title)
     ax.set_yticks(range(len(differences)), list(differences))
     ax.set_ylim(len(differences) - 0.5, -0.5)
@@ -140,7 +143,7 @@ def intervals(differences: dict[str, Difference], title: str = "", xlabel: str =
 def leads(found: dict[str, pd.DataFrame], title: str = "") -> Figure:
     """By how much a map beats each control: method -> table of `grad_cam.margins`; bars: two standard errors."""
     figure, ax = _one_panel(6.4, 2.9)
-    looks = {name: {**style.look(name), "linestyle": ""} for name in found}
+    looks: dict[str, dict[str, Any]] = {name: {**style.look(name), "linestyle": ""} for name in found}
     for i, (name, table) in enumerate(found.items()):
         line = np.arange(len(table)) + (i - (len(found) - 1) / 2) * 0.25
         ax.errorbar(table["margin"], line, xerr=2 * table["se"], capsize=3, markersize=5, **looks[name])
@@ -173,8 +176,9 @@ def shares(
             if errors and who in errors:
                 ax.errorbar(share, middle, xerr=errors[who][name], color="black", linewidth=1, capsize=3)
             if alone:
-                crossed = chance and -0.01 < chance[name] - share < 0.12  # the chance line would hide the number
-                ax.text((chance[name] if crossed else share) + 0.01, middle, f"{share:.0%}", va="center", fontsize=8)
+                level = (chance or {}).get(name, 0)  # if its line would hide the number, the number stands beyond it
+                end = level if -0.01 < level - share < 0.12 else share
+                ax.text(end + 0.01, middle, f"{share:.0%}", va="center", fontsize=8)
     if chance:
         lines, levels = np.arange(len(names)), [chance[name] for name in names]
         ax.vlines(levels, lines - 0.45, lines + 0.45, color=COLOURS[1], linewidth=2, label="chance")
@@ -297,8 +301,8 @@ def spectrum_figure(spectra: dict[str, Tensor], combs: dict[str, Tensor]) -> Fig
         sns.lineplot(x=range(1, len(mean) + 1), y=mean / own, ax=middle, **look)
     bars = pd.DataFrame({name: each.mean(0).numpy() for name, each in combs.items()}, range(1, period + 1))
     bars = bars.melt(ignore_index=False).reset_index()
-    look = {"palette": COLOURS[: len(combs)], "saturation": 1, "legend": False}
-    sns.barplot(bars, x="index", y="value", hue="variable", errorbar=None, ax=right, **look)
+    columns = {"x": "index", "y": "value", "hue": "variable", "palette": COLOURS[: len(combs)]}
+    sns.barplot(bars, **columns, saturation=1, legend=False, errorbar=None, ax=right)
     right.axhline(1 / period, color=GREY, linestyle="--", linewidth=1)
     left.set(xscale="log", yscale="log")
     for ax, name in zip(figure.axes, names, strict=True):
@@ -337,7 +341,7 @@ def reach_figure(moved: dict[str, Tensor]) -> Figure:
         counted = range(1, len(each) + 1)
         frame, norm = pd.DataFrame(each.numpy(), counted, counted), LogNorm(1e-4 * top, top)
         sns.heatmap(frame, vmin=0, vmax=top, mask=frame == 0, norm=norm, cmap="viridis", cbar=False, square=True, ax=ax)
-        ax.set(title=title, xlabel="state of layer", ylabel="pushed layer", facecolor="#DDDDDD")
+        ax.set(title=title, xlabel="state of layer", ylabel="perturbed layer", facecolor="#DDDDDD")
         ax.tick_params(labelrotation=0)
         ax.grid(False)
     figure.colorbar(ax.collections[0], ax=figure.axes, shrink=0.8, label="movement (grey: exactly 0)")
@@ -362,14 +366,11 @@ def _against_number(ax: Axes, frame: pd.DataFrame) -> None:
     if frame["real"].notna().any():
         dashed = {"linestyle": "--", "marker": "s", "color": GREY, "label": "first n real test images"}
         sns.lineplot(x=n, y=frame["real"].astype(float), ax=ax, **dashed)
-    band = {"color": COLOURS[0], "alpha": 0.2, "linewidth": 0, "label": "mean ± sd of disjoint sets of n"}
-    ax.fill_between(n, mean - sd, mean + sd, **band)
-    ax.set_xscale("log")
+    ax.fill_between(n, mean - sd, mean + sd, color=COLOURS[0], alpha=0.2, lw=0, label="mean ± sd of disjoint sets of n")
+    ax.set(xscale="log", ylim=(0, None))
     ax.set_xticks(n, [str(each) for each in n])
     ax.minorticks_off()
-    ax.set(
-        ylim=(0, None), xlabel="n, number of images", ylabel=frame["label"][0], title="the same generator, more images"
-    )
+    ax.set(xlabel="n, number of images", ylabel=frame["label"][0], title="the same generator, more images")
     ax.legend()
 
 
@@ -382,10 +383,9 @@ def _against_standard(ax: Axes, rows: list[dict]) -> None:
         times = max(row["value"], 1e-12) / max(first["value"], 1e-12)
         marker = "<" if times < low else ">" if times > high else "o"
         fill = colour if row["label"] == first["label"] else "white"
-        look = {"color": colour, "markerfacecolor": fill, "markersize": 6, "clip_on": False}
-        ax.plot(min(max(times, low), high), -line, marker, **look)
+        ax.plot(min(max(times, low), high), -line, marker, color=colour, mfc=fill, ms=6, clip_on=False)
         value = f"{row['value']:#.3g}".rstrip(".")
-        ax.annotate(value, (1.03, -line), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+        ax.text(1.03, -line, value, transform=ax.get_yaxis_transform(), va="center", fontsize=8)
         names.append(f"{row['aspect']}: {row['variant']}" if row is first else row["variant"])
         if row is first and line:
             ax.axhline(0.5 - line, color="0.85", linewidth=0.8)

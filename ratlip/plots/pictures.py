@@ -87,8 +87,8 @@ def overlays(rows: dict[str, tuple[Tensor, Tensor]], captions: Sequence[str]) ->
     `rows`: name -> images (C,3,S,S) in [-1,1] and maps (C,S,S) in [0,1]; `captions`: C strings.
     """
     count = len(captions)
-    figure = Figure(figsize=(0.9 + 1.9 * count, 0.8 + 0.97 * len(rows)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=(0.9 + 1.9 * count, 0.8 + 0.97 * len(rows)))
+    figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
     axes = figure.subplots(len(rows), 2 * count, squeeze=False)
     for line, (name, (images, maps)) in zip(axes, rows.items(), strict=True):
         for ax in line:

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.colors import to_hex
@@ -62,7 +63,7 @@ THEME = {
 }
 
 
-def look(label: str) -> dict[str, str]:
+def look(label: str) -> dict[str, Any]:
     """{"color", "marker"} of a variant, the same on every figure.
 
     "h = N" goes from dark (0) to light with log h; a label that is not known gets the next free colour, and keeps it.
@@ -96,6 +97,7 @@ def write(figure: Figure, path: str | Path, dpi: int = 150) -> None:
 
 def keep(figure: Figure, report: str | Path | None, name: str) -> Figure:
     """Save <report>/figures/<name>.png for the page and .svg for print (nothing without a report); hand it on."""
-    for suffix in (".png", ".svg") if report else ():
-        write(figure, repository() / report / "figures" / f"{name}{suffix}", dpi=200)
+    if report:
+        for suffix in (".png", ".svg"):
+            write(figure, repository() / report / "figures" / f"{name}{suffix}", dpi=200)
     return figure

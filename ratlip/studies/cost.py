@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,10 +51,10 @@ class _Live(TorchDispatchMode):
             if key not in self.alive:  # a view shares the storage of what it views
                 self.now += size
                 self.peak = max(self.peak, self.now)
-                self.alive[key] = weakref.ref(storage, lambda _, key=key, size=size: self._gone(key, size))
+                self.alive[key] = weakref.ref(storage, partial(self._gone, key, size))
         return result
 
-    def _gone(self, key: int, size: int) -> None:
+    def _gone(self, key: int, size: int, _: object) -> None:
         self.now -= size
         self.alive.pop(key, None)
 
@@ -71,7 +72,7 @@ def peak_memory(work: Callable[[], object], *modules: nn.Module) -> int:
 
 def weights(run: Run) -> dict[str, int]:
     """Parameters of a run: the generator's, CLIP's image tower's, its text tower's."""
-    image = sum(p.numel() for p in run.clip.model.visual.parameters())
+    image = sum(p.numel() for p in run.clip.model.get_submodule("visual").parameters())
     return {
         "trained": sum(p.numel() for p in run.generator.parameters() if p.requires_grad),
         "frozen image tower": image,

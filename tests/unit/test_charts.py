@@ -124,6 +124,13 @@ def test_against_gives_each_value_equal_room():
     assert names_at(ax, "x") == ["0", "4"]
 
 
+def test_against_keeps_the_room_of_a_value_that_nothing_is_known_of():
+    frame = FRAME.assign(fd=FRAME["fd"].where(FRAME["h"] > 0))
+    ax = charts.against(frame, "h", {"fd": "FD"}).axes[0]
+    assert names_at(ax, "x") == ["0", "4"] and ax.get_xlim() == (-0.4, 1.4)
+    assert [list(point) for point in ax.collections[0].get_offsets()] == [[1, 8], [1, 9]]
+
+
 def test_against_has_a_line_a_method_and_the_value_of_real_images_of_each():
     figure = charts.against(MAPS, "hidden_size", {"coverage": "c"}, {"m": {"coverage": 0.7}}, "h", hue="method")
     mean, real = figure.axes[0].lines
