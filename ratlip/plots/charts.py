@@ -231,12 +231,12 @@ def training_curves(logs: dict[str, Sequence[pd.DataFrame]], panels: dict[str, s
 
 
 def settling_figure(moves: dict[str, Tensor]) -> Figure:
-    """`paper_versus_code.settling` (T-1,N), layer by layer: mean over images, and the middle 80 % of them."""
+    """`paper_versus_code.settling` (T-1,N) of each "variant, seed N", by layer: mean and middle 80 % of the images."""
     figure, ax = _one_panel(6.4, 3.0)
     for i, (name, each) in enumerate(moves.items()):
-        look = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "label": name, "markeredgewidth": 0}
+        look = {**style.look(name.split(", ")[0]), "marker": MARKERS[i % 7], "linestyle": LINES[i % 4], "label": name}
         layers = np.arange(2, len(each) + 2).repeat(each.shape[1])
-        sns.lineplot(x=layers, y=each.flatten().numpy(), errorbar=("pi", 80), legend=False, ax=ax, **look)
+        sns.lineplot(x=layers, y=each.flatten().numpy(), errorbar=("pi", 80), legend=False, mew=0, ax=ax, **look)
     ax.axhline(0.05, color=GREY, linestyle="--", linewidth=1, label="5 %")
     ax.set(xlabel="layer t", ylabel=r"movement $\|h_t-h_{t-1}\|\,/\,\|h_t\|$", ylim=(0, None))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -257,7 +257,7 @@ def distances(spaces: dict[str, Neighbours]) -> Figure:
     """Shares of images whose nearest training image is within a distance: generated beside real test images."""
     figure, panels = _panels(spaces, 4, 2.9, len(spaces), sharey=True)
     for ax, space, each in panels:
-        sns.ecdfplot(x=each.generated.numpy(), color=COLOURS[1], label="generated", ax=ax)
+        sns.ecdfplot(x=each.generated.numpy(), color=style.look("main run")["color"], label="generated", ax=ax)
         sns.ecdfplot(x=each.real.numpy(), color=GREY, linestyle="--", label="real test images", ax=ax)
         ax.set(title=space, xlabel="distance to the nearest training image", ylabel="share of images")
         ax.set(xlim=(0, None), ylim=(0, 1.02))
@@ -278,7 +278,7 @@ def generation_cost(frame: pd.DataFrame) -> Figure:
         look = looks[f"{model}, {device.upper()}"] = {**style.look(model), "linestyle": LINES[devices.index(device)]}
         for ax, column, _ in panels:
             sns.lineplot(part, x="batch", y=column, errorbar=None, markeredgewidth=0, markersize=5, ax=ax, **look)
-        figure.axes[0].fill_between(part.batch, part.ms_low, part.ms_high, color=look["color"], alpha=0.2, linewidth=0)
+        figure.axes[0].fill_between(part.batch, part.ms_low, part.ms_high, color=look["color"], alpha=0.2, lw=0)
     for ax, _, name in panels:
         ax.set_xscale("log", base=2)
         ax.set_xticks(batches, batches)
