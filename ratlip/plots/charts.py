@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ratlip.plots import style
 from ratlip.plots.pictures import as_pixels
-from ratlip.plots.style import COLOURS, DASHES, GREY, LINES, MARKERS
+from ratlip.plots.style import COLOURS, GREY, LINES, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -212,18 +212,14 @@ def training_curves(logs: dict[str, Sequence[pd.DataFrame]], panels: dict[str, s
     """
     figure, axes = _panels(panels, 4.5, 2.7, 2)
     looks = {name: {**style.look(name), "linestyle": LINES[i % 4]} for i, name in enumerate(logs)}
-    every = [log.assign(variant=name, seed=i) for name, seeds in logs.items() for i, log in enumerate(seeds)]
-    frame = pd.concat(every, ignore_index=True)
-    several = frame[frame["variant"].map(lambda name: len(logs[name]) > 1)]
-    common: dict[str, Any] = {"x": "step", "hue": "variant", "style": "variant", "palette": style.palette(logs)}
-    common |= {"dashes": {name: DASHES[i % 4] for i, name in enumerate(logs)}, "legend": False}
-    thin = {"units": "seed", "estimator": None, "linewidth": 0.6, "alpha": 0.5}
-    thick = {"errorbar": None, "linewidth": 1.7, "markers": {name: look["marker"] for name, look in looks.items()}}
-    thick |= {"markersize": 5, "markeredgewidth": 0, "markevery": max(1, len(every[0]) // 5)}
-    for ax, column, name in axes:
-        if len(several):
-            sns.lineplot(several, y=column, ax=ax, **common, **thin)
-        sns.lineplot(frame, y=column, ax=ax, **common, **thick)
+    for name, seeds in logs.items():
+        thin, thick = {**looks[name], "marker": None, "lw": 0.6, "alpha": 0.5}, {**looks[name], "lw": 1.7, "mew": 0}
+        every = max(1, len(seeds[0]) // 5)
+        for ax, column, _ in axes:
+            for log in seeds if len(seeds) > 1 else ():
+                sns.lineplot(log, x="step", y=column, estimator=None, ax=ax, **thin)
+            sns.lineplot(pd.concat(seeds), x="step", y=column, errorbar=None, markevery=every, ax=ax, **thick)
+    for ax, _, name in axes:
         ax.set(xlabel="step", ylabel=name)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _legend(figure, looks)

@@ -20,8 +20,7 @@ from ratlip.files import atomic_path, repository
 # Okabe and Ito's colours, which most colour-blind readers can tell apart: for what is no variant, in this order.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-DASHES = ("", (4, 1.5), (1, 1), (3, 1, 1, 1))  # as seaborn spells them; "": a solid line
-LINES = ("-", *((0, each) for each in DASHES[1:]))  # the same, as matplotlib spells them
+LINES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 GREY = "#6E6E6E"  # what is compared with: real images, a chance level, zero
 
 # Hue says how the sentence reaches the generator; the darker shade of a hue has shuffle attention.
@@ -43,24 +42,10 @@ FREE = ("#AA4499", "#117733", "#CC6677", "#6699CC", "#661100", "#DDCC77")
 _others: dict[str, int] = {}  # labels that stand nowhere above, in the order in which they came
 
 # What charts.py gives to seaborn.set_theme. A font that comes with matplotlib: the same figure on every machine.
-THEME = {
-    "context": "paper",
-    "style": "ticks",
-    "palette": COLOURS,
-    "font": "DejaVu Sans",
-    "rc": {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.35,
-        "axes.titlesize": 10,
-        "axes.labelsize": 9,
-        "xtick.labelsize": 8,
-        "ytick.labelsize": 8,
-        "legend.fontsize": 8,
-        "legend.frameon": False,
-    },
-}
+SIZES = {"axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8}
+FRAME = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "legend.frameon": False}
+RC = {**SIZES, **FRAME, "grid.alpha": 0.35}
+THEME = {"context": "paper", "style": "ticks", "palette": COLOURS, "font": "DejaVu Sans", "rc": RC}
 
 
 def look(label: str) -> dict[str, Any]:
