@@ -44,7 +44,7 @@ _others: dict[str, int] = {}  # labels that stand nowhere above, in the order in
 # What charts.py gives to seaborn.set_theme. A font that comes with matplotlib: the same figure on every machine.
 SIZES = {"axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8}
 FRAME = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "legend.frameon": False}
-RC = {**SIZES, **FRAME, "grid.alpha": 0.35}
+RC = {**SIZES, **FRAME, "grid.alpha": 0.35, "text.color": "black"}  # black: as in sample grids made without seaborn
 THEME = {"context": "paper", "style": "ticks", "palette": COLOURS, "font": "DejaVu Sans", "rc": RC}
 
 

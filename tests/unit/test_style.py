@@ -1,5 +1,6 @@
 """One colour a variant on every figure, and one way to keep a figure."""
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +8,7 @@ import torch
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from ratlip.plots import charts, style
+from ratlip.plots import charts, pictures, style
 from ratlip.settings import load_settings
 from ratlip.studies import grid
 
@@ -43,6 +44,17 @@ def test_a_plain_path_in_the_format_of_its_suffix(tmp_path, suffix):
     style.write(simple(), tmp_path / f"x.{suffix}")
     start = (tmp_path / f"x.{suffix}").read_bytes()[:8]
     assert start.startswith({"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml", "jpg": b"\xff\xd8"}[suffix])
+
+
+def test_a_sample_grid_is_the_same_with_and_without_the_theme_of_the_charts(tmp_path):
+    """The runs of a notebook, which imports seaborn, and those of the command line, which does not."""
+    images = torch.linspace(-1, 1, 2 * 3 * 3 * 8 * 8).view(2, 3, 3, 8, 8)
+    themed, plain = tmp_path / "themed.png", tmp_path / "plain.png"
+    assert matplotlib.rcParams["axes.grid"]  # `charts` is imported above
+    pictures.caption_grid(images, ["one", "two"], themed, title="step 4", real=images[:, 0])
+    with matplotlib.rc_context(matplotlib.rcParamsDefault):
+        pictures.caption_grid(images, ["one", "two"], plain, title="step 4", real=images[:, 0])
+    assert themed.read_bytes() == plain.read_bytes()
 
 
 def test_every_variant_of_the_grid_has_a_colour_and_a_marker_of_its_own():
