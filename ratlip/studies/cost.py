@@ -1,8 +1,7 @@
-"""What a model costs: parameters, training steps, and above all generating, the paper's case against
-diffusion.
+"""What a model costs: parameters, training steps, and above all generating, the paper's case against diffusion.
 
-Times belong to one machine and are never compared with published ones. Memory is counted in tensors, so that
-it is the same number on every machine.
+Times belong to one machine and are never compared with published ones. Memory is counted in tensors, so that it is the
+same number on every machine.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -20,37 +21,41 @@ from torch.utils._pytree import tree_leaves
 
 from ratlip.report.tables import MINE, NONE, Table
 from ratlip.studies import grid
-from ratlip.studies.bench_parts import synchronise
 from ratlip.training.generation import best_device
 from ratlip.training.step import sample_latents
+
+if TYPE_CHECKING:
+    from ratlip.training.generation import Run
+    from ratlip.workspace import Workspace
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make and that are still alive, and their highest number."""
+    """Counts the bytes of tensors that operations make and that are still alive, and their highest number.
+
+    (torch's profiler counts the libraries' workspaces too; its MemTracker fails at networks that are partly frozen.)
+    """
 
     def __init__(self, known: Sequence[Tensor]):
         super().__init__()
         self.now = self.peak = 0
-        self.sizes: dict[int, tuple] = {t.untyped_storage()._cdata: () for t in known}
         self.known = known  # kept alive, lest another storage takes the address
+        self.alive: dict[int, object] = {tensor.untyped_storage()._cdata: None for tensor in known}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self.sizes:  # a view shares the storage of what it views
-                    self.now += size
-                    self.peak = max(self.peak, self.now)
-                    self.sizes[key] = (weakref.ref(storage, lambda _, k=key, n=size: self._gone(k, n)),)
+        for storage in [leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]:
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.alive:  # a view shares the storage of what it views
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                self.alive[key] = weakref.ref(storage, partial(self._gone, key, size))
         return result
 
-    def _gone(self, key: int, size: int) -> None:
+    def _gone(self, key: int, size: int, _: object) -> None:
         self.now -= size
-        self.sizes.pop(key, None)
+        self.alive.pop(key, None)
 
 
 def peak_memory(work: Callable[[], object], *modules: nn.Module) -> int:
@@ -59,15 +64,14 @@ def peak_memory(work: Callable[[], object], *modules: nn.Module) -> int:
     What an operation needs within itself (workspaces of a library) is not seen; on a GPU
     `torch.cuda.max_memory_allocated` sees that too.
     """
-    known = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    with _Live(known) as live:
+    with _Live([t for module in modules for t in (*module.parameters(), *module.buffers())]) as live:
         work()
     return live.peak
 
 
-def weights(run) -> dict[str, int]:
-    """Parameters of a run (`generation.Run`): the generator's, CLIP's image tower's, its text tower's."""
-    image = sum(p.numel() for p in run.clip.model.visual.parameters())
+def weights(run: Run) -> dict[str, int]:
+    """Parameters of a run: the generator's, CLIP's image tower's, its text tower's."""
+    image = sum(p.numel() for p in run.clip.model.get_submodule("visual").parameters())
     return {
         "trained": sum(p.numel() for p in run.generator.parameters() if p.requires_grad),
         "frozen image tower": image,
@@ -77,7 +81,7 @@ def weights(run) -> dict[str, int]:
 
 @torch.no_grad()
 def generation(
-    run,
+    run: Run,
     captions: Sequence[str],
     batch_sizes: Sequence[int] = BATCHES,
     seconds: float = 1.0,
@@ -85,9 +89,9 @@ def generation(
 ) -> pd.DataFrame:
     """Time and memory from captions to images, one row a batch size: median over repeats within `seconds`.
 
-    `run`: a `generation.Run`; `captions` are repeated to the batch size. Columns: device, batch, repeats,
-    text_ms (tokens and text tower), image_ms (generator with CLIP's bridge), ms (both, a batch), ms_low and
-    ms_high (the quartiles), images_per_second, memory_mib (peak of tensors beside the weights).
+    `captions` are repeated to the batch size. Columns: device, batch, repeats, text_ms (tokens and text tower),
+    image_ms (generator with CLIP's bridge), ms (both, a batch), ms_low and ms_high (the quartiles), images_per_second,
+    memory_mib (peak of tensors beside the weights).
     """
     device = torch.device(device or best_device())
     clip, generator, rows = run.clip.to(device), run.generator.to(device).eval(), []
@@ -96,11 +100,11 @@ def generation(
         latent = sample_latents(0, 0, batch, run.settings.model.latent_size).to(device)
 
         def draw(words=words, latent=latent) -> tuple[float, float]:
-            times = [_now(device)]
+            start = _now(device)
             sentence = clip.embed_text(words)
-            times.append(_now(device))
+            middle = _now(device)
             generator(latent, sentence).clamp(-1, 1)
-            return times[1] - times[0], _now(device) - times[1]
+            return middle - start, _now(device) - middle
 
         memory = peak_memory(draw, clip, generator)  # and the pass that warms up
         measured, end = [draw()], time.perf_counter() + seconds
@@ -108,25 +112,15 @@ def generation(
             measured.append(draw())
         text, image = 1000 * np.array(measured).T
         low, middle, high = np.quantile(text + image, (0.25, 0.5, 0.75))
-        rows.append(
-            {
-                "device": device.type,
-                "batch": batch,
-                "repeats": len(measured),
-                "text_ms": np.median(text),
-                "image_ms": np.median(image),
-                "ms": middle,
-                "ms_low": low,
-                "ms_high": high,
-                "images_per_second": 1000 * batch / middle,
-                "memory_mib": memory / 2**20,
-            }
-        )
+        row = {"device": device.type, "batch": batch, "repeats": len(measured), "text_ms": np.median(text)}
+        row |= {"image_ms": np.median(image), "ms": middle, "ms_low": low, "ms_high": high}
+        rows.append(row | {"images_per_second": 1000 * batch / middle, "memory_mib": memory / 2**20})
     return pd.DataFrame(rows)
 
 
 def _now(device: torch.device) -> float:
-    synchronise(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # a GPU works on while Python goes ahead
     return time.perf_counter()
 
 
@@ -135,83 +129,50 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def step_times(workspace, frame: pd.DataFrame) -> pd.DataFrame:
-    """Training time of each run of `frame` (rows of `experiments.results`): label, seed, steps, seconds a
-    step.
+def step_times(workspace: Workspace, frame: pd.DataFrame) -> pd.DataFrame:
+    """Training time of each run of `frame` (rows of `grid.results`): label, seed, steps, seconds_a_step, seconds.
 
-    From the run's log: the median over its stretches between two rows, so that a start or a pause does not
-    count; of a run with one row, the mean.
+    From the run's log: the median over its stretches between two rows, so that a start or a pause does not count; of a
+    run with one row, the mean.
     """
     rows = []
     for run in frame.itertuples():
         log = grid.training_log(workspace, run).drop_duplicates("step", keep="last")
         stretches = (log.seconds.diff() / log.step.diff()).dropna()
         step = stretches[stretches > 0].median() if len(stretches) else log.seconds.iloc[-1] / log.step.iloc[-1]
-        rows.append(
-            {
-                "label": run.label,
-                "seed": run.seed,
-                "steps": run.steps,
-                "seconds_a_step": step,
-                "seconds": run.training_seconds,
-            }
-        )
+        row = {"label": run.label, "seed": run.seed, "steps": run.steps, "seconds_a_step": step}
+        rows.append(row | {"seconds": run.training_seconds})
     return pd.DataFrame(rows)
 
 
-def table(workspace, generated: pd.DataFrame, runs: pd.DataFrame) -> Table:
+def table(workspace: Workspace, generated: pd.DataFrame, runs: pd.DataFrame) -> Table:
     """The table of costs: a row a model and device, from `generation` (with a column model) and `step_times`.
 
-    `runs`: rows of `experiments.results`. Latency is that of one image, throughput that of the best batch
-    size.
+    `runs`: rows of `grid.results`. Latency is that of one image, throughput that of the best batch size.
     """
-    steps, rows = step_times(workspace, runs), []
+    steps, rows, threads = step_times(workspace, runs), [], torch.get_num_threads()
     sizes = runs.drop_duplicates("label").set_index("label")["generator_parameters"]
     for (model, device), part in generated.groupby(["model", "device"], sort=False):
         one, best = part[part.batch == part.batch.min()].iloc[0], part.loc[part.images_per_second.idxmax()]
-        step = steps[steps.label == model].seconds_a_step
-        rows.append(
-            {
-                "model": model,
-                "whose": MINE,
-                "device": device,
-                "threads": torch.get_num_threads(),
-                "trained_parameters": sizes[model],
-                "training_ms_a_step": 1000 * step.mean(),
-                "training_runs": len(step),
-                "latency_ms": one.ms,
-                "images_per_second": best.images_per_second,
-                "at_batch": int(best.batch),
-                "memory_mib": best.memory_mib,
-            }
-        )
+        step, row = steps[steps.label == model].seconds_a_step, {"model": model, "whose": MINE, "device": device}
+        row |= {"threads": threads, "trained_parameters": sizes[model], "training_ms_a_step": 1000 * step.mean()}
+        row |= {"training_runs": len(step), "latency_ms": one.ms, "images_per_second": best.images_per_second}
+        rows.append(row | {"at_batch": int(best.batch), "memory_mib": best.memory_mib})
     data = pd.DataFrame(rows)
-    view = pd.DataFrame(
-        [
-            {
-                "model": row.model,
-                "whose": row.whose,
-                "device": row.device.upper()
-                + (f", {row.threads} thread{'s' * (row.threads != 1)}" if row.device == "cpu" else ""),
-                "parameters": NONE if pd.isna(row.trained_parameters) else f"{row.trained_parameters / 1e6:.3f} M",
-                "training step": f"{row.training_ms_a_step:.0f} ms",
-                "one image": f"{row.latency_ms:.1f} ms",
-                "images a second": f"{row.images_per_second:.0f}",
-                "at batch": str(row.at_batch),
-                "tensors": f"{row.memory_mib:.1f} MiB",
-            }
-            for row in data.itertuples()
-        ]
+    cores = f", {threads} thread{'s' * (threads != 1)}"
+    view = data[["model", "whose"]].assign(
+        device=[name.upper() + cores * (name == "cpu") for name in data["device"]],
+        parameters=[NONE if pd.isna(n) else f"{n / 1e6:.3f} M" for n in data["trained_parameters"]],
     )
+    view["training step"] = data["training_ms_a_step"].map("{:.0f} ms".format)
+    view["one image"] = data["latency_ms"].map("{:.1f} ms".format)
+    view["images a second"] = data["images_per_second"].map("{:.0f}".format)
+    view["at batch"] = data["at_batch"].map(str)
+    view["tensors"] = data["memory_mib"].map("{:.1f} MiB".format)
     notes = [
-        "From the caption's words to the image. Tensors: the most alive at one time beside the weights, at "
-        "that batch size. Training steps were timed in the runs, on whatever device those had.",
+        "From the caption's words to the image. Tensors: the most alive at one time beside the weights, at that batch "
+        "size. Training steps were timed in the runs, on whatever device those had.",
         "No diffusion model was measured.",
     ]
-    return Table(
-        "cost",
-        f"What training and generating cost, measured here at {workspace.settings.model.image_size} px",
-        data,
-        view,
-        notes,
-    )
+    title = f"What training and generating cost, measured here at {workspace.settings.model.image_size} px"
+    return Table("cost", title, data, view, notes)

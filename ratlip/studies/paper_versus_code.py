@@ -8,15 +8,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,8 +22,6 @@ from ratlip.errors import RunError
 from ratlip.networks import ConditionalAffine, Discriminator, Generator
 from ratlip.networks.affine import OfficialRecurrentAffine
 from ratlip.networks.losses import clip_similarity
-from ratlip.plots.charts import COLOURS, MARKERS
-from ratlip.plots.pictures import save
 from ratlip.scores.evaluation import TEST_LATENTS, embed, test_pairs
 from ratlip.scores.judge import Judge, judge_right
 from ratlip.settings import Settings, load_settings
@@ -348,81 +342,3 @@ def as_clip_sees(clip: FrozenClip, images: Tensor) -> Tensor:
     """Images (B,3,S,S) in [-1,1] -> the images whose correct pre-processing is what this `clip` is given."""
     given = clip.preprocess(images.to(clip.mean.device))
     return ((given * clip.std + clip.mean) * 2 - 1).cpu()
-
-
-# ------------------------------------------------------------------------------------------------ pictures
-
-
-def spread_figure(
-    values: dict[str, Sequence[float]],
-    label: str,
-    reference: dict[str, float] | None = None,
-    path: str | Path | None = None,
-) -> Figure:
-    """One line a group: each value a dot (at a random height), the mean a bar; `reference` values dashed."""
-    figure = Figure(figsize=(6.4, 1.0 + 0.5 * len(values)), layout="constrained")
-    ax = figure.subplots()
-    rng = np.random.default_rng(0)
-    for row, (name, each) in enumerate(values.items()):
-        each = np.asarray(each, dtype=float)
-        ax.plot(
-            each,
-            row + rng.uniform(-0.22, 0.22, len(each)),
-            MARKERS[row],
-            color=COLOURS[row],
-            markersize=4,
-            alpha=0.6,
-            markeredgewidth=0,
-        )
-        ax.plot([each.mean()] * 2, [row - 0.36, row + 0.36], color="black", linewidth=2)
-    for name, value in (reference or {}).items():
-        ax.axvline(value, color="#555555", linestyle="--", linewidth=1)
-        ax.text(value, -0.55, f"{name} ", fontsize=8, ha="right", va="top", color="#555555")
-    ax.set_yticks(range(len(values)), list(values), fontsize=9)
-    ax.set_ylim(len(values) - 0.45, -0.6)
-    ax.set_xlim(left=min(0, ax.get_xlim()[0]))
-    ax.set_xlabel(label, fontsize=9)
-    ax.spines[["top", "right"]].set_visible(False)
-    return save(figure, path)
-
-
-def reach_figure(moved: dict[str, Tensor], path: str | Path | None = None) -> Figure:
-    """`reach` of several generators side by side on one logarithmic scale; grey: exactly zero."""
-    top = max(float(each.max()) for each in moved.values()) or 1.0
-    figure = Figure(figsize=(3.5 * len(moved) + 0.9, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(moved), squeeze=False)[0]
-    for ax, (title, each) in zip(axes, moved.items()):
-        ax.set_facecolor("#DDDDDD")
-        count = len(each)
-        shown = ax.imshow(
-            np.ma.masked_equal(each.numpy(), 0),
-            cmap="viridis",
-            norm=LogNorm(1e-4 * top, top),
-            extent=(0.5, count + 0.5, count + 0.5, 0.5),
-        )
-        ax.set_title(title, fontsize=10)
-        ax.set_xlabel("state of layer", fontsize=9)
-        ax.set_ylabel("pushed layer", fontsize=9)
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(MaxNLocator(6, integer=True))
-    figure.colorbar(shown, ax=axes, shrink=0.8, label="movement (grey: exactly 0)")
-    return save(figure, path)
-
-
-def settling_figure(moves: dict[str, Tensor], path: str | Path | None = None) -> Figure:
-    """Mean and 10 to 90 % of images of `settling`, layer by layer."""
-    figure = Figure(figsize=(6.0, 2.8), layout="constrained")
-    ax = figure.subplots()
-    for row, (name, each) in enumerate(moves.items()):
-        layers = np.arange(2, len(each) + 2)
-        low, high = each.quantile(torch.tensor([0.1, 0.9]), dim=1).numpy()
-        ax.fill_between(layers, low, high, color=COLOURS[row], alpha=0.2, linewidth=0)
-        ax.plot(layers, each.mean(1), marker=MARKERS[row], markersize=4, color=COLOURS[row], label=name)
-    ax.axhline(0.05, color="#555555", linestyle="--", linewidth=1)
-    ax.set_xlabel("layer t", fontsize=9)
-    ax.set_title(r"movement of the state, $\|h_t-h_{t-1}\|\,/\,\|h_t\|$ (dashed: 5 %)", fontsize=10)
-    ax.set_ylim(bottom=0)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=8, frameon=False)
-    return save(figure, path)

@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import scipy.linalg
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.inception import Inception3
@@ -27,8 +26,7 @@ from ratlip.data import synthetic
 from ratlip.data.batches import Batches, real_images, to_network
 from ratlip.networks import Discriminator
 from ratlip.networks.losses import discriminator_loss, hinge
-from ratlip.plots.charts import COLOURS, LINES
-from ratlip.plots.pictures import save, save_images
+from ratlip.plots.pictures import save_images
 from ratlip.scores.evaluation import embed, test_pairs
 from ratlip.scores.extractors import published_range
 from ratlip.scores.metrics import frechet_distance
@@ -317,31 +315,3 @@ def resumed_runs(steps: int = 8, stopped: int = 4) -> dict[str, float]:
             shutil.copy(root / "stopped" / "checkpoint.pt", root / way)
             changes[way] = float((go_on(way, way) - whole).norm() / (whole - half).norm())
     return changes
-
-
-# ------------------------------------------------------------------------------------------------ pictures
-
-
-def spectrum_figure(spectra: dict[str, Tensor], combs: dict[str, Tensor], path: str | Path | None = None) -> Figure:
-    """Mean `radial_spectrum` of sets of images, the same relative to the first set, and their mean `comb`."""
-    figure = Figure(figsize=(11.0, 3.1), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    period, own = next(iter(combs.values())).shape[1], next(iter(spectra.values())).mean(0)[1:].numpy()
-    for row, (name, each) in enumerate(spectra.items()):
-        look, mean = {"color": COLOURS[row], "linestyle": LINES[row], "label": name}, each.mean(0)[1:].numpy()
-        left.loglog(np.arange(1, len(mean) + 1), mean, **look)
-        middle.plot(np.arange(1, len(mean) + 1), mean / own, **look)
-        x = np.arange(1, period + 1) + (row - (len(combs) - 1) / 2) * 0.25
-        right.bar(x, combs[name].mean(0).numpy(), 0.24, color=COLOURS[row])
-    for ax in (left, middle):
-        ax.set_xlabel("spatial frequency (cycles an image)", fontsize=9)
-    left.set_title("mean radial power spectrum", fontsize=10)
-    left.legend(fontsize=8, frameon=False)
-    middle.set_title(f"relative to {next(iter(spectra))}", fontsize=10)
-    right.axhline(1 / period, color="#555555", linestyle="--", linewidth=1)
-    right.set_xticks(range(1, period + 1))
-    right.set_xlabel(f"step between neighbours, modulo {period}", fontsize=9)
-    right.set_title("share of the squared steps", fontsize=10)
-    for ax in (left, middle, right):
-        ax.spines[["top", "right"]].set_visible(False)
-    return save(figure, path)

@@ -2,21 +2,19 @@
 
 For one published model, 14.81, 19.5, 26.9 and 55 were reported on the birds. Here the generator stays, and
 the number of images, the reference, crops and flips, resizing, extractor, numeric range and the last batch
-change one by one, from the protocol "standard". `study` measures, `study_chart` draws.
+change one by one, from the protocol "standard". `study` measures, `ratlip.plots.charts.study_chart` draws.
 
 The protocols by name are settings of `ratlip.scores.evaluation`: PROTOCOLS, protocol_settings, protocol_name.
 """
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +22,6 @@ from ratlip.cache import Store, digest, weights_digest
 from ratlip.data.batches import centre_crop, to_network
 from ratlip.errors import RunError
 from ratlip.files import read_json, write_json
-from ratlip.plots import pictures
 from ratlip.progress import bar
 from ratlip.scores.evaluation import (
     PROTOCOLS,
@@ -43,9 +40,8 @@ from ratlip.training.generation import generate, load_generator
 from ratlip.training.loop import is_complete
 from ratlip.training.step import sample_latents
 
-__all__ = ["PROTOCOLS", "protocol_name", "protocol_settings", "reference_images", "study", "study_chart"]
+__all__ = ["PROTOCOLS", "protocol_name", "protocol_settings", "reference_images", "study"]
 CROPS = 47  # stream of random numbers of the reference's random crops
-MULTIPLES = (0.1, 0.25, 0.5, 1, 2, 4, 10)  # ticks of the chart
 PARTS = 8  # disjoint parts, at most, over which the spread is taken
 
 
@@ -352,94 +348,3 @@ def study(workspace, folder: str | Path | None = None) -> list[dict]:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
-
-
-def study_chart(rows: list[dict], path: str | Path | None = None) -> Figure:
-    """Left: the distance against the number of images. Right: every other variant, as a multiple of the
-    standard protocol of its aspect; hollow: another extractor or range, whose distances have another unit.
-    """
-    others = [row for row in rows if row["aspect"] != "images"]
-    figure = Figure(figsize=(10.5, 1.2 + 0.21 * len(others)), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
-    _against_number(left, [row for row in rows if row["aspect"] == "images"])
-    _against_standard(right, others)
-    return pictures.save(figure, path)
-
-
-def _against_number(ax, rows: list[dict]) -> None:
-    count = [row["images"] for row in rows]
-    mean = np.array([row["mean"] for row in rows])
-    spread = np.array([row["spread"] or 0 for row in rows])
-    ax.fill_between(
-        count,
-        mean - spread,
-        mean + spread,
-        color="#0072B2",
-        alpha=0.2,
-        linewidth=0,
-        label="mean ± sd of disjoint sets of n",
-    )
-    ax.plot(count, [row["value"] for row in rows], "o-", color="#0072B2", label="first n generated images")
-    real = [(row["images"], row["real"]) for row in rows if row["real"] is not None]
-    if real:
-        ax.plot(*zip(*real), "s--", color="#D55E00", label="first n real test images")
-    ax.set_xscale("log")
-    ax.set_xticks(count, [str(n) for n in count])
-    ax.minorticks_off()
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel("n, number of images")
-    ax.set_ylabel(rows[0]["label"])
-    ax.set_title("the same generator, more images", fontsize=10)
-    ax.legend(fontsize=8, frameon=False)
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def _against_standard(ax, rows: list[dict]) -> None:
-    colours = dict(
-        zip(
-            dict.fromkeys(row["aspect"] for row in rows),
-            itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")),
-        )
-    )
-    standard: dict[str, dict] = {}
-    for row in rows:
-        standard.setdefault(row["aspect"], row)
-    low, high = MULTIPLES[0], MULTIPLES[-1]
-    for place, row in enumerate(rows):
-        first, colour = standard[row["aspect"]], colours[row["aspect"]]
-        times = max(row["value"], 1e-12) / max(first["value"], 1e-12)
-        marker = "<" if times < low else ">" if times > high else "o"
-        ax.plot(
-            min(max(times, low), high),
-            -place,
-            marker,
-            color=colour,
-            markersize=6,
-            clip_on=False,
-            markerfacecolor=colour if row["label"] == first["label"] else "white",
-        )
-        ax.annotate(
-            f"{row['value']:#.3g}".rstrip("."),
-            (1.03, -place),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=8,
-        )
-        if row is first and place:
-            ax.axhline(0.5 - place, color="0.85", linewidth=0.8)
-    ax.axvline(1, color="0.5", linewidth=1, linestyle=":", zorder=0)
-    ax.set_xscale("log")
-    ax.set_xlim(low, high)
-    ax.set_xticks(MULTIPLES, [f"{times:g}" for times in MULTIPLES])
-    ax.minorticks_off()
-    ax.set_yticks(
-        [-place for place in range(len(rows))],
-        [f"{row['aspect']}: {row['variant']}" if row is standard[row["aspect"]] else row["variant"] for row in rows],
-        fontsize=8,
-    )
-    ax.set_xlabel("multiple of the first of its group (arrows: beyond; hollow: another unit)")
-    ax.set_title("one change at a time", fontsize=10)
-    ax.set_title("distance", fontsize=8, loc="right")
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.tick_params(axis="y", length=0)

@@ -11,7 +11,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from ratlip.errors import RunError, SettingsError
 from ratlip.files import outputs_folder, repository
-from ratlip.plots import pictures
 from ratlip.report import notebooks
 from ratlip.settings import load_settings
 from ratlip.studies import grid, workflow
@@ -37,8 +36,6 @@ def test_outputs_are_found_from_the_root_whatever_the_current_folder(monkeypatch
     assert outputs_folder("demo") == ROOT / "outputs" / "demo"
     assert outputs_folder("mine/tiny.yaml") == ROOT / "outputs" / "tiny"
     assert outputs_folder("demo", "elsewhere") == ROOT / "elsewhere"
-    assert pictures.figure_path("reports/demo", "grid.png") == ROOT / "reports/demo/figures/grid.png"
-    assert pictures.figure_path(None, "grid.png") is None
 
 
 class TestWorkspace:

@@ -277,22 +277,3 @@ def test_the_table_s_settings_are_those_of_the_published_profiles():
                 if key != "training.batch_size":  # said in the profile, and left to whoever wants it
                     assert str(content[section][name]).lower() == value, (profile, key)
     assert load_settings("cub-published", {"training.batch_size": 1}).training.batch_size == 1
-
-
-@pytest.mark.parametrize("figure", ["spread", "reach", "settling", "spectrum"])
-def test_figures_are_saved(figure, tmp_path):
-    draw = np.random.default_rng(0)
-    made = {
-        "spread": lambda path: paper_versus_code.spread_figure({"a": [0, 1], "b": [2, 2]}, "x", {"mean": 1}, path),
-        "reach": lambda path: paper_versus_code.reach_figure(
-            {"none": torch.zeros(3, 3), "some": torch.ones(4, 4).triu(1)}, path
-        ),
-        "settling": lambda path: paper_versus_code.settling_figure({"one": torch.rand(5, 4)}, path),
-        "spectrum": lambda path: protocol.spectrum_figure(
-            {"a": torch.rand(3, 9), "b": torch.rand(3, 9)},
-            {"a": torch.from_numpy(draw.random((3, 7))), "b": torch.rand(3, 7)},
-            path,
-        ),
-    }[figure]
-    made(tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 1000

@@ -6,13 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
 from ratlip.clip.frozen import FrozenClip
 from ratlip.data import synthetic
-from ratlip.plots import activation_maps
 from ratlip.studies import grad_cam
 from ratlip.studies.grad_cam import (
     PAPER,
@@ -320,14 +318,3 @@ class TestSweep:
         none = self.frame.assign(coverage=float("nan"))
         assert grad_cam.against_others(none, "h = 8").loc["h = 0", "verdict"] == "undecided"
         assert grad_cam.whole_object(none, "h = 8")[1] == "undecided"
-
-    def test_charts(self, smoke, material):
-        maps = similarity_maps(smoke.workspace.clip, material.images, material.sentences)
-        sheet = activation_maps.overlays({"a": (material.images[:2], maps[:2])}, material.captions[:2])
-        chart = activation_maps.scores_against_h(self.frame, {"coverage": "c"}, {"m": {"coverage": 0.7}})
-        lines = chart.axes[0].lines
-        assert isinstance(sheet, Figure) and list(lines[1].get_ydata()) == pytest.approx([0.51, 0.9105])
-        table = margins(validate(smoke.workspace.clip, shuffled(smoke.workspace.clip), material, PAPER))
-        assert [tick.get_text() for tick in activation_maps.leads({"a": table}).axes[0].get_yticklabels()] == [
-            f"map - {name}" for name in grad_cam.CONTROLS
-        ]

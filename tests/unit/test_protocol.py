@@ -207,13 +207,3 @@ def test_resizing_by_nearest_keeps_stripes_that_a_low_pass_filter_removes():
     assert set(kept.unique().tolist()) == {0, 255}
     assert filtered.std() < kept.std() / 2
     assert not torch.equal(filtered, protocol.resize(stripes, 20, "bicubic"))
-
-
-def test_the_chart_has_a_dot_for_every_row_and_is_saved(rows, tmp_path):
-    figure = protocol.study_chart(rows, tmp_path / "study.png")
-    left, right = figure.axes
-    others = [row for row in rows if row["aspect"] != "images"]
-    dots = [line for line in right.lines if line.get_marker() in "o<>"]
-    assert len(dots) == len(right.get_yticks()) == len(others)
-    assert left.lines[0].get_xdata().tolist() == [24, 48, 96]
-    assert (tmp_path / "study.png").stat().st_size > 10_000

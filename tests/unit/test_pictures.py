@@ -1,9 +1,11 @@
 """Figures show the pixels they were given, in the places they belong."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 from ratlip.plots import pictures
@@ -25,18 +27,10 @@ def test_images_are_saved_one_by_one_without_loss(tmp_path):
     paths = pictures.save_images(images, tmp_path / "new", ["a", "b", "c"])
     assert [path.name for path in paths] == ["a.png", "b.png", "c.png"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a.png", "b.png", "c.png"]
-    for image, path in zip(images, paths):
+    for image, path in zip(images, paths, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(path)), pictures.as_pixels(image))
     with pytest.raises(ValueError):
         pictures.save_images(images, tmp_path, ["too", "few"])
-
-
-def test_a_mosaic_puts_each_image_in_its_place():
-    sheet = pictures.mosaic(flat(-1.0, -0.5, 0.0, 0.5, 0.9), columns=3)
-    assert sheet.shape == (2 * 5 - 1, 3 * 5 - 1, 3)
-    corners = [sheet[row * 5, column * 5, 0] for row in range(2) for column in range(3)]
-    assert corners == [0, 64, 128, 191, 242, 255]
-    assert (sheet[4] == 255).all() and (sheet[:, 4] == 255).all()
 
 
 def shown(ax):
@@ -59,34 +53,34 @@ def test_long_captions_are_wrapped_not_cut():
     assert figure.axes[0].texts[0].get_text().split() == words.split()
 
 
-def test_a_sheet_shows_all_images():
-    figure = pictures.picture_sheet(flat(*[0.0] * 13), columns=6)
-    assert shown(figure.axes[0]).shape[:2] == (3 * 5 - 1, 6 * 5 - 1)
+def test_pictures_show_all_images_row_by_row_with_their_titles():
+    figure = pictures.pictures(list(flat(-1.0, -0.5, 0.0, 0.5, 0.9)), ["a", "b"], columns=3)
+    assert [int(shown(ax)[0, 0, 0]) for ax in figure.axes[:5]] == [0, 64, 128, 191, 242] and not figure.axes[5].images
+    assert [ax.get_title() for ax in figure.axes] == ["a", "b", "", "", "", ""]
 
 
-def test_curves_draw_every_column_of_every_panel():
-    rows = [{"step": step, **{name: step * i for i, name in enumerate("abcdef")}} for step in (1, 2, 4)]
-    figure = pictures.curves(rows, {"five": {name: name.upper() for name in "abcde"}, "one": {"f": "F"}})
-    five, one = figure.axes
-    assert [line.get_label() for line in five.lines] == list("ABCDE")
-    assert five.lines[4].get_xdata().tolist() == [1, 2, 4]
-    assert five.lines[4].get_ydata().tolist() == [4, 8, 16]
-    assert len(one.lines) == 1 and one.get_legend() is None and five.get_legend() is not None
+def test_samples_have_a_row_a_caption_and_a_column_a_model():
+    figure = pictures.caption_grid(torch.zeros(2, 3, 3, 8, 8), ["a", "b"], names=["x", "y", "z"])
+    assert sum(len(ax.images) for ax in figure.axes) == 6
+    assert [ax.get_title() for ax in figure.axes[1:4]] == ["x", "y", "z"]
 
 
-def test_bars_show_shares_and_chance_in_the_order_given(tmp_path):
-    figure = pictures.bars({"colour": 0.5, "size": 0.75}, {"colour": 0.125, "size": 0.5}, "shares", tmp_path / "b.png")
-    (ax,) = figure.axes
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["size", "colour"]  # drawn from below
-    assert [patch.get_width() for patch in ax.patches] == [0.75, 0.5]
-    assert sorted(line.get_xdata()[0] for line in ax.lines) == [0.125, 0.5]
-    assert [text.get_text() for text in ax.texts] == ["75%", "50%"]
-    assert pictures.bars({"colour": 0.5}).axes[0].get_legend() is None
+def test_overlays_have_a_pair_for_every_image(tmp_path):
+    maps = torch.linspace(0, 1, 32).view(2, 4, 4)
+    figure = pictures.overlays({"a": (flat(0.0, 1.0), maps), "b": (flat(-1.0, 0.5), maps)}, ["one", "two"])
+    pairs = np.array(figure.axes[:8]).reshape(2, 4)  # after them the colour bar
+    assert [ax.get_ylabel() for ax in pairs[:, 0]] == ["a", "b"] and figure.axes[8].get_ylabel() == "map"
+    assert [int(shown(ax)[0, 0, 0]) for ax in pairs[1, ::2]] == [0, 191]
+    assert np.array_equal(pairs[0, 3].images[1].get_array(), maps[1].numpy())
 
 
-def test_saving_leaves_no_half_file(tmp_path):
-    figure = Figure()
-    assert pictures.save(figure, None) is figure
-    with pytest.raises(ValueError):
-        pictures.save(figure, tmp_path / "x.nonsense")
-    assert not list(tmp_path.iterdir())
+def test_stages_show_saved_sheets_side_by_side(tmp_path):
+    paths = pictures.save_images(flat(-1.0, 1.0), tmp_path, ["a", "b"])
+    assert [int(shown(ax)[0, 0, 0]) for ax in pictures.stages(paths).axes] == [0, 255]
+
+
+def test_training_need_not_wait_for_the_libraries_of_the_charts():
+    heavy = "{'pandas', 'scipy', 'seaborn', 'matplotlib.pyplot'}"
+    code = f"import sys, ratlip.plots.pictures; print(*{heavy} & {{*sys.modules}})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""
