@@ -6,9 +6,7 @@ the body, the page around it is ours, and equations are MathML, which browsers s
 
 from __future__ import annotations
 
-import base64
 import html
-import itertools
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +16,7 @@ import nbformat
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbconvert.preprocessors import ExtractOutputPreprocessor
 from pygments.formatters import HtmlFormatter
 
 from ratlip.errors import RunError
@@ -89,25 +88,18 @@ def notebook_page(notebook: str | Path, out: str | Path, source: str | None = No
             "delete it and run `make reproduce` again"
         ) from error
     exporter = _Exporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
-    body = exporter.from_notebook_node(content)[0]
+    body, _ = exporter.from_notebook_node(content)
+    apart = out.with_name(f"{out.stem}_files")
+    shutil.rmtree(apart, ignore_errors=True)
     if len(body.encode()) > LIMIT:
-        body = _pictures_apart(body, out.with_name(f"{out.stem}_files"))
+        names = ExtractOutputPreprocessor(output_filename_template="{cell_index:02}_{index}{extension}", enabled=True)
+        exporter.register_preprocessor(names)
+        body, resources = exporter.from_notebook_node(content, {"output_files_dir": apart.name})
+        apart.mkdir(parents=True)
+        for name, data in resources["outputs"].items():
+            (out.parent / name).write_bytes(data)
     title = next((c.source.splitlines()[0].lstrip("# ") for c in content.cells if c.cell_type == "markdown"), out.stem)
     style = HtmlFormatter(style="default").get_style_defs(".highlight")
     page = TEMPLATES.get_template("notebook.html.j2").render(title=title, body=body, source=source, highlight=style)
     write_text(out, page)
     return title
-
-
-def _pictures_apart(body: str, folder: Path) -> str:
-    """Write the pictures that are embedded in `body` into `folder`, and link them instead."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    names = (f"{number:02}.png" for number in itertools.count(1))
-
-    def link(found: re.Match) -> str:
-        name = next(names)
-        (folder / name).write_bytes(base64.b64decode(found[1]))
-        return f'src="{folder.name}/{name}"'
-
-    return re.sub(r'src="data:image/png;base64,([^"]+)"', link, body)

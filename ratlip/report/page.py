@@ -27,13 +27,12 @@ from ratlip.studies import grid
 
 OPEN = "not answered yet"
 DECIDED = ("supported", "contradicted", "undecided")
-MARKS = {"supported": ("✓", "supported"), "contradicted": ("✗", "contradicted")}
 WORDS = yaml.safe_load((Path(__file__).parent / "templates" / "captions.yaml").read_text("utf-8"))
 QUESTIONS: dict[str, str] = WORDS["questions"]
-# What a run's own provenance.json gives to the report's
-OF_RUN = (
-    "seed steps training_seconds devices threads peak_memory_mib commit uncommitted_changes processor accelerators time"
-)
+# What a run's provenance and a prepared set's manifest give to the report's provenance
+OF_RUN = ("seed", "steps", "training_seconds", "devices", "threads", "peak_memory_mib")
+OF_RUN += ("commit", "uncommitted_changes", "processor", "accelerators", "time")
+OF_DATA = ("name", "counts", "captions", "resize", "content_sha256", "records_sha256")
 
 
 def save_verdicts(report: str | Path | None, notebook: str, verdicts: Sequence[dict]) -> None:
@@ -64,14 +63,13 @@ def load_verdicts(report: str | Path) -> dict[str, list[dict]]:
 
 
 def answers(report: Path, profile: str) -> list[dict]:
-    """One dict a claim: notebook, link, claim, verdict, evidence, mark, kind; without an answer, how to get one."""
+    """One dict a claim: notebook, link, claim, verdict, evidence; without an answer, how to get one."""
     found, rows, how = load_verdicts(report), [], f"not run yet: make reproduce PROFILE={profile}"
     for notebook in dict.fromkeys([*QUESTIONS, *found]):
         unanswered = {"claim": QUESTIONS.get(notebook, notebook), "verdict": OPEN, "evidence": how}
         link = f"notebooks/{notebook}.html" if (report / "notebooks" / f"{notebook}.ipynb").is_file() else None
         for each in found.get(notebook) or [unanswered]:
-            mark, kind = MARKS.get(each["verdict"], ("?", "open"))
-            rows.append({"notebook": notebook, "link": link, "mark": mark, "kind": kind, **each})
+            rows.append({"notebook": notebook, "link": link, **each})
     return rows
 
 
@@ -81,15 +79,11 @@ def _ordered(paths: Path, pattern: str, order: Sequence[str]) -> list[Path]:
 
 def pictures(report: Path) -> list[dict]:
     """The figures in the report: name, caption, and whether there is an SVG beside the PNG."""
-    captions = WORDS["figures"]
-    return [
-        {
-            "name": path.stem,
-            "caption": captions.get(path.stem, path.stem.replace("_", " ").capitalize()),
-            "svg": path.with_suffix(".svg").is_file(),
-        }
-        for path in _ordered(report / "figures", "*.png", list(captions))
-    ]
+    found, captions = [], WORDS["figures"]
+    for path in _ordered(report / "figures", "*.png", list(captions)):
+        caption = captions.get(path.stem, path.stem.replace("_", " ").capitalize())
+        found.append({"name": path.stem, "caption": caption, "svg": path.with_suffix(".svg").is_file()})
+    return found
 
 
 def printed_tables(report: Path) -> list[dict]:
@@ -135,7 +129,7 @@ def provenance(s: Settings, root: Path, report: Path) -> dict[str, Any]:
         labels.setdefault(run.name, []).append(run.label)
     found = {name: _read(root / "runs" / name / "provenance.json") for name in labels}
     runs = [
-        {"run": name, "variant": " = ".join(dict.fromkeys(labels[name])), **_part(each, OF_RUN)}
+        {"run": name, "variant": " = ".join(dict.fromkeys(labels[name])), **_part(each, *OF_RUN)}
         for name, each in found.items()
         if each is not None
     ]
@@ -146,14 +140,14 @@ def provenance(s: Settings, root: Path, report: Path) -> dict[str, Any]:
         "profile": Path(s.profile).stem,
         "made": describe(),
         "settings": settings | {"profile": Path(s.profile).stem},
-        "data": prepared and _part(prepared, "name counts captions resize content_sha256 records_sha256"),
+        "data": prepared and _part(prepared, *OF_DATA),
         "clip": _clip(root, s.clip_hash),
         "independent_clip": _clip(root, s.independent_hash),
         "runs": runs,
         "missing_runs": [name for name, each in found.items() if each is None],
         "training_seconds": round(sum(run["training_seconds"] for run in runs), 1),
         # digest of the code that ran, and how long it took where that was noted
-        "notebooks": {name: each["metadata"].get("ratlip", {}) for name, each in notebooks.items() if each},
+        "notebooks": {name: each.get("metadata", {}).get("ratlip", {}) for name, each in notebooks.items() if each},
     }
 
 
@@ -164,8 +158,8 @@ def _read(path: Path) -> Any:
         return None
 
 
-def _part(found: dict, keys: str) -> dict:
-    return {key: found.get(key) for key in keys.split()}
+def _part(found: dict, *keys: str) -> dict:
+    return {key: found.get(key) for key in keys}
 
 
 def _clip(root: Path, identity: str | None) -> dict | None:

@@ -200,14 +200,16 @@ def markdown(table: Table) -> str:
     return f"**{table.caption}**\n\n{rows}\n\n{notes}".strip() + "\n"
 
 
-_TEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
-_TEX |= {"^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "≥": r"$\geq$", "≤": r"$\leq$"}
-_TEX |= {"<": r"\textless{}", ">": r"\textgreater{}"}
+_TEX = str.maketrans(
+    {letter: f"\\{letter}" for letter in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"}
+    | {">": r"\textgreater{}", "±": r"$\pm$", "×": r"$\times$", "≥": r"$\geq$", "≤": r"$\leq$"}
+)
 
 
 def tex(text: str) -> str:
     """Text with everything escaped that LaTeX would read as a command."""
-    return str(text).translate(str.maketrans(_TEX))
+    return str(text).translate(_TEX)
 
 
 def latex(table: Table) -> str:

@@ -274,8 +274,12 @@ class TestNotebookPage:
         whole = (tmp_path / "whole.html").stat().st_size
         monkeypatch.setattr(html, "LIMIT", 100_000)
         html.notebook_page(source, opened := tmp_path / "a.html")
-        assert opened.stat().st_size < 100_000 < whole and 'src="a_files/01.png"' in opened.read_text("utf-8")
-        assert (tmp_path / "a_files/01.png").read_bytes() == (tmp_path / "p.png").read_bytes()
+        assert opened.stat().st_size < 100_000 < whole and 'src="a_files/02_1.png"' in opened.read_text("utf-8")
+        assert 'alt="Figure: The pictures"' in opened.read_text("utf-8")
+        assert (tmp_path / "a_files/02_1.png").read_bytes() == (tmp_path / "p.png").read_bytes()
+        monkeypatch.undo()
+        html.notebook_page(source, opened)
+        assert not (tmp_path / "a_files").exists()
 
     def test_a_damaged_notebook_is_named(self, tmp_path):
         (tmp_path / "a.ipynb").write_text("{")
