@@ -200,7 +200,8 @@ def machines(runs: Sequence[dict]) -> list[str]:
 
     def machine(run: dict) -> str:
         cards = ", ".join(run["accelerators"] or []) if "cuda" in str(run["devices"]) else ""
-        return f"{run['devices']} ({cards or run['processor'] + ', ' + _count(range(run['threads']), 'thread')})"
+        threads = f"{run['threads']} thread{'s' * (run['threads'] != 1)}"
+        return f"{run['devices']} ({cards})" if cards else f"{run['devices']} ({run['processor']}, {threads})"
 
     return sorted({machine(run) for run in runs})
 
@@ -277,6 +278,6 @@ def build(profile: str, outputs: str | Path | None = None, report: str | Path | 
             mend = "look for it in its tables, verdicts and settings"
             raise RunError(f"{shown(folder)}: a path of this machine ({place}) stands in the report; {mend}")
     write_json(folder / "provenance.json", content)
-    write_text(folder / "reproducibility.md", text)
+    write_text(folder / "reproducibility.md", f"{text}\n")
     write_text(folder / "index.html", page)
     return folder / "index.html"
