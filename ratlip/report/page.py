@@ -30,8 +30,8 @@ DECIDED = ("supported", "contradicted", "undecided")
 WORDS = yaml.safe_load((Path(__file__).parent / "templates" / "captions.yaml").read_text("utf-8"))
 QUESTIONS: dict[str, str] = WORDS["questions"]
 # What a run's provenance and a prepared set's manifest give to the report's provenance
-OF_RUN = ("seed", "steps", "training_seconds", "devices", "threads", "peak_memory_mib")
-OF_RUN += ("commit", "uncommitted_changes", "processor", "accelerators", "time")
+OF_RUN = ["seed", "steps", "training_seconds", "devices", "threads", "peak_memory_mib"]
+OF_RUN += ["commit", "uncommitted_changes", "processor", "accelerators", "time"]
 OF_DATA = ("name", "counts", "captions", "resize", "content_sha256", "records_sha256")
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -43,7 +43,8 @@ class Table:
 
 def published_rows() -> pd.DataFrame:
     """One row a published number: whose, model, data, score, value, images, seeds, extractor, source."""
-    n, rows = NUMBERS, []
+    n: dict[str, Any] = NUMBERS
+    rows: list[dict] = []
     for score, models in n["values"].items():
         about = {"score": score, **n["scores"][score]}
         for model, values in models.items():
@@ -54,8 +55,8 @@ def published_rows() -> pd.DataFrame:
 
 def published_table(score: str) -> Table:
     """The paper's table of "FID" or "CLIP score" in its own shape: a row a model, a column a data set."""
-    n, rows = NUMBERS, published_rows().query("score == @score").reset_index(drop=True)
-    about = n["scores"][score]
+    n: dict[str, Any] = NUMBERS
+    rows, about = published_rows().query("score == @score").reset_index(drop=True), n["scores"][score]
     names = [name for name in ("CUB", "Oxford", "CelebA-tiny") if name in set(rows.data)]
     values = rows.pivot(index="model", columns="data", values="value").loc[rows.model.unique(), names]
     best = values == (values.min() if about["better"] == "lower" else values.max())

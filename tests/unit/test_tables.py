@@ -12,7 +12,7 @@ import pytest
 from ratlip.errors import RunError
 from ratlip.report import tables
 from ratlip.settings import load_settings
-from ratlip.studies import compare, grid
+from ratlip.studies import grid
 
 LABELS = {
     "clip_similarity": "CLIP similarity (small CLIP aa, trained with)",
@@ -121,23 +121,6 @@ class TestSideBySide:
     def test_without_runs_only_the_published_block(self, workspace):
         table = tables.side_by_side(SimpleNamespace(settings=workspace.settings, root=workspace.root / "none"))
         assert len(table.view) == 20 and set(table.view["whose"]) == {"published by the authors"}
-
-
-@pytest.mark.parametrize(
-    "mean, sd, shown",
-    [
-        (0.5512, 0.0712, "0.55 ± 0.07"),
-        (12.34, 4.56, "12 ± 5"),
-        (123.4, 45.6, "123 ± 46"),
-        (0.0123, 0.0012, "0.012 ± 0.001"),
-        (0.5, np.nan, "0.50"),
-        (0.0, 0.0, "0.00 ± 0.00"),
-        (np.nan, np.nan, "-"),
-        (None, np.nan, "-"),
-    ],
-)
-def test_plus_minus(mean, sd, shown):
-    assert compare.plus_minus(mean, sd) == shown
 
 
 class TestWriters:
