@@ -1,33 +1,31 @@
-"""The notebooks as programs: what they call first, how they are run, how their stored outputs are kept true.
+"""The notebooks as programs: how they are run, and how their stored outputs are kept true.
 
-    python -m ratlip.report.notebooks run notebooks/03_train.ipynb --out out.ipynb -p profile smoke
-    python -m ratlip.report.notebooks refresh     stored outputs: from reports/demo/notebooks/ back into notebooks/
-    python -m ratlip.report.notebooks smoke       references of the tests: makes tests/notebooks/smoke/
-
-Everything a notebook writes goes below the repository root (outputs/<profile>, or $RATLIP_OUTPUTS/<profile>),
-from whatever folder it was started.
+Everything a notebook writes goes below the repository root (outputs/<profile>, or $RATLIP_OUTPUTS/<profile>), from
+whatever folder it was started.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
+import contextlib
 import hashlib
 import os
 import re
-import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from ratlip.errors import RatlipError, RunError
-from ratlip.files import outputs_folder, repository, shown, write_text
-from ratlip.settings import load_settings
+from ratlip.files import repository, shown, write_text
 
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+    from papermill.exceptions import PapermillExecutionError
+
+# nbformat and papermill are imported where they are used: two seconds, which no kernel of a notebook need wait for.
 STORY = (
     "01_prepare_data",
     "02_prepare_clip",
@@ -42,66 +40,49 @@ HEARTBEAT = 60  # seconds between two lines on a notebook that is still running
 LOCAL = ("profile", "data", "outputs", "report")  # parameters that say where, not what
 
 
-# ------------------------------------------------------------------------------------- what a notebook calls
-
-
-# ---------------------------------------------------------------------------------------------- execution
-
-
 def execute(notebook: str | Path, out: str | Path, parameters: dict[str, Any], talk: bool = True) -> Path:
     """Execute a notebook by papermill with `parameters` and write it to `out`, tidied, whole or not at all.
 
-    A line at the start, one a minute, and one at the end. On an error, the notebook as far as it came is left
-    beside `out` as <name>.failed.ipynb, and RunError holds the cell and the error.
+    A line at the start, one a minute, and one at the end. On an error, the notebook as far as it came is left beside
+    `out` as <name>.failed.ipynb, and RunError holds the cell and the error. RunError, too, for a notebook that does
+    not exist and for a parameter that it does not have.
     """
-    import nbformat  # here and below: a second of imports that a kernel need not wait for
+    import nbformat
     import papermill
-    from papermill.exceptions import PapermillExecutionError
 
     notebook, out = Path(notebook), Path(out)
     if not notebook.is_file():
-        raise RunError(
-            f"{notebook}: there is no such notebook; those of the story are {', '.join(STORY)} in notebooks/"
-        )
-    failed = out.with_suffix(".failed.ipynb")
+        raise RunError(f"{notebook}: there is no such notebook; notebooks/ holds {', '.join(STORY)}")
+    known = papermill.inspect_notebook(str(notebook))
+    if unknown := [name for name in parameters if name not in known]:  # papermill would only warn
+        raise RunError(f"{notebook}: has no parameter {', '.join(unknown)}; its parameters are {', '.join(known)}")
+    # The kernel works in notebooks/; a path that was given means the caller's folder
     parameters = {name: _absolute(name, value) for name, value in parameters.items()}
+    failed, hide, start = out.with_suffix(".failed.ipynb"), _private(parameters), time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     failed.unlink(missing_ok=True)
-    hide = _private(parameters)
-    start = time.monotonic()
-    say = (lambda text: print(f"{notebook.stem:<22}{text}", flush=True)) if talk else (lambda text: None)
+    name = out.parent.name if out.parent.parent.name == "runs" else notebook.stem
+    say = (lambda text: print(f"{name:<22}{text}", flush=True)) if talk else (lambda text: None)
     say("started")
     with tempfile.TemporaryDirectory(prefix="ratlip-") as folder:
         draft = Path(folder) / notebook.name
-        done = threading.Event()
-        heart = threading.Thread(target=_beat, args=(draft, done, say, start), daemon=True)
-        heart.start()
+        options = {"cwd": str(repository() / "notebooks"), "autosave_cell_every": 15, "progress_bar": False}
+        options["extra_arguments"] = ["--IPKernelApp.log_level=ERROR"]
         try:
-            papermill.execute_notebook(
-                str(notebook),
-                str(draft),
-                parameters=parameters,
-                progress_bar=False,
-                cwd=str(repository() / "notebooks"),
-                autosave_cell_every=15,
-                extra_arguments=["--IPKernelApp.log_level=ERROR"],
-            )
-        except PapermillExecutionError as error:
+            with _heartbeat(draft, say, start):
+                papermill.execute_notebook(str(notebook), str(draft), parameters=parameters, **options)
+        except papermill.PapermillExecutionError as error:
             nbformat.write(tidy(nbformat.read(draft, 4), hide), failed)
             raise RunError(_failure(notebook, failed, error)) from None
-        finally:
-            done.set()
-            heart.join()
         finished = tidy(nbformat.read(draft, 4), hide)
-        finished.metadata["ratlip"]["seconds"] = round(time.monotonic() - start)
+    finished.metadata["ratlip"]["seconds"] = round(time.monotonic() - start)
     write_text(out, nbformat.writes(finished) + "\n")
     say(f"done in {_clock(start)}: {shown(out)}")
     return out
 
 
 def _absolute(name: str, value: Any) -> Any:
-    """The kernel works in notebooks/; a path that was given means the caller's folder."""
-    path = name == "data" or name == "profile" and str(value).endswith((".yaml", ".yml"))
+    path = name == "data" or (name == "profile" and str(value).endswith((".yaml", ".yml")))
     return str(Path(value).expanduser().absolute()) if path and value else value
 
 
@@ -110,71 +91,77 @@ def _clock(start: float) -> str:
     return f"{minutes}:{seconds:02d}"
 
 
-def _beat(draft: Path, done: threading.Event, say, start: float) -> None:
-    """Once a minute, the last line that the running cell has printed: in a long cell, its progress bar."""
+@contextlib.contextmanager
+def _heartbeat(draft: Path, say: Callable[[str], None], start: float) -> Iterator[None]:
+    """Once a minute, say the last line that the running cell has printed: in a long cell, its progress bar."""
     import nbformat
 
-    while not done.wait(HEARTBEAT):
-        try:
-            cells = [cell for cell in nbformat.read(draft, 4).cells if cell.cell_type == "code"]
-        except (OSError, ValueError, nbformat.reader.NotJSONError):
-            continue  # being written at this moment
-        running = [i for i, cell in enumerate(cells) if cell.metadata.get("papermill", {}).get("status") == "running"]
-        printed = [o.text for i in running for o in cells[i].outputs if o.output_type == "stream" and o.text.strip()]
-        last = _last_states(printed[-1]).strip().splitlines()[-1][:100] if printed else ""
-        say(f"{_clock(start)}, cell {running[0] + 1 if running else '?'} of {len(cells)}  {last}")
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(HEARTBEAT):
+            try:
+                cells = [cell for cell in nbformat.read(draft, 4).cells if cell.cell_type == "code"]
+            except (OSError, ValueError, nbformat.reader.NotJSONError):
+                continue  # being written at this moment
+            states = [cell.metadata.get("papermill", {}).get("status") for cell in cells]
+            at = states.index("running") if "running" in states else None
+            outputs = [] if at is None else [o for o in cells[at].outputs if o.output_type == "stream"]
+            printed = _last_states("".join(output.text for output in outputs)).split("\n")
+            last = next((line for line in reversed(printed) if line.strip()), "")[:100]
+            say(f"{_clock(start)}, cell {'?' if at is None else at + 1} of {len(cells)}  {last}")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
-def _failure(notebook: Path, failed: Path, error) -> str:
+def _failure(notebook: Path, failed: Path, error: PapermillExecutionError) -> str:
     cell = "\n".join(f"    {line}" for line in error.source.strip().splitlines())
-    mend = error.ename in {kind.__name__ for kind in (RatlipError, *RatlipError.__subclasses__())}
-    trace = "" if mend else re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback[-1:]))
-    return (
-        f"{notebook.stem} stopped at the cell\n{cell}\n{trace or f'{error.ename}: {error.evalue}'}\n"
-        f"The notebook as far as it came: {shown(failed)}"
-    )
+    kinds: list[type] = [RatlipError, *RatlipError.__subclasses__()]
+    ours = error.ename in {kind.__name__ for kind in kinds}  # its message says enough
+    trace = "" if ours else re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback[-1:]))
+    said = trace or f"{error.ename}: {error.evalue}"
+    return f"{notebook.stem} stopped at the cell\n{cell}\n{said}\nThe notebook as far as it came: {shown(failed)}"
 
 
-# ------------------------------------------------------------------------------------------- stored outputs
-
-
-def tidy(notebook, hide: dict[str, str] | None = None):
+def tidy(notebook: NotebookNode, hide: dict[str, str] | None = None) -> NotebookNode:
     """Make an executed notebook fit to be kept, in place.
 
-    No papermill records, no paths of this machine (`hide`), progress bars in their last state, no widgets,
-    outputs of one stream in one piece; and a digest of the code that ran.
+    No papermill records, no paths of this machine (`hide`), progress bars in their last state, no widgets, outputs of
+    one stream in one piece; and a digest of the code that ran.
     """
-    notebook.metadata.pop("papermill", None)
-    notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         for key in ("papermill", "execution", "collapsed", "scrolled"):
             cell.metadata.pop(key, None)
         if cell.metadata.get("tags") == []:
             cell.metadata.pop("tags")
-        if cell.cell_type != "code":
-            continue
-        if "injected-parameters" in cell.metadata.get("tags", []):
+        if _injected(cell):
             cell.id, cell.source = "injected", _masked(cell.source, hide)
-        merged = []
-        for output in cell.outputs:
+        merged: list = []
+        for output in cell.get("outputs", []):
             if output.output_type == "stream" and merged and merged[-1].get("name") == output.name:
                 merged[-1].text += output.text
             else:
                 merged.append(output)
-        cell.outputs = [_tidy_output(output, hide) for output in merged]
+        for output in merged:
+            if output.output_type == "stream":
+                output.text = _masked(_last_states(output.text), hide)
+            for kind, value in output.get("data", {}).items():
+                if kind.startswith("text/") and isinstance(value, str):
+                    output.data[kind] = _masked(value, hide)
+        if cell.cell_type == "code":
+            cell.outputs = merged
+    for key in ("papermill", "widgets"):
+        notebook.metadata.pop(key, None)
     notebook.metadata["ratlip"] = {"code_sha256": code_digest(notebook)}
     kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     notebook.metadata["kernelspec"], notebook.metadata["language_info"] = kernel, {"name": "python"}
     return notebook
-
-
-def _tidy_output(output, hide):
-    if output.output_type == "stream":
-        output.text = _masked(_last_states(output.text), hide)
-    for kind, value in output.get("data", {}).items():
-        if kind.startswith("text/") and isinstance(value, str):
-            output.data[kind] = _masked(value, hide)
-    return output
 
 
 def _last_states(text: str) -> str:
@@ -185,47 +172,47 @@ def _last_states(text: str) -> str:
 
 def _private(parameters: dict[str, Any]) -> dict[str, str]:
     """Folders of this machine, each with what stands for it in a stored notebook; the longest first."""
-    places = {
-        str(repository()) + "/": "",
-        str(repository()): ".",
-        str(Path.home()): "~",
-        **{str(parameters[name]): f"<{name}>" for name in ("data", "outputs") if parameters.get(name)},
-        os.environ.get("RATLIP_OUTPUTS", ""): "<outputs>",
-        f"{Path(parameters.get('profile', '')).parent}/": "",
-    }
-    absolute = [place for place in places if place.startswith("/") and place != "/"]
-    return {place: places[place] for place in sorted(absolute, key=len, reverse=True)}
+    folders = {f"{repository()}/": "", str(repository()): ".", str(Path.home()): "~"}
+    folders |= {str(parameters[name]): f"<{name}>" for name in ("data", "outputs") if parameters.get(name)}
+    folders[os.environ.get("RATLIP_OUTPUTS", "")] = "<outputs>"
+    folders[f"{Path(parameters.get('profile', '')).parent}/"] = ""
+    absolute = [folder for folder in folders if folder.startswith("/") and folder != "/"]
+    return {folder: folders[folder] for folder in sorted(absolute, key=len, reverse=True)}
 
 
 def _masked(text: str, hide: dict[str, str] | None) -> str:
-    for place, name in (hide or {}).items():
-        end = "" if place.endswith("/") else r"(?![\w.-])"  # a folder, not the beginning of another one's name
-        text = re.sub(re.escape(place) + end, name, text)
+    for folder, name in (hide or {}).items():
+        end = "" if folder.endswith("/") else r"(?![\w.-])"  # a folder, not the beginning of another one's name
+        text = re.sub(re.escape(folder) + end, name, text)
     return text
 
 
-def own_cells(notebook) -> list:
+def _injected(cell: NotebookNode) -> bool:
+    return "injected-parameters" in cell.metadata.get("tags", [])
+
+
+def injected(notebook: NotebookNode) -> dict[str, Any]:
+    """The parameters that papermill put in."""
+    lines = [line for cell in notebook.cells if _injected(cell) for line in ast.parse(cell.source).body]
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+
+
+def own_cells(notebook: NotebookNode) -> list[NotebookNode]:
     """All cells but the one that papermill put in."""
-    return [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    return [cell for cell in notebook.cells if not _injected(cell)]
 
 
-def code_digest(notebook) -> str:
+def code_digest(notebook: NotebookNode) -> str:
     """SHA-256 of the code of a notebook, papermill's cell left out: which code made these outputs."""
     sources = [cell.source for cell in own_cells(notebook) if cell.cell_type == "code"]
     return hashlib.sha256("\0".join(sources).encode()).hexdigest()
 
 
-def injected(notebook) -> dict[str, Any]:
-    """The parameters that papermill put in."""
-    cells = [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
-    return {line.targets[0].id: ast.literal_eval(line.value) for cell in cells for line in ast.parse(cell.source).body}
-
-
 def refresh(profile: str = "demo") -> list[Path]:
     """Bring the outputs of `make reproduce` (reports/<profile>/notebooks/) back into notebooks/.
 
-    Refuses (RunError) where an executed notebook is missing, has other text than the one in notebooks/, or
-    was run with other parameters than those that it holds itself.
+    Refuses (RunError) where an executed notebook is missing, has other text than the one in notebooks/, or was run
+    with other parameters than those that it holds itself.
     """
     import nbformat
 
@@ -236,13 +223,10 @@ def refresh(profile: str = "demo") -> list[Path]:
         if not made.is_file():
             raise RunError(f"{shown(made)}: not there; run `make reproduce PROFILE={profile}` first")
         notebook, now = nbformat.read(made, 4), nbformat.read(stored, 4)
-        changed = {
-            key: value for key, value in injected(notebook).items() if key not in LOCAL and value not in (None, "")
-        }
-        if changed or injected(notebook).get("profile", profile) != profile:
-            raise RunError(
-                f"{shown(made)}: was run with {changed or injected(notebook)}, not as it stands in notebooks/"
-            )
+        given = injected(notebook)
+        changed = {key: value for key, value in given.items() if key not in LOCAL and value not in (None, "")}
+        if changed or given.get("profile", profile) != profile:
+            raise RunError(f"{shown(made)}: was run with {changed or given}, not as it stands in notebooks/")
         if [cell.source for cell in own_cells(notebook)] != [cell.source for cell in now.cells]:
             raise RunError(f"{shown(made)}: its text is not that of {shown(stored)}; run `make reproduce` again")
         notebook.cells = own_cells(notebook)
@@ -255,61 +239,3 @@ def refresh(profile: str = "demo") -> list[Path]:
     for stored, notebook in fresh.items():
         write_text(stored, nbformat.writes(notebook) + "\n")
     return list(fresh)
-
-
-def smoke_references() -> list[Path]:
-    """Execute the story on the profile smoke, from nothing, into tests/notebooks/smoke/, for nbval."""
-    folder, before = repository() / "tests" / "notebooks" / "smoke", os.environ.get("RATLIP_OUTPUTS")
-    made = []
-    with tempfile.TemporaryDirectory(prefix="ratlip-smoke-") as outputs:
-        os.environ["RATLIP_OUTPUTS"] = outputs
-        try:
-            for name in STORY:
-                if name == "04_ablation":
-                    smoke_runs()
-                source = repository() / "notebooks" / f"{name}.ipynb"
-                made.append(execute(source, folder / f"{name}.ipynb", {"profile": "smoke"}))
-        finally:
-            os.environ.pop("RATLIP_OUTPUTS") if before is None else os.environ.update(RATLIP_OUTPUTS=before)
-    return made
-
-
-def smoke_runs() -> None:
-    """The grid of the profile smoke, without a notebook for each run: what notebooks 04 to 08 then find."""
-    from ratlip.studies import grid
-    from ratlip.workspace import Workspace
-
-    workspace = Workspace.of(load_settings("smoke"), outputs_folder("smoke"), progress=False)
-    grid.complete(workspace, door="library")
-
-
-def main() -> None:
-    """Entry point of `python -m ratlip.report.notebooks`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ratlip.report.notebooks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="execute one notebook")
-    run.add_argument("notebook", type=Path)
-    run.add_argument("--out", type=Path, required=True)
-    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters")
-    commands.add_parser("refresh", help="store the outputs of reports/<profile>/").add_argument(
-        "--profile", default="demo"
-    )
-    commands.add_parser("smoke", help="make the references of the tests")
-    chosen = parser.parse_args()
-    try:
-        if chosen.command == "run":
-            given = {name: yaml.safe_load(value) for name, value in chosen.parameters if value not in ("", "None")}
-            execute(chosen.notebook, chosen.out, given)
-        else:
-            made = refresh(chosen.profile) if chosen.command == "refresh" else smoke_references()
-            print(*map(shown, made), sep="\n")
-    except RatlipError as error:
-        sys.exit(f"ratlip: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,51 +1,50 @@
 """The report of a profile: one page to open, reports/<profile>/index.html, and what it links to.
 
-    python -m ratlip.report.page --profile demo
-
-It reads what the notebooks have left in the report's folder (executed notebooks, figures, tables, verdicts)
-and the run folders' provenance, and makes the page, the notebooks as web pages, `provenance.json` and
-`reproducibility.md`. What is missing is named, with the command that makes it.
+It reads what the notebooks have left in the report's folder (executed notebooks, figures, tables, verdicts) and the
+run folders' provenance, and makes the page, the notebooks as web pages, `provenance.json` and `reproducibility.md`.
+What is missing is named, with the command that makes it. Sentences stand in `templates`, numbers come from results.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
+import os
 import re
 import shutil
-import sys
+from collections import Counter
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from ratlip.errors import RatlipError, RunError
+from ratlip.errors import RunError
 from ratlip.files import outputs_folder, read_json, repository, shown, write_json, write_text
+from ratlip.provenance import describe
 from ratlip.report.notebooks import STORY
 from ratlip.settings import Settings, load_settings
+from ratlip.studies import grid
 
-# What each notebook answers, for the page where it has not been run.
-QUESTIONS = {
-    "04_ablation": "Is RAT better than CAT, and does shuffle attention help?",
-    "05_hidden_size_sweep": "Is h = 64 the best hidden size?",
-    "06_grad_cam": "Does the network look at the whole object at h = 64?",
-    "07_paper_versus_code": "Does the published code compute what the paper says, and does it matter?",
-    "08_figures_and_tables": "Are the scores better than others', is anything copied, what does it cost?",
-}
-MARKS = {"supported": ("✓", "supported"), "contradicted": ("✗", "contradicted")}
+OPEN = "not answered yet"
+DECIDED = ("supported", "contradicted", "undecided")
+WORDS = yaml.safe_load((Path(__file__).parent / "templates" / "captions.yaml").read_text("utf-8"))
+QUESTIONS: dict[str, str] = WORDS["questions"]
+# What a run's provenance and a prepared set's manifest give to the report's provenance
+OF_RUN = ["seed", "steps", "training_seconds", "devices", "threads", "peak_memory_mib"]
+OF_RUN += ["commit", "uncommitted_changes", "processor", "accelerators", "time"]
+OF_DATA = ("name", "counts", "captions", "resize", "content_sha256", "records_sha256")
 
 
 def save_verdicts(report: str | Path | None, notebook: str, verdicts: Sequence[dict]) -> None:
     """Keep a notebook's answers for the page: <report>/verdicts/<notebook>.json; nothing without a report.
 
-    `verdicts`: dicts of text with `claim` (what the paper says), `verdict` ("supported", "contradicted",
-    "undecided", or another word) and `evidence` (the numbers behind it). Raises RunError where one is
-    missing.
+    `verdicts`: dicts of text with `claim` (what the paper says), `verdict` ("supported", "contradicted", "undecided",
+    or another word) and `evidence` (the numbers behind it). Raises RunError where one is missing.
     """
-    for i, each in enumerate(verdicts):
+    for i, each in enumerate(verdicts, start=1):
         missing = [key for key in ("claim", "verdict", "evidence") if not str(each.get(key) or "").strip()]
         if missing:
-            raise RunError(f"{notebook}: verdict {i + 1} has no {', '.join(missing)}; give each as text")
+            raise RunError(f"{notebook}: verdict {i} has no {', '.join(missing)}; give each as text")
     if report:
         path = repository() / report / "verdicts" / f"{notebook}.json"
         write_json(path, [{key: str(value) for key, value in each.items()} for each in verdicts])
@@ -53,208 +52,232 @@ def save_verdicts(report: str | Path | None, notebook: str, verdicts: Sequence[d
 
 def load_verdicts(report: str | Path) -> dict[str, list[dict]]:
     """What `save_verdicts` has kept, by notebook, in the notebooks' order. RunError names a damaged file."""
-    found = {}
+    found, keys = {}, ("claim", "verdict", "evidence")
     for path in sorted((repository() / report / "verdicts").glob("*.json")):
         try:
-            found[path.stem] = [
-                {key: each[key] for key in ("claim", "verdict", "evidence")} for each in read_json(path)
-            ]
+            found[path.stem] = [{key: each[key] for key in keys} for each in read_json(path)]
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{shown(path)}: damaged ({type(error).__name__}); delete it and run notebooks/{path.stem}.ipynb again"
-            ) from error
+            mend = f"delete it and run notebooks/{path.stem}.ipynb again"
+            raise RunError(f"{shown(path)}: damaged ({type(error).__name__}); {mend}") from error
     return found
 
 
-# ------------------------------------------------------------------------------------- what the page holds
-
-
 def answers(report: Path, profile: str) -> list[dict]:
-    """One dict a claim: notebook, claim, verdict, evidence, mark, kind; for a notebook without, how to get
-    it.
-    """
-    from ratlip.report import summary
-
-    found, rows = load_verdicts(report), []
+    """One dict a claim: notebook, link, claim, verdict, evidence; without an answer, how to get one."""
+    found, rows, how = load_verdicts(report), [], f"not run yet: make reproduce PROFILE={profile}"
     for notebook in dict.fromkeys([*QUESTIONS, *found]):
-        unanswered = {"claim": QUESTIONS.get(notebook, notebook), "verdict": summary.OPEN, "evidence": how(profile)}
-        page = f"notebooks/{notebook}.html" if (report / "notebooks" / f"{notebook}.ipynb").is_file() else None
+        unanswered = {"claim": QUESTIONS.get(notebook, notebook), "verdict": OPEN, "evidence": how}
+        link = f"notebooks/{notebook}.html" if (report / "notebooks" / f"{notebook}.ipynb").is_file() else None
         for each in found.get(notebook) or [unanswered]:
-            mark, kind = MARKS.get(each["verdict"], ("?", "open"))
-            rows.append({"notebook": notebook, "link": page, "mark": mark, "kind": kind, **each})
+            rows.append({"notebook": notebook, "link": link, **each})
     return rows
 
 
-def how(profile: str) -> str:
-    """The command that makes what is missing."""
-    return f"not run yet: make reproduce PROFILE={profile}"
+def _ordered(paths: Path, pattern: str, order: Sequence[str]) -> list[Path]:
+    return sorted(paths.glob(pattern), key=lambda path: ([*order, path.stem].index(path.stem), path.stem))
 
 
 def pictures(report: Path) -> list[dict]:
-    """The figures in the report: name, caption, link to the PNG and, where there is one, to the SVG."""
-    captions = yaml.safe_load((resources.files("ratlip.report") / "templates" / "figures.yaml").read_text("utf-8"))
-    order = {name: i for i, name in enumerate(captions)}
-    paths = sorted((report / "figures").glob("*.png"), key=lambda p: (order.get(p.stem, len(order)), p.stem))
-    return [
-        {
-            "name": path.stem,
-            "caption": captions.get(path.stem, path.stem.replace("_", " ").capitalize()),
-            "png": f"figures/{path.name}",
-            "svg": f"figures/{path.stem}.svg" if path.with_suffix(".svg").is_file() else None,
-        }
-        for path in paths
-    ]
+    """The figures in the report: name, caption, and whether there is an SVG beside the PNG."""
+    found, captions = [], WORDS["figures"]
+    for path in _ordered(report / "figures", "*.png", list(captions)):
+        caption = captions.get(path.stem, path.stem.replace("_", " ").capitalize())
+        found.append({"name": path.stem, "caption": caption, "svg": path.with_suffix(".svg").is_file()})
+    return found
 
 
 def printed_tables(report: Path) -> list[dict]:
-    """The tables in the report: caption, header, rows, notes, and the names of their files."""
-    from ratlip.report.tables import read_markdown
-
-    found, order = [], ["published_fid", "published_clip_score", "published_and_measured"]
-    paths = sorted(
-        (report / "tables").glob("*.md"), key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p.stem)
-    )
-    for path in paths:
+    """The tables in the report (`tables.write`): caption, columns, data (rows of text), notes, and their files."""
+    found = []
+    for path in _ordered(report / "tables", "*.json", WORDS["tables"]):
         try:
-            table = read_markdown(path.read_text("utf-8"))
-        except ValueError as error:
-            raise RunError(f"{shown(path)}: {error}; delete it and run the notebook that made it") from error
-        files = [f"tables/{path.stem}{end}" for end in (".csv", ".md", ".tex")]
-        found.append(
-            {
-                "name": path.stem,
-                "caption": table.caption,
-                "header": list(table.view.columns),
-                "rows": table.view.to_numpy().tolist(),
-                "notes": table.notes,
-                "files": [file for file in files if (report / file).is_file()],
-            }
-        )
+            table = {key: read_json(path)[key] for key in ("caption", "columns", "data", "notes")}
+        except (ValueError, KeyError, TypeError) as error:
+            mend = "delete it and run the notebook that made it"
+            raise RunError(f"{shown(path)}: not a table of ratlip ({type(error).__name__}); {mend}") from error
+        files = [f"tables/{path.stem}.{end}" for end in ("csv", "md", "tex") if path.with_suffix(f".{end}").is_file()]
+        found.append({**table, "files": files})
     return found
 
 
 def notebook_pages(report: Path) -> list[dict]:
-    """Make every executed notebook's page; one dict a notebook: name, title, links, or that it is missing."""
+    """Make every executed notebook's page; one dict a notebook: name, title (None: not run), link to its source."""
     from ratlip.report import html
 
     rows = []
     for name in STORY:
-        executed = report / "notebooks" / f"{name}.ipynb"
-        page = executed.with_suffix(".html")
-        if not executed.is_file():
-            page.unlink(missing_ok=True)  # an old page would pass for a new one
+        executed, stored = report / "notebooks" / f"{name}.ipynb", repository() / "notebooks" / f"{name}.ipynb"
+        page, title = executed.with_suffix(".html"), None
+        inside = stored.is_file() and report.is_relative_to(repository())
+        source = os.path.relpath(stored, report) if inside else None
+        if executed.is_file():
+            title = html.notebook_page(executed, page, source and f"../{source}")
+        else:  # an old page would pass for a new one
+            page.unlink(missing_ok=True)
             shutil.rmtree(page.with_name(f"{name}_files"), ignore_errors=True)
-            rows.append({"name": name, "missing": True})
-            continue
-        html.notebook_page(executed, page)
-        title = re.search(r"<title>(.*?)</title>", page.read_text("utf-8"))[1]
-        rows.append(
-            {
-                "name": name,
-                "title": title,
-                "html": f"notebooks/{page.name}",
-                "missing": False,
-                "ipynb": f"notebooks/{executed.name}",
-            }
-        )
+        rows.append({"name": name, "title": title, "source": source})
     return rows
 
 
-# --------------------------------------------------------------------------------------------------- the page
+def provenance(s: Settings, root: Path, report: Path) -> dict[str, Any]:
+    """Commit, versions, hardware, settings, data and CLIP checksums, every run with its duration. No path.
+
+    `root`: the profile's outputs; `report`: the report's folder. What is not there is left out or named missing.
+    """
+    labels: dict[str, list[str]] = {s.run_name: ["main run"]}
+    for run in grid.plan(s):
+        labels.setdefault(run.name, []).append(run.label)
+    found = {name: _read(root / "runs" / name / "provenance.json") for name in labels}
+    runs = [
+        {"run": name, "variant": " = ".join(dict.fromkeys(labels[name])), **_part(each, *OF_RUN)}
+        for name, each in found.items()
+        if each is not None
+    ]
+    prepared = _read(root / f"prepared-{s.data_hash}" / "manifest.json")
+    notebooks = {name: _read(report / "notebooks" / f"{name}.ipynb") for name in STORY}
+    settings = json.loads(json.dumps(s.model_dump(), default=lambda path: path.name))  # a file by its name alone
+    return {
+        "profile": Path(s.profile).stem,
+        "made": describe(),
+        "settings": settings | {"profile": Path(s.profile).stem},
+        "data": prepared and _part(prepared, *OF_DATA),
+        "clip": _clip(root, s.clip_hash),
+        "independent_clip": _clip(root, s.independent_hash),
+        "runs": runs,
+        "missing_runs": [name for name, each in found.items() if each is None],
+        "training_seconds": round(sum(run["training_seconds"] for run in runs), 1),
+        # digest of the code that ran, and how long it took where that was noted
+        "notebooks": {name: each.get("metadata", {}).get("ratlip", {}) for name, each in notebooks.items() if each},
+    }
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _part(found: dict, *keys: str) -> dict:
+    return {key: found.get(key) for key in keys}
+
+
+def _clip(root: Path, identity: str | None) -> dict | None:
+    found = identity and _read(root / f"clip-{identity}" / "manifest.json")
+    return {"folder": f"clip-{identity}", "fingerprint": found.get("fingerprint")} if found else None
+
+
+def origin(content: dict) -> dict[str, str]:
+    """What a reader asks first about a provenance: what -> value."""
+    made, data, runs = content["made"], content["data"], content["runs"]
+    commits = sorted({str(run["commit"])[:12] for run in runs if run["commit"]})
+    versions = {"Python": made["python"], **made["versions"]}
+    seconds = {name[:2]: each["seconds"] for name, each in content["notebooks"].items() if "seconds" in each}
+    changed = ", with uncommitted changes" if made["uncommitted_changes"] else ""
+    of_runs = f"{_count(runs, 'run')}; the sum, though several may have run side by side"
+    rows = {
+        "report made": f"{made['time']}, commit {str(made['commit'])[:12]}{changed}",
+        "runs made with": f"commit {', '.join(commits)}" if commits else "no runs",
+        "hardware of the runs": "; ".join(machines(runs)) or "no runs",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "seeds": ", ".join(map(str, sorted({run["seed"] for run in runs}))) or "no runs",
+        "training of all runs": f"{duration(content['training_seconds'])} ({of_runs})",
+    }
+    if seconds:
+        each = ", ".join(f"{number}: {duration(value)}" for number, value in seconds.items())
+        rows["notebooks"] = f"{duration(sum(seconds.values()))} ({each})"
+    if data:
+        counts = ", ".join(f"{count:,} {split}" for split, count in data["counts"].items())
+        rows["data"] = f"{data['name']}: {counts} images; SHA-256 of the prepared content {data['content_sha256']}"
+    for name, key in (("CLIP of the networks", "clip"), ("independent CLIP", "independent_clip")):
+        if content[key]:
+            rows[name] = f"trained here, fingerprint {content[key]['fingerprint']}"
+    return rows
+
+
+def machines(runs: Sequence[dict]) -> list[str]:
+    """The different hardware of the runs: "1 x cpu (a processor, 2 threads)"."""
+
+    def machine(run: dict) -> str:
+        cards = ", ".join(run["accelerators"] or []) if "cuda" in str(run["devices"]) else ""
+        threads = f"{run['threads']} thread{'s' * (run['threads'] != 1)}"
+        return f"{run['devices']} ({cards})" if cards else f"{run['devices']} ({run['processor']}, {threads})"
+
+    return sorted({machine(run) for run in runs})
+
+
+def _count(things: Sequence, name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
+
+
+def duration(seconds: float) -> str:
+    """`1 h 02 min`, `3 min 20 s` or `12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def summary(s: Settings, claims: Sequence[dict], content: dict) -> str:
+    """The summary under the headings of the ML Reproducibility Challenge, as Markdown."""
+    from ratlip.report.html import TEMPLATES
+
+    tested, runs = [each for each in claims if each["verdict"] != OPEN], content["runs"]
+    count = Counter(each["verdict"] for each in tested)
+    return TEMPLATES.get_template("reproducibility.md.j2").render(
+        s=s,
+        content=content,
+        budget=budgets(s)[0],
+        tested=tested,
+        decided=DECIDED,
+        waiting=" ".join(each["claim"] for each in claims if each["verdict"] == OPEN),
+        said=", ".join(f"{count[word]} {word}" for word in dict.fromkeys([*DECIDED, *count]) if count[word]),
+        claims=_count(tested, "claim"),
+        work=f"{_count(runs, 'run')}, {duration(content['training_seconds'])} of training in sum",
+        machines="; ".join(machines(runs)),
+    )
+
+
+def budgets(s: Settings) -> tuple[str, str]:
+    """How long the compared runs and the main run are trained: "200 steps", "1,500 epochs"."""
+    main = f"{s.training.epochs:,} epochs" if s.training.steps is None else f"{s.training.steps:,} steps"
+    return main if s.experiments.steps is None else f"{s.experiments.steps:,} steps", main
 
 
 def build(profile: str, outputs: str | Path | None = None, report: str | Path | None = None) -> Path:
-    """Make the page and all that it links to; the path of index.html. `report`: [reports/<profile>]."""
-    from ratlip.report import html, summary
+    """Make the page and all that it links to; the path of index.html. `report`: [reports/<profile>].
 
-    settings: Settings = load_settings(profile)
-    name = Path(settings.profile).stem
+    RunError where a given report does not exist, holds a damaged file or names a folder of this machine.
+    """
+    import mistune  # this and nbconvert take a second, for which notebooks, which keep verdicts, need not wait
+
+    from ratlip.report.html import TEMPLATES
+
+    s = load_settings(profile)
+    name = Path(s.profile).stem
     folder = repository() / (report or f"reports/{name}")
     if report is not None and not folder.is_dir():
         raise RunError(f"{shown(folder)}: there is no such report; `make reproduce PROFILE={profile}` makes one")
     folder.mkdir(parents=True, exist_ok=True)
-    provenance = summary.provenance(settings, outputs_folder(settings.profile, outputs), folder)
-    write_json(folder / "provenance.json", provenance)
-    claims = answers(folder, name)
-    sections = summary.summary(settings, claims, provenance)
-    write_text(folder / "reproducibility.md", summary.markdown(settings, sections))
-    page = (
-        html.environment()
-        .get_template("index.html.j2")
-        .render(
-            profile=name,
-            about=settings.summary,
-            budget=budget(settings),
-            claims=claims,
-            pictures=pictures(folder),
-            tables=printed_tables(folder),
-            notebooks=notebook_pages(folder),
-            summary=sections,
-            origin=summary.origin(provenance),
-            missing=provenance["missing_runs"],
-            runs=[
-                [
-                    run["run"],
-                    run["variant"],
-                    run["seed"],
-                    f"{run['steps']:,}",
-                    f"{run['training_seconds']:.0f}",
-                    run["devices"],
-                    str(run["commit"])[:8],
-                ]
-                for run in provenance["runs"]
-            ],
-            settings=yaml.safe_dump(provenance["settings"], sort_keys=False),
-        )
+    content, claims = provenance(s, outputs_folder(s.profile, outputs), folder), answers(folder, name)
+    text = summary(s, claims, content)
+    page = TEMPLATES.get_template("index.html.j2").render(
+        s=s,
+        profile=name,
+        budgets=budgets(s),
+        claims=claims,
+        pictures=pictures(folder),
+        tables=printed_tables(folder),
+        notebooks=notebook_pages(folder),
+        summary=mistune.create_markdown()(re.sub(r"(?m)^#", "##", text)),
+        origin=origin(content),
+        content=content,
+        settings=yaml.safe_dump(content["settings"], sort_keys=False),
     )
-    _check_private(page, folder)
-    write_text(folder / "index.html", page)
-    return folder / "index.html"
-
-
-def budget(settings: Settings) -> str:
-    """How long and how often the compared runs were trained, in a sentence."""
-    e, t = settings.experiments, settings.training
-    main = f"{t.steps:,} steps" if t.steps is not None else f"{t.epochs:,} epochs"
-    each = f"{e.steps:,} steps" if e.steps is not None else main
-    short = (
-        ""
-        if each == main
-        else (
-            f" The main run of notebook 3 was trained for {main}: short trainings compare how fast a variant learns, and "
-            "say nothing about where it ends."
-        )
-    )
-    return (
-        f"The compared runs were trained for {each} each, {e.seeds} seeds a variant ({e.versus_seeds} for published "
-        f"against corrected).{short}"
-    )
-
-
-def _check_private(page: str, folder: Path) -> None:
-    """Refuse to write a page that names a folder of this machine."""
     for place in {str(repository()), str(Path.home()), str(Path.cwd())} - {"/"}:
         if re.search(re.escape(place) + r"(?=[/\"'<\s]|$)", page):
-            raise RunError(
-                f"{shown(folder)}: a path of this machine ({place}) stands in the report; "
-                "look for it in its tables, verdicts and settings"
-            )
-
-
-def main() -> None:
-    """Entry point of `python -m ratlip.report.page`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ratlip.report.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--profile", "-p", default="demo")
-    parser.add_argument("--outputs", help="where the runs are [outputs/<profile>]")
-    parser.add_argument("--report", help="the report's folder [reports/<profile>]")
-    chosen = parser.parse_args()
-    try:
-        print(shown(build(chosen.profile, chosen.outputs, chosen.report)))
-    except RatlipError as error:
-        sys.exit(f"ratlip: {error}")
-
-
-if __name__ == "__main__":
-    main()
+            mend = "look for it in its tables, verdicts and settings"
+            raise RunError(f"{shown(folder)}: a path of this machine ({place}) stands in the report; {mend}")
+    write_json(folder / "provenance.json", content)
+    write_text(folder / "reproducibility.md", f"{text}\n")
+    write_text(folder / "index.html", page)
+    return folder / "index.html"

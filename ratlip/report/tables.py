@@ -1,393 +1,226 @@
-"""Tables: what is published, and what was measured here. They stand beside each other and are never merged:
-every row says whose it is, on which data, by which extractor, from how many images and seeds.
-
-A `Table` holds the numbers as they are (`data`, for CSV) and as they are read (`view`, for Markdown and
-LaTeX).
+"""Tables of what is published and of what was measured here. They stand side by side and are never merged: every
+row says whose it is, on which data, by which extractor, from how many images and seeds.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib import resources
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from ratlip.errors import RunError
-from ratlip.files import read_json, write_text
+from ratlip.files import read_json, write_json, write_text
+from ratlip.published import NUMBERS
 from ratlip.studies import compare, grid
+
+if TYPE_CHECKING:
+    from ratlip.workspace import Workspace
 
 MINE, REAL = "measured here", "real images"
 NONE = "-"  # a cell for which nobody has a number
-# Scores of a run (`scores.json`) in the order of the tables; those of the kinds that the authors publish
-SCORES = (
-    "independent_similarity",
-    "clip_similarity",
-    "frechet_distance",
-    "kernel_distance",
-    "inception_score",
-    "precision",
-    "recall",
-    "judge_all",
-)
+DATASETS = {"synthetic": "generated set", "birds": "CUB", "flowers": "Oxford", "faces": "CelebA (ours)"}
+# The kinds of score that the authors publish too; all scores of a run (`scores.json`) in the order of the tables
 COMPARED = ("independent_similarity", "clip_similarity", "frechet_distance")
+SCORES = (*COMPARED, "kernel_distance", "inception_score", "precision", "recall", "judge_all")
+COLUMNS = "whose group model data score label images extractor mean sd seeds steps".split()
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table: file `name`, `caption`, numbers (`data`), what is printed (`view`, text only), `notes`
-    below.
-    """
+    """A table: file `name`, `caption`, numbers as they are (`data`), text that is printed (`view`), `notes` below."""
 
     name: str
     caption: str
     data: pd.DataFrame
     view: pd.DataFrame
-    notes: Sequence[str] = field(default=())
-
-
-# ------------------------------------------------------------------------------------------------ published
-
-
-def published() -> dict:
-    """The content of `published.yaml`: the authors' numbers, their source, and notes on them."""
-    return yaml.safe_load((resources.files("ratlip") / "published.yaml").read_text("utf-8"))
+    notes: Sequence[str] = ()
 
 
 def published_rows() -> pd.DataFrame:
     """One row a published number: whose, model, data, score, value, images, seeds, extractor, source."""
-    content = published()
-    return pd.DataFrame(
-        [
-            {
-                "whose": content["whose"],
-                "model": model,
-                "data": data,
-                "score": score,
-                **content["scores"][score],
-                "value": value,
-                "seeds": content["seeds"],
-                "source": content["source"],
-            }
-            for score, models in content["values"].items()
-            for model, values in models.items()
-            for data, value in values.items()
-        ]
-    )
+    n: dict[str, Any] = NUMBERS
+    rows: list[dict] = []
+    for score, models in n["values"].items():
+        about = {"score": score, **n["scores"][score]}
+        for model, values in models.items():
+            whose = {"whose": n["whose"], "model": model}
+            rows += [{**whose, "data": data, **about, "value": value} for data, value in values.items()]
+    return pd.DataFrame(rows).assign(seeds=n["seeds"], source=n["source"])
 
 
 def published_table(score: str) -> Table:
     """The paper's table of "FID" or "CLIP score" in its own shape: a row a model, a column a data set."""
-    rows, content = published_rows().query("score == @score"), published()
-    about, better = (content["scores"][score], {"lower": min, "higher": max}[content["scores"][score]["better"]])
-    view = rows.pivot(index="model", columns="data", values="value")
-    view = view[[name for name in ("CUB", "Oxford", "CelebA-tiny") if name in view]].loc[rows.model.unique()]
-    best = {name: better(view[name].dropna()) for name in view}
-    shown = pd.DataFrame(
-        {
-            "model": view.index,
-            **{
-                name: [NONE if np.isnan(v) else f"{v:.2f}{' (best)' if v == best[name] else ''}" for v in view[name]]
-                for name in view
-            },
-        }
-    )
-    notes = [
-        f"{score}: {about['better']} is better. Extractor: {about['extractor']}. Images: {about['images']}; "
-        f"seeds: {content['seeds']}.",
-        f"Source: {content['source']}.",
-        *content["notes"][:-1],
-    ]
-    return Table(
-        f"published_{score.lower().replace(' ', '_')}",
-        f"{score}, published by the authors; none of these numbers was measured here",
-        rows.reset_index(drop=True),
-        shown,
-        notes,
-    )
+    n: dict[str, Any] = NUMBERS
+    rows, about = published_rows().query("score == @score").reset_index(drop=True), n["scores"][score]
+    names = [name for name in ("CUB", "Oxford", "CelebA-tiny") if name in set(rows.data)]
+    values = rows.pivot(index="model", columns="data", values="value").loc[rows.model.unique(), names]
+    best = values == (values.min() if about["better"] == "lower" else values.max())
+    view = values.map("{:.2f}".format).where(~best, values.map("{:.2f} (best)".format)).where(values.notna(), NONE)
+    extractor = f"Extractor: {about['extractor']}. Images: {about['images']}; seeds: {n['seeds']}."
+    notes = [f"{score}: {about['better']} is better. {extractor}", f"Source: {n['source']}.", *n["notes"][:-1]]
+    caption = f"{score}, published by the authors; none of these numbers was measured here"
+    name = f"published_{score.lower().replace(' ', '_')}"
+    return Table(name, caption, rows, view.rename_axis(columns=None).reset_index(), notes)
 
 
-# ------------------------------------------------------------------------------------------------- measured
-
-
-def found_groups(workspace) -> dict[str, pd.DataFrame]:
-    """`experiments.found` of every group that has a complete run. RunError, with the command, where none has."""
+def found_groups(workspace: Workspace) -> dict[str, pd.DataFrame]:
+    """`grid.found` of every group that has a complete run. RunError, with the command, where none has."""
     groups = {group: frame for group in grid.GROUPS if len(frame := grid.found(workspace, group))}
     if not groups:
-        raise RunError(
-            f"{workspace.root / 'runs'}: no complete run; `python -m ratlip.studies.grid --profile "
-            f"{workspace.settings.profile} --run` makes them"
-        )
+        raise _no_run(workspace, "")
     return groups
 
 
-def measured_rows(workspace, group: str) -> pd.DataFrame:
+def _no_run(workspace: Workspace, group: str) -> RunError:
+    of, option = (f" of the group {group}", f" --group {group}") if group else ("", "")
+    command = f"ratlip grid --profile {workspace.settings.profile}{option} --run"
+    return RunError(f"{workspace.root / 'runs'}: no complete run{of}; `{command}` makes them")
+
+
+def measured_rows(workspace: Workspace, group: str) -> pd.DataFrame:
     """One row for each variant of a group and each score: mean, sd over seeds, seeds, images, steps, extractor.
 
-    The last rows are the scores of real test images, which no model made. Empty where no run is complete.
+    The last row of each score is that of real test images, which no model made. Empty where no run is complete.
     """
-    frame = grid.found(workspace, group)
+    frame, rows, s = grid.found(workspace, group), [], workspace.settings
     if frame.empty:
-        return pd.DataFrame()
+        return pd.DataFrame(columns=COLUMNS)
     first = read_json(workspace.root / "runs" / frame.run[0] / "scores.json")
-    labels, data, rows = first.get("labels", {}), _data_name(workspace), []
+    data, images = f"{DATASETS[s.data.dataset]}, {s.model.image_size} px", int(frame.images.min())
+    steps = frame.groupby("label")["steps"].first()
     for column in [name for name in SCORES if name in frame]:
-        about = {
-            "data": data,
-            "score": column,
-            "label": labels.get(column, column.replace("_", " ")),
-            "images": int(frame.images.min()),
-            "extractor": _extractor(first, column),
-        }
-        for label, row in compare.summary(frame, column).iterrows():
-            steps = int(frame.steps[frame.label == label].iloc[0])
-            rows.append(
-                {
-                    "whose": MINE,
-                    "group": group,
-                    "model": label,
-                    **about,
-                    "mean": row["mean"],
-                    "sd": row["sd"],
-                    "seeds": int(row["n"]),
-                    "steps": steps,
-                }
-            )
+        label = first.get("labels", {}).get(column, column.replace("_", " "))
+        about = (data, column, label, images, _extractor(first, column))
+        for model, (mean, sd, seeds) in compare.mean_and_sd(frame, column).iterrows():
+            rows.append((MINE, group, model, *about, mean, sd, int(seeds), steps[model]))
         if f"real.{column}" in frame:
-            rows.append(
-                {
-                    "whose": MINE,
-                    "group": group,
-                    "model": REAL,
-                    **about,
-                    "sd": np.nan,
-                    "seeds": 0,
-                    "mean": frame[f"real.{column}"].mean(),
-                    "steps": 0,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _data_name(workspace) -> str:
-    s = workspace.settings
-    name = {"synthetic": "generated set", "birds": "CUB", "flowers": "Oxford", "faces": "CelebA (ours)"}
-    return f"{name[s.data.dataset]}, {s.model.image_size} px"
+            rows.append((MINE, group, REAL, *about, frame[f"real.{column}"].mean(), np.nan, 0, 0))
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _extractor(scores: dict, column: str) -> str:
     """Which network looked at the images for a score, as the label of the score names it in brackets."""
     inside = re.search(r"\((.*)\)", scores.get("labels", {}).get(column, ""))
-    return inside.group(1) if inside else "judge" if column == "judge_all" else str(scores["extractor"])
+    return inside[1] if inside else "judge" if column == "judge_all" else str(scores["extractor"])
 
 
-def measured_table(workspace, group: str) -> Table:
+def _as_text(rows: pd.DataFrame) -> pd.DataFrame:
+    """Measured rows with `score` and `value` as they are printed: a label without brackets, mean ± sd."""
+    values = [compare.plus_minus(*pair) for pair in zip(rows["mean"], rows["sd"], strict=True)]
+    return rows.assign(score=[label.split(" (")[0] for label in rows.label], value=values).astype({"images": str})
+
+
+def measured_table(workspace: Workspace, group: str) -> Table:
     """Scores of every variant of a group as mean ± sd over seeds. RunError where none of its runs is there."""
     rows = measured_rows(workspace, group)
     if rows.empty:
-        raise RunError(
-            f"{workspace.root / 'runs'}: no complete run of the group {group}; "
-            f"`python -m ratlip.studies.grid --profile {workspace.settings.profile} --group {group} --run`"
-        )
-    extractors, view = list(dict.fromkeys(rows.extractor)), []
-    heads = {
-        row.score: f"{row.label.split(' (')[0]} [{extractors.index(row.extractor) + 1}]" for row in rows.itertuples()
-    }
-    for model, part in rows.groupby("model", sort=False):
-        first = part.iloc[0]
-        about = {
-            "model": model,
-            "whose": MINE,
-            "data": first["data"],
-            "images": str(first.images),
-            "seeds": str(first.seeds or NONE),
-            "steps": f"{first.steps:,}" if first.steps else NONE,
-        }
-        view.append(about | {heads[row.score]: spread(row["mean"], row["sd"]) for _, row in part.iterrows()})
+        raise _no_run(workspace, group)
+    numbers = {name: f"[{i}]" for i, name in enumerate(rows.extractor.unique(), 1)}
+    text = _as_text(rows).assign(number=rows.extractor.map(numbers))
+    for name in ("seeds", "steps"):
+        text[name] = [f"{count:,}" if count else NONE for count in rows[name]]
+    index = [*"model whose data images seeds steps".split(), text.score + " " + text.number]
+    view = text.set_index(index).value.unstack(sort=False).fillna(NONE).reset_index().rename_axis(columns=None)
     notes = [
-        f"Extractors: {'; '.join(f'[{i}] {name}' for i, name in enumerate(extractors, 1))}.",
-        "Mean ± standard deviation over seeds. Scores of different extractors cannot be compared, nor these "
-        "with published ones.",
+        f"Extractors: {'; '.join(f'{number} {name}' for name, number in numbers.items())}.",
+        "Mean ± standard deviation over seeds. Scores of different extractors cannot be compared, nor these with "
+        "published ones.",
     ]
-    return Table(
-        f"measured_{group}",
-        f"Scores of the group {group}, measured here ({rows['data'][0]})",
-        rows,
-        pd.DataFrame(view).fillna(NONE),
-        notes,
-    )
+    return Table(f"measured_{group}", f"Scores of the group {group}, measured here ({rows.data[0]})", rows, view, notes)
 
 
 def side_by_side(
-    workspace, variants: Sequence[tuple[str, str]] = (("ablation", "CAT"), ("ablation", "RAT + SA"))
+    workspace: Workspace, variants: Sequence[tuple[str, str]] = (("ablation", "CAT"), ("ablation", "RAT + SA"))
 ) -> Table:
     """Published rows and, below them, ours of some variants (group, label): two blocks, no joint ranking."""
-    theirs, notes = published_rows(), published()["notes"]
-    mine = [measured_rows(workspace, group) for group in dict.fromkeys(group for group, _ in variants)]
-    mine = pd.concat([pd.DataFrame(columns=["group", "model", "score"]), *mine], ignore_index=True)
-    wanted = [
-        (group, label) in variants and score in COMPARED
-        for group, label, score in zip(mine.group, mine.model, mine.score)
-    ]
-    mine = mine[wanted]
-    view = [
-        {
-            "whose": row.whose,
-            "model": row.model,
-            "data": row.data,
-            "score": row.score,
-            "value": f"{row.value:.2f}",
-            "extractor": row.extractor,
-            "images": row.images,
-            "seeds": row.seeds,
-        }
-        for row in theirs.itertuples()
-    ]
-    view += [
-        {
-            "whose": row["whose"],
-            "model": row["model"],
-            "data": row["data"],
-            "score": row["label"].split(" (")[0],
-            "value": spread(row["mean"], row["sd"]),
-            "extractor": row["extractor"],
-            "images": str(int(row["images"])),
-            "seeds": str(int(row["seeds"])),
-        }
-        for _, row in mine.iterrows()
-    ]
-    data = pd.concat([theirs.rename(columns={"value": "mean"}).astype(object), mine.astype(object)], ignore_index=True)
+    theirs, groups = published_rows(), dict.fromkeys(group for group, _ in variants)
+    mine = pd.concat([measured_rows(workspace, group).astype(object) for group in groups], ignore_index=True)
+    mine = mine[pd.MultiIndex.from_frame(mine[["group", "model"]]).isin(variants) & mine.score.isin(COMPARED)]
+    floats = mine.astype(dict.fromkeys(("images", "seeds", "steps"), float)).astype(
+        object
+    )  # as the file always had them
+    data = pd.concat([theirs.rename(columns={"value": "mean"}).astype(object), floats], ignore_index=True)
+    view = pd.concat([theirs.assign(value=[f"{v:.2f}" for v in theirs.value]), _as_text(mine)], ignore_index=True)
+    view = view["whose model data score value extractor images seeds".split()].astype(str)
     notes = [
-        "Two blocks: the upper is the authors', the lower ours. Data, image size, extractor, number of "
-        "images and training differ, so no number of one block may be compared with one of the other.",
-        *notes,
+        "Two blocks: the upper is the authors', the lower ours. Data, image size, extractor, number of images and "
+        "training differ, so no number of one block may be compared with one of the other.",
+        *NUMBERS["notes"],
     ]
-    return Table(
-        "published_and_measured", "Published numbers and ours, each with its owner", data, pd.DataFrame(view), notes
-    )
+    return Table("published_and_measured", "Published numbers and ours, each with its owner", data, view, notes)
 
 
 def study_table(rows: Sequence[dict], model: str) -> Table:
     """The rows of `ratlip.studies.protocol.study`, made from a run of `model`, as a table."""
 
-    def digits(value) -> str:
-        return (
-            NONE if value is None else f"{value:.{int(np.clip(2 - np.floor(np.log10(max(abs(value), 1e-9))), 0, 3))}f}"
-        )
+    def number(value: float | None) -> str:
+        return NONE if value is None else f"{value:.{compare.decimals(value, figures=3, most=3)}f}"
 
-    data = pd.DataFrame(rows)
-    data.insert(0, "whose", MINE)
-    view = pd.DataFrame(
-        [
-            {
-                "whose": MINE,
-                "changed": row["aspect"],
-                "variant": row["variant"],
-                "score": row["label"],
-                "images": str(row["images"]),
-                "distance": digits(row["value"]),
-                "real images": digits(row["real"]),
-                "mean ± sd of parts": NONE
-                if row.get("spread") is None
-                else f"{digits(row['mean'])} ± {digits(row['spread'])} ({row['parts']} parts)",
-            }
-            for row in rows
-        ]
-    )
+    def parts(row: dict) -> str:
+        found = row.get("spread") is not None
+        return f"{number(row['mean'])} ± {number(row['spread'])} ({row['parts']} parts)" if found else NONE
+
+    view = [
+        (MINE, row["aspect"], row["variant"], row["label"], str(row["images"]))
+        + (number(row["value"]), number(row["real"]), parts(row))
+        for row in rows
+    ]
+    columns = ["whose", "changed", "variant", "score", "images", "distance", "real images", "mean ± sd of parts"]
+    data = pd.DataFrame([{"whose": MINE, **row} for row in rows])
     notes = [
         "One generator, and one change at a time; the first row of each group is the protocol standard.",
         "Distances of different scores (extractors, ranges) have different units.",
     ]
-    return Table("protocol_study", f"One generator ({model}), measured here in {len(rows)} ways", data, view, notes)
-
-
-def spread(mean: float, sd: float) -> str:
-    """`8.1 ± 0.4`: as many decimals as the standard deviation's first figure has, two at most (three where the
-    mean is below 0.1); the mean alone, with two figures, where there is no standard deviation.
-    """
-    if mean is None or not np.isfinite(mean):
-        return NONE
-    size = sd if np.isfinite(sd) and sd > 0 else abs(mean) / 10
-    places = int(np.clip(-np.floor(np.log10(size)) if size else 2, 0, 2 if abs(mean) >= 0.1 else 3))
-    return f"{mean:.{places}f}" + (f" ± {sd:.{places}f}" if np.isfinite(sd) else "")
-
-
-# -------------------------------------------------------------------------------------------------- writers
+    caption = f"One generator ({model}), measured here in {len(rows)} ways"
+    return Table("protocol_study", caption, data, pd.DataFrame(view, columns=columns), notes)
 
 
 def write(table: Table, folder: str | Path | None) -> Table:
-    """Write <folder>/<name>.csv, .md and .tex (nothing without a folder), and hand the table on."""
+    """Write <folder>/<name>.csv, .md, .tex, and .json for the page (nothing without a folder), and return the table."""
     if folder is not None:
-        write_text(Path(folder) / f"{table.name}.csv", table.data.to_csv(index=False, lineterminator="\n"))
-        write_text(Path(folder) / f"{table.name}.md", markdown(table))
-        write_text(Path(folder) / f"{table.name}.tex", latex(table))
+        path = Path(folder) / table.name
+        write_text(f"{path}.csv", table.data.to_csv(index=False, lineterminator="\n"))
+        write_text(f"{path}.md", markdown(table))
+        write_text(f"{path}.tex", latex(table))
+        text = table.view.to_dict("split", index=False)  # columns, data
+        write_json(f"{path}.json", {"caption": table.caption, "notes": list(table.notes), **text})
     return table
 
 
 def markdown(table: Table) -> str:
     """The table as Markdown: caption, rows, notes."""
-
-    def line(cells) -> str:
-        return "| " + " | ".join(str(cell).replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
-
-    rows = [line(table.view.columns), line(["---"] * table.view.shape[1]), *map(line, table.view.to_numpy())]
-    return "\n".join([f"**{table.caption}**", "", *rows, "", *[f"- {note}" for note in table.notes]]).strip() + "\n"
-
-
-def read_markdown(text: str) -> Table:
-    """A table written by `markdown`, as text (its `data` is its `view`). ValueError for anything else."""
-    lines = text.strip().splitlines()
-    rows = [
-        [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        for line in lines
-        if line.startswith("|")
-    ]
-    if not lines or not lines[0].startswith("**") or len(rows) < 2 or len({len(row) for row in rows}) > 1:
-        raise ValueError("not a table of ratlip: it wants a bold caption and rows of equal length")
-    view = pd.DataFrame(rows[2:], columns=rows[0])
-    notes = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
-    return Table("", lines[0].strip("*"), view, view, notes)
+    lines = [list(table.view.columns), ["---"] * table.view.shape[1], *table.view.to_numpy().tolist()]
+    cells = [[str(cell).replace("|", r"\|").replace("\n", " ") for cell in line] for line in lines]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    notes = "\n".join(f"- {note}" for note in table.notes)
+    return f"**{table.caption}**\n\n{rows}\n\n{notes}".strip() + "\n"
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "≥": r"$\geq$",
-    "≤": r"$\leq$",
-}
+_TEX = str.maketrans(
+    {letter: f"\\{letter}" for letter in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"}
+    | {">": r"\textgreater{}", "±": r"$\pm$", "×": r"$\times$", "≥": r"$\geq$", "≤": r"$\leq$"}
+)
 
 
 def tex(text: str) -> str:
     """Text with everything escaped that LaTeX would read as a command."""
-    return "".join(_LATEX.get(letter, letter) for letter in str(text))
+    return str(text).translate(_TEX)
 
 
 def latex(table: Table) -> str:
     """The table as a LaTeX float in booktabs style, shrunk to the line where it has many columns."""
-    escaped = table.view.map(tex).set_axis([tex(name) for name in table.view.columns], axis=1)
-    numbers = [bool(escaped[name].str.match(r"[-\d.,]").all()) for name in escaped]
-    body = escaped.to_latex(index=False, escape=False, column_format="".join("r" if n else "l" for n in numbers))
-    if table.view.shape[1] > 6:
-        body = "\\resizebox{\\linewidth}{!}{%\n" + body.strip() + "}\n"
+    cells = table.view.map(tex).rename(columns=tex)
+    kinds = ["r" if cells[name].str.match(r"[-\d.,]").all() else "l" for name in cells]
+    body = cells.to_latex(index=False, escape=False, column_format="".join(kinds))
+    if len(kinds) > 6:
+        body = f"\\resizebox{{\\linewidth}}{{!}}{{%\n{body.strip()}}}\n"
     notes = "".join(f"\\par\\footnotesize {tex(note)}\n" for note in table.notes)
-    return (
-        "% needs \\usepackage{booktabs,graphicx}\n\\begin{table}[tb]\n\\centering\n\\caption{"
-        f"{tex(table.caption)}}}\n\\label{{tab:{table.name.replace('_', '-')}}}\n"
-        f"{body}{notes}\\end{{table}}\n"
-    )
+    label = f"\\caption{{{tex(table.caption)}}}\n\\label{{tab:{table.name.replace('_', '-')}}}\n"
+    start = "% needs \\usepackage{booktabs,graphicx}\n\\begin{table}[tb]\n\\centering\n"
+    return f"{start}{label}{body}{notes}\\end{{table}}\n"

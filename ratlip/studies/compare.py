@@ -33,10 +33,24 @@ def table(frame: pd.DataFrame, scores: dict[str, tuple[str, bool]]) -> pd.DataFr
     return pd.DataFrame(columns)
 
 
-def decimals(*values: float) -> int:
-    """Decimals (0 to 2) that show the largest of `values` with two digits: more would be another machine's."""
+def decimals(*values: float, figures: int = 2, most: int = 2) -> int:
+    """Decimals (0 to `most`) that show the largest of `values` with so many figures: more would be another machine's."""
     largest = max((abs(value) for value in values if np.isfinite(value)), default=0)
-    return int(np.clip(1 - np.floor(np.log10(largest)), 0, 2)) if largest else 2
+    return int(np.clip(figures - 1 - np.floor(np.log10(largest)), 0, most)) if largest else most
+
+
+def plus_minus(mean: float | None, sd: float) -> str:
+    """`8.1 ± 0.4`: as many decimals as the standard deviation's first figure has, two at most (three where the
+    mean is below 0.1); the mean alone, with two figures, where there is no standard deviation; `-` without a mean.
+    """
+    if mean is None or not np.isfinite(mean):
+        return "-"
+    size = sd if np.isfinite(sd) and sd > 0 else abs(mean) / 10
+    digits = decimals(size, figures=1, most=2 if abs(mean) >= 0.1 else 3) if size else 2
+    return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if np.isfinite(sd) else "")
+
+
+mean_and_sd = summary
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,17 @@ class TestExecute:
         assert os.listdir(tmp_path / "out") == ["a.failed.ipynb"]
         assert "so far" in (tmp_path / "out" / "a.failed.ipynb").read_text()
 
+    @pytest.mark.parametrize("out, shown", [("runs/rat-seed0/03_train.ipynb", "rat-seed0"), ("out/a.ipynb", "a")])
+    def test_lines_name_the_run_or_the_notebook(self, tmp_path, capsys, out, shown):
+        notebooks.execute(write(tmp_path / "a.ipynb", "x = 1"), tmp_path / out, {})
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [shown, shown]
+
+    def test_a_misspelt_parameter(self, tmp_path):
+        source = write(tmp_path / "a.ipynb", "x = 1  # a comment\nprofile = None")
+        with pytest.raises(RunError, match="a.ipynb: has no parameter profil; its parameters are x, profile"):
+            notebooks.execute(source, tmp_path / "out.ipynb", {"profil": "smoke", "x": 2})
+        assert not (tmp_path / "out.ipynb").exists()
+
     def test_no_such_notebook(self, tmp_path):
         with pytest.raises(RunError, match="no such notebook"):
             notebooks.execute(tmp_path / "b.ipynb", tmp_path / "out.ipynb", {})

@@ -1,6 +1,4 @@
-"""The report of a profile (`ratlip.report`, `pages`, `reproducibility`): complete, private, and true to its
-parts.
-"""
+"""The report of a profile (`ratlip.report.page`, `html`): complete, private, and true to its parts."""
 
 import json
 import re
@@ -16,7 +14,7 @@ from PIL import Image
 
 from ratlip import files
 from ratlip.errors import RunError
-from ratlip.report import html, notebooks, page, summary, tables
+from ratlip.report import html, notebooks, page, tables
 from ratlip.settings import load_settings
 
 VERDICTS = [
@@ -133,7 +131,7 @@ class TestPage:
         assert opened == home / "reports/smoke/index.html"
         assert text.count("not answered yet") >= len(page.QUESTIONS)
         assert all(f"{name}: not run yet" in text for name in notebooks.STORY)
-        assert "make reproduce PROFILE=smoke" in text and "ratlip.studies.grid --profile smoke --run" in text
+        assert "make reproduce PROFILE=smoke" in text and "ratlip grid --profile smoke --run" in text
 
     @pytest.fixture
     def full(self, home):
@@ -145,6 +143,7 @@ class TestPage:
         tables.write(tables.Table("measured_ablation", "Ours & nobody's", table, table, ["a note"]), folder / "tables")
         tables.write(tables.published_table("FID"), folder / "tables")
         executed(folder / "notebooks/04_ablation.ipynb", folder / "figures/ablation.png")
+        executed(home / "notebooks/04_ablation.ipynb")
         page.save_verdicts("reports/smoke", "04_ablation", VERDICTS)
         return page.build("smoke")
 
@@ -156,10 +155,12 @@ class TestPage:
             "tables/measured_ablation.csv",
             "tables/published_fid.tex",
             "notebooks/04_ablation.html",
-            "notebooks/04_ablation.ipynb",
+            "../../notebooks/04_ablation.ipynb",
             "reproducibility.md",
             "provenance.json",
         } <= set(parsed.links)
+        opened = check_links(full.parent / "notebooks/04_ablation.html")
+        assert {"../index.html", "../../../notebooks/04_ablation.ipynb"} <= set(opened.links)
         for opened in full.parent.rglob("*.html"):
             assert (
                 "http" not in re.sub(r'http-equiv|"http://www\.w3\.org/[^"]*"', "", opened.read_text("utf-8")).lower()
@@ -201,38 +202,52 @@ class TestPage:
         check_links(full)
 
     def test_a_damaged_table_is_named(self, full):
-        (full.parent / "tables/measured_ablation.md").write_text("nothing")
-        with pytest.raises(RunError, match="tables/measured_ablation.md: not a table"):
-            page.build("smoke")
+        for text in ("nothing", "[]", '{"caption": "c"}'):
+            (full.parent / "tables/measured_ablation.json").write_text(text)
+            with pytest.raises(RunError, match="tables/measured_ablation.json: not a table"):
+                page.build("smoke")
+
+    def test_the_page_holds_the_whole_summary(self, full):
+        text = (full.parent / "reproducibility.md").read_text("utf-8")
+        section = full.read_text("utf-8").split('id="summary"')[1].split("</section>")[0]
+        assert section.count("<h2>") == 1 and section.count("<h3>") == text.count("\n## ") == 6
+        assert section.count("<li>") == len(re.findall(r"(?m)^- ", text))
+        assert "SA &lt;helps&gt; &amp; more: undecided (+0.01 [-0.30, +0.32])" in section
 
     def test_no_such_report(self, home):
         with pytest.raises(RunError, match="reports/none: there is no such report"):
             page.build("smoke", report="reports/none")
 
-    def test_a_command_line_error_is_one_sentence(self, home, monkeypatch):
-        monkeypatch.setattr("sys.argv", ["report", "--profile", "smok"])
-        with pytest.raises(SystemExit, match="^ratlip: .*did you mean 'smoke'"):
-            page.main()
-
 
 class TestNotebookPage:
+    def opened(self, notebook: Path) -> str:
+        out = notebook.with_suffix(".html")
+        assert html.notebook_page(notebook, out) == "4. Does it help?"
+        return out.read_text("utf-8")
+
     def test_pictures_have_the_heading_as_alternative_text(self, tmp_path):
         picture(tmp_path / "p.png")
-        opened = html.notebook_page(executed(tmp_path / "04.ipynb", tmp_path / "p.png"), tmp_path / "04.html")
-        text = opened.read_text("utf-8")
+        text = self.opened(executed(tmp_path / "04.ipynb", tmp_path / "p.png"))
         assert 'alt="Figure: The pictures"' in text and "two &amp; &lt;two&gt;" in text
         assert "<title>4. Does it help?</title>" in text and "Question." in text
 
-    def test_equations_are_pictures_with_their_tex(self, tmp_path):
-        text = html.notebook_page(executed(tmp_path / "a.ipynb"), tmp_path / "a.html").read_text("utf-8")
-        assert text.count('class="math"') == 2 and 'alt="x^a_i"' in text and "\\tfrac12" in text
-        assert "$$" not in re.sub(r'alt="[^"]*"', "", text)
+    def test_equations_are_mathml_with_their_tex(self, tmp_path):
+        text = self.opened(executed(tmp_path / "a.ipynb"))
+        assert text.count("<math") == 2 and 'alttext="x^a_i"' in text and "\\tfrac12" in text
+        assert "$$" not in re.sub(r'alttext="[^"]*"', "", text)
 
-    def test_unknown_tex_stays_readable(self):
-        assert html.equation(r"\unheardof{x} < 1", display=False) == '<code class="tex">\\unheardof{x} &lt; 1</code>'
-        assert "data:image/svg+xml" in html.equation(r"\frac1n \sum_i \lVert x_i \rVert", display=True)
+    @pytest.mark.parametrize("tex", [r"\unheardof{x} < 1", "x_"])
+    def test_unknown_tex_stays_readable(self, tex):
+        shown = tex.replace("<", "&lt;")
+        assert html.equation(tex, display=False) == f'<code class="tex">{shown}</code>'
 
-    def test_every_equation_of_the_story_can_be_drawn(self):
+    def test_an_equation_of_its_own_line_and_one_within(self):
+        tex = r"\frac1n \sum_i \lVert x_i \rVert"
+        assert re.search(r'class="equation"><math [^>]*display="block"', html.equation(tex, display=True))
+        assert re.match(r'<math [^>]*display="inline"', html.equation(tex, display=False))
+        assert "<mtext>resize</mtext>" in html.equation(r"\mathrm{resize}(x)", display=False)  # not six letters
+
+    def test_every_equation_of_the_story_can_be_set(self):
         root = Path(__file__).resolve().parents[2] / "notebooks"
         cells = [
             cell.source
@@ -246,16 +261,25 @@ class TestNotebookPage:
             for first, second in re.findall(r"\$\$(.+?)\$\$|(?<!\$)\$([^$\n]+)\$(?!\$)", text, re.S)
         ]
         assert len(found) > 20
-        assert [tex for tex in found if html._drawn(tex.strip()) is None] == []
+        drawn = {tex: html.equation(tex, display=False) for tex in found}
+        assert [tex for tex, mathml in drawn.items() if not mathml.startswith("<math")] == []
+        for mathml in drawn.values():
+            parsed = Page(mathml)
+            assert not parsed.wrong and not parsed.open
 
     def test_a_page_that_would_be_too_large_has_its_pictures_apart(self, tmp_path, monkeypatch):
         picture(tmp_path / "p.png", (300, 300))
         source = executed(tmp_path / "a.ipynb", tmp_path / "p.png")
-        whole = html.notebook_page(source, tmp_path / "whole.html").stat().st_size
+        html.notebook_page(source, tmp_path / "whole.html")
+        whole = (tmp_path / "whole.html").stat().st_size
         monkeypatch.setattr(html, "LIMIT", 100_000)
-        opened = html.notebook_page(source, tmp_path / "a.html")
-        assert opened.stat().st_size < 100_000 < whole and 'src="a_files/01.png"' in opened.read_text("utf-8")
-        assert (tmp_path / "a_files/01.png").read_bytes() == (tmp_path / "p.png").read_bytes()
+        html.notebook_page(source, opened := tmp_path / "a.html")
+        assert opened.stat().st_size < 100_000 < whole and 'src="a_files/02_1.png"' in opened.read_text("utf-8")
+        assert 'alt="Figure: The pictures"' in opened.read_text("utf-8")
+        assert (tmp_path / "a_files/02_1.png").read_bytes() == (tmp_path / "p.png").read_bytes()
+        monkeypatch.undo()
+        html.notebook_page(source, opened)
+        assert not (tmp_path / "a_files").exists()
 
     def test_a_damaged_notebook_is_named(self, tmp_path):
         (tmp_path / "a.ipynb").write_text("{")
@@ -284,11 +308,11 @@ class TestProvenance:
     def test_runs_that_are_there_and_runs_that_are_not(self, tmp_path):
         settings = load_settings("smoke")
         self.write(tmp_path, settings.run_name, 200.4)
-        found = summary.provenance(settings, tmp_path, tmp_path)
+        found = page.provenance(settings, tmp_path, tmp_path)
         assert [row["run"] for row in found["runs"]] == [settings.run_name] and found["training_seconds"] == 200.4
         assert found["runs"][0]["variant"] == "main run = RAT + SA = h = 8 = corrected"
         assert settings.run_name not in found["missing_runs"] and len(found["missing_runs"]) > 10
-        rows = dict(summary.origin(found))
+        rows = page.origin(found)
         assert rows["training of all runs"].startswith("3 min 20 s (1 run;")
         assert (
             rows["hardware of the runs"] == "1 x cpu (a processor, 1 thread)"
@@ -304,23 +328,23 @@ class TestProvenance:
                 "evaluation.extractor_weights": "/somewhere/private/inception.pth",
             },
         )
-        found = summary.provenance(settings, tmp_path, tmp_path)
+        found = page.provenance(settings, tmp_path, tmp_path)
         assert found["settings"]["clip"]["path"] == "ViT.pt" and "/somewhere" not in json.dumps(found)
 
     def test_notebooks_give_their_digest_and_their_seconds(self, tmp_path):
         executed(tmp_path / "notebooks/04_ablation.ipynb")
-        found = summary.provenance(load_settings("smoke"), tmp_path, tmp_path)
+        found = page.provenance(load_settings("smoke"), tmp_path, tmp_path)
         assert found["notebooks"] == {"04_ablation": {"code_sha256": "ab12", "seconds": 75}}
-        assert dict(summary.origin(found))["notebooks"] == "1 min 15 s (04: 1 min 15 s)"
+        assert page.origin(found)["notebooks"] == "1 min 15 s (04: 1 min 15 s)"
 
 
 class TestSummary:
-    def made(self, tmp_path, claims, profile="smoke"):
+    def made(self, tmp_path, claims, profile="smoke") -> dict[str, str]:
+        """The summary's sections, each as one line of text."""
         settings = load_settings(profile)
-        return {
-            part["title"]: part
-            for part in summary.summary(settings, claims, summary.provenance(settings, tmp_path, tmp_path))
-        }
+        text = page.summary(settings, claims, page.provenance(settings, tmp_path, tmp_path))
+        parts = [part.split("\n", 1) for part in text.split("\n## ")[1:]]
+        return {title: " ".join(words.split()) for title, words in parts}
 
     def test_headings_of_the_challenge_in_their_order(self, tmp_path):
         assert list(self.made(tmp_path, [])) == [
@@ -333,35 +357,45 @@ class TestSummary:
         ]
 
     def test_results_follow_from_the_verdicts(self, tmp_path):
-        waiting = {"claim": "Is h = 64 best?", "verdict": summary.OPEN, "evidence": "not run"}
+        waiting = {"claim": "Is h = 64 best?", "verdict": page.OPEN, "evidence": "not run"}
         made = self.made(tmp_path, [*VERDICTS, {**VERDICTS[0], "verdict": "not measured"}, waiting])
-        assert made["Results"]["text"][:2] == [
-            "Of 3 claims: 1 supported, 1 undecided, 1 not measured.",
-            "Not answered yet: Is h = 64 best?",
-        ]
-        assert made["Results"]["points"][0] == "RAT beats CAT: supported (+0.21 [+0.03, +0.39], 3 seeds)"
-        assert "Is h = 64 best?" not in made["Scope of reproducibility"]["points"]
+        assert made["Results"].startswith(
+            "Of 3 claims: 1 supported, 1 undecided, 1 not measured. Not answered yet: Is h = 64 best? "
+        )
+        first = made["Results"].split(" - ")[1]
+        assert first == "RAT beats CAT: supported (+0.21 [+0.03, +0.39], 3 seeds)"
+        assert made["Results"].endswith("- RAT beats CAT: not measured")
+        assert "- RAT beats CAT" in made["Scope of reproducibility"]
+        assert "Is h = 64 best?" not in made["Scope of reproducibility"]
         other = self.made(tmp_path, [{**VERDICTS[0], "verdict": "contradicted"}])
-        assert other["Results"]["text"][0] == "Of 1 claim: 1 contradicted."
+        assert other["Results"].startswith("Of 1 claim: 1 contradicted. ")
+
+    def test_without_an_answer_nothing_is_claimed(self, tmp_path):
+        made = self.made(tmp_path, [])
+        assert made["Scope of reproducibility"].endswith("Nothing of this has been tested yet.")
+        assert (
+            made["Results"].startswith("No claim has been tested yet.")
+            and "runs of the grid are missing" in made["Results"]
+        )
+        assert made["Communication with original authors"].startswith("None. ")
 
     def test_methodology_follows_from_the_settings(self, tmp_path):
-        small, full = (" ".join(self.made(tmp_path, [], name)["Methodology"]["points"]) for name in ("smoke", "cub"))
+        small, full = (self.made(tmp_path, [], name)["Methodology"] for name in ("smoke", "cub"))
         assert "8 steps of batch 8" in small and "48 generated images" in small and "not the literature's FID" in small
         assert (
             "1,500 epochs of batch 16" in full and "30,000 generated" in full and "torch-fidelity's Inception" in full
         )
-        assert "at the paper's 224 px" in self.made(tmp_path, [], "cub")["Scope of reproducibility"]["text"][0]
+        assert "at the paper's 224 px" in self.made(tmp_path, [], "cub")["Scope of reproducibility"]
 
-    def test_markdown_has_every_point(self, tmp_path):
+    def test_no_sentence_is_torn_by_the_template(self, tmp_path):
         settings = load_settings("smoke")
-        sections = list(self.made(tmp_path, VERDICTS).values())
-        text = summary.markdown(settings, sections)
-        assert all(f"- {point}\n" in text for part in sections for point in part["points"])
-        assert text.count("\n## ") == 6 and "None. " in text
+        for name in ("smoke", "cub"):
+            text = page.summary(load_settings(name), VERDICTS, page.provenance(settings, tmp_path, tmp_path))
+            assert not re.search(r"\n{3}|[^\s-] {2}| [,.;:]|\s+$(?<!\n)", text)
 
 
 @pytest.mark.parametrize(
     "seconds, shown", [(0.4, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (3725, "1 h 02 min")]
 )
 def test_duration(seconds, shown):
-    assert summary.duration(seconds) == shown
+    assert page.duration(seconds) == shown
