@@ -1,6 +1,6 @@
-"""Notebook 07: where paper and published code part, in the generator (official.md, rows 1 to 4); the table.
+"""Notebook 07: where paper and published code part in the generator (differences 1 to 4), and the table of all.
 
-The rows on images, scores, the discriminator's training and files are in `differences_protocol`.
+The differences in images, scores, the discriminator's training and files are in `paper_versus_code_protocol`.
 """
 
 from __future__ import annotations
@@ -8,148 +8,51 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn import functional as F
 
 from ratlip.clip.frozen import FrozenClip, with_normalisation
 from ratlip.data.batches import real_images
+from ratlip.data.prepared import Prepared
 from ratlip.errors import RunError
 from ratlip.networks import ConditionalAffine, Discriminator, Generator
 from ratlip.networks.affine import OfficialRecurrentAffine
 from ratlip.networks.losses import clip_similarity
-from ratlip.plots.charts import COLOURS, MARKERS
-from ratlip.plots.pictures import save
+from ratlip.published import rows as published_rows
 from ratlip.scores.evaluation import TEST_LATENTS, embed, test_pairs
 from ratlip.scores.judge import Judge, judge_right
 from ratlip.settings import Settings, load_settings
-from ratlip.training.generation import generate
+from ratlip.studies.inspection import outputs
+from ratlip.training.generation import Run, generate
 from ratlip.training.session import build_networks
 from ratlip.training.step import sample_latents
 
-NOT_STATED = "not stated"
-TABLE = (  # paper or what a reader expects, published code, our default, setting to switch back, from GALIP?
-    (
-        "each image's scale and shift come from its own text",
-        "the batch is the LSTM's time axis: one state",
-        "model.conditioning: rat",
-        "model.conditioning: rat-official",
-        "no: GALIP has no RAT",
-    ),
-    (
-        "one LSTM runs over the blocks and hands h and c on",
-        "an LSTM for each affine, no state handed on",
-        "model.conditioning: rat",
-        "model.conditioning: rat-official",
-        "no: GALIP has no RAT",
-    ),
-    (
-        "RAT connects the fusion blocks of the generator",
-        "RAT in the mapper, CAT in the synthesis blocks",
-        "model.rat_scope: generator",
-        "model.rat_scope: mapper",
-        "no: GALIP has no RAT",
-    ),
-    (
-        "CLIP sees images as it was trained to",
-        "pixels go to [0,1] twice before mean and std",
-        "clip.normalisation: standard",
-        "clip.normalisation: published; evaluation.clip_score_normalisation: published",
-        "yes, with its CLIP score",
-    ),
-    (
-        "real and fake images come the same way",
-        "real images 256 -> 224 by nearest, fakes drawn at 224",
-        "training.real_resize: antialias",
-        "training.real_resize: nearest",
-        NOT_STATED,
-    ),
-    (
-        "FID: Inception sees values in [-1, 1]",
-        "it sees about [-0.2, 0.43]",
-        "evaluation.inception_range: standard",
-        "evaluation.inception_range: published",
-        NOT_STATED,
-    ),
-    (
-        "the batch size is the yaml's, 16",
-        "the command line's default, 1, overrides it",
-        "the profile's training.batch_size; 1 is refused",
-        "training.batch_size: 1; training.mismatch: published",
-        NOT_STATED,
-    ),
-    (
-        "the code runs",
-        "calls that need a process group, a GPU, older pandas and scipy",
-        "runs on a CPU alone",
-        "none: it cannot run",
-        NOT_STATED,
-    ),
-    (
-        "all test images count",
-        "a last batch that is not full is dropped",
-        "evaluation.last_batch: keep",
-        "evaluation.last_batch: drop",
-        NOT_STATED,
-    ),
-    (
-        "every generated image is kept",
-        "files are named by the step, later ones overwrite",
-        "ratlip generate --names caption",
-        "ratlip generate --names published",
-        NOT_STATED,
-    ),
-    (
-        "every parameter is used",
-        "1x1 shortcuts are built and never used",
-        "model.unused_shortcuts: false",
-        "model.unused_shortcuts: true",
-        "yes: GALIP's checkpoints hold them",
-    ),
-    (
-        "a run that was stopped goes on",
-        "next epoch, neither scaler nor random state restored",
-        "training.resume: exact",
-        "training.resume: published",
-        NOT_STATED,
-    ),
-)
 
-
-def table(measured: dict[int, str]) -> pd.DataFrame:
-    """The twelve rows with what was measured of each. RunError where a row has no measurement."""
-    missing = [str(row) for row in range(1, len(TABLE) + 1) if not measured.get(row)]
+def differences_table(measured: dict[int, str]) -> pd.DataFrame:
+    """The twelve differences with what was measured of each. RunError where one has no measurement."""
+    rows = published_rows()
+    frame = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="row"))
+    missing = [str(row) for row in frame.index if not measured.get(row)]
     if missing:
         raise RunError(f"rows {', '.join(missing)} of the table were not measured: run the cells above")
-    names = (
-        "paper, or what a reader expects",
-        "published code",
-        "our default",
-        "setting to switch it back",
-        "inherited from GALIP",
-    )
-    frame = pd.DataFrame(TABLE, columns=list(names), index=pd.RangeIndex(1, len(TABLE) + 1, name="row"))
     frame.insert(2, "measured effect", [measured[row] for row in frame.index])
     return frame
 
 
-# ------------------------------------------------------------------------- row 1: the batch as the time axis
+# Difference 1: the batch as the LSTM's time axis
 
 
 @dataclass(frozen=True)
 class BatchEffect:
     """Image 0 of a batch among different mates. Lengths in standard deviations of all pixels shown.
 
-    `images` (N,D,3,S,S): N captions, D draws of mates; `change` (N,): root mean square difference between two
-    draws; `other_caption`: the same between images of two captions, for comparison.
+    `images` (N,D,3,S,S): N captions, D draws of mates; `change` (N,): root mean square difference between two draws;
+    `other_caption`: the same between images of two captions, for comparison.
     """
 
     images: Tensor
@@ -187,8 +90,8 @@ def batch_effect(
 def with_random_affines(generator: Generator, seed: int = 0) -> Generator:
     """A copy whose affines' last layers have random weights (normal, 1/sqrt of their inputs) of `seed`.
 
-    A fresh affine is the identity, so that no condition has an effect before training; this shows how large
-    the effect of an arbitrary one is.
+    A fresh affine is the identity, so that no condition has an effect before training; this shows how large the
+    effect of an arbitrary one is.
     """
     other, draw = copy.deepcopy(generator), torch.Generator().manual_seed(seed)
     for layer in other.modules():
@@ -201,65 +104,64 @@ def with_random_affines(generator: Generator, seed: int = 0) -> Generator:
 def position_effect(
     generator: Generator, latent: Tensor, sentence: Tensor, *, batch_size: int, seed: int = 0
 ) -> list[dict[str, float]]:
-    """How far image 0 moves (standard deviations, mean over N batches) when the mate at one place is another.
+    """How far image 0 moves (standard deviations, mean over N batches) when the mate at one position is another.
 
-    latent (N,Z), sentence (N,E) of the images 0. One row a place: "position" 2 .. batch_size and "change".
+    latent (N,Z), sentence (N,E) of the images 0. One row a position: "position" 2 .. batch_size and "change".
     """
     rng, moved, shown = np.random.default_rng([seed, 72]), [], []
+    rows = torch.arange(batch_size)
+    exchanged = [rows, *(torch.where(rows == k, rows + batch_size, rows) for k in range(1, batch_size))]
     for i in range(len(sentence)):
         z = sample_latents(seed, 10_000 + i, 2 * batch_size, latent.shape[1])
         s = sentence[rng.integers(0, len(sentence), 2 * batch_size)]
         z[0], s[0] = latent[i], sentence[i]
-        rows = torch.arange(batch_size)
-        exchanged = [rows, *(torch.where(rows == k, rows + batch_size, rows) for k in range(1, batch_size))]
-        drawn = [generate(generator, z[row], s[row], batch_size)[0] for row in exchanged]
-        first = torch.stack(drawn).flatten(1)
+        first = torch.stack([generate(generator, z[row], s[row], batch_size)[0] for row in exchanged]).flatten(1)
         moved.append((first[1:] - first[0]).square().mean(1).sqrt())
         shown.append(first[0])
     changes = torch.stack(moved).mean(0) / torch.stack(shown).std()
-    return [{"position": k + 2, "change": float(change)} for k, change in enumerate(changes)]
+    return [{"position": k, "change": float(change)} for k, change in enumerate(changes, start=2)]
 
 
-def test_images(run, prepared, count: int, batch_size: int = 64, order: Tensor | None = None) -> Tensor:
-    """Images (count,3,S,S) of a `generation.Run` for the test captions that the scores use, in their order.
+def test_images(run: Run, prepared: Prepared, count: int, batch_size: int = 64, order: Tensor | None = None) -> Tensor:
+    """Images (count,3,S,S) of a run for the test captions that the scores use, in their order.
 
-    `order` (count,): in which order they are drawn, that is, who is in whose batch; latent and caption of an
-    image stay the same.
+    `order` (count,): in which order they are drawn, that is, who is in whose batch; latent and caption of an image
+    stay the same.
     """
-    _, captions = test_pairs(prepared, count)
-    sentence = run.clip.embed_text(captions).cpu()
+    sentence = run.clip.embed_text(test_pairs(prepared, count)[1]).cpu()
     latent = sample_latents(run.settings.seed, TEST_LATENTS, count, run.settings.model.latent_size)
     order = torch.arange(count) if order is None else order
-    images = generate(run.generator, latent[order], sentence[order], batch_size)
-    return images[order.argsort()]
+    return generate(run.generator, latent[order], sentence[order], batch_size)[order.argsort()]
 
 
 def composition_scores(
-    run, prepared, clip: FrozenClip, judge: Judge | None, count: int = 240, sizes: Sequence[int] = (1, 16, 64)
+    run: Run,
+    prepared: Prepared,
+    clip: FrozenClip,
+    judge: Judge | None,
+    count: int = 240,
+    sizes: Sequence[int] = (1, 16, 64),
 ) -> pd.DataFrame:
     """Scores of the same images drawn in batches of several sizes and in another order: one row each.
 
-    Columns: "CLIP similarity" (standard normalisation) and, with a judge, "all right": the share of images of
-    which it finds all that the caption says.
+    Columns: "CLIP similarity" (standard normalisation) and, with a judge, "all right": the share of images of which
+    it finds all that the caption says.
     """
     numbers, captions = test_pairs(prepared, count)
-    sentence = clip.embed_text(captions).cpu()
-    shuffled = torch.from_numpy(np.random.default_rng(73).permutation(count))
-    ways = {f"batches of {size}": (size, None) for size in sizes} | {
-        f"batches of {sizes[-1]}, shuffled": (sizes[-1], shuffled)
-    }
-    rows = {}
-    for name, (size, order) in ways.items():
-        images = test_images(run, prepared, count, size, order)
-        cosine = clip_similarity(embed(with_normalisation(clip, "standard"), images), sentence)
-        rows[name] = {"CLIP similarity": float(cosine.mean())}
+    sentence, standard, rows = clip.embed_text(captions).cpu(), with_normalisation(clip, "standard"), {}
+    order = torch.from_numpy(np.random.default_rng(73).permutation(count))
+    ways = {f"batches of {size}": (size, None) for size in sizes}
+    ways[f"batches of {sizes[-1]}, shuffled"] = (sizes[-1], order)
+    for name, way in ways.items():
+        images = test_images(run, prepared, count, *way)
+        rows[name] = {"CLIP similarity": float(clip_similarity(embed(standard, images), sentence).mean())}
         if judge is not None:
             right = judge_right(judge, images, [prepared.test.attributes[i] for i in numbers])
             rows[name]["all right"] = float(torch.stack(list(right.values())).all(0).float().mean())
     return pd.DataFrame(rows).T
 
 
-# ----------------------------------------------------------------------- rows 2 and 3: recurrence over depth
+# Differences 2 and 3: recurrence over the layers
 
 
 def states(generator: Generator, latent: Tensor, sentence: Tensor) -> list[Tensor]:
@@ -271,32 +173,22 @@ def states(generator: Generator, latent: Tensor, sentence: Tensor) -> list[Tenso
     latent, sentence = latent.to(device), sentence.to(device)
     if generator.recurrence is not None:
         return generator.recurrence(latent, sentence)
-    seen: list[Tensor] = []
-    hooks = [
-        module.lstm.register_forward_hook(lambda _module, _given, result: seen.append(result[1][0][0]))
-        for module in generator.modules()
-        if isinstance(module, OfficialRecurrentAffine)
-    ]
-    try:
-        generator(latent, sentence)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
+    cells = [layer.lstm for layer in generator.modules() if isinstance(layer, OfficialRecurrentAffine)]
+    return [hidden[0] for _, (hidden, _) in outputs(generator, cells, latent, sentence).values()]
 
 
 def reach(generator: Generator, latent: Tensor, sentence: Tensor) -> Tensor:
-    """(T,T): how much the state of layer u (column) moves when that of layer t (row) is pushed, t < u.
+    """(T,T): how much the state of layer u (column) moves when that of layer t (row) is moved, t < u.
 
-    Mean over images of the norm of d(r . h_u)/d h_t, r a random direction of length 1; exactly 0 where
-    nothing is handed on.
+    Mean over images of the norm of d(r . h_u)/d h_t, r a random direction of length 1; exactly 0 where nothing is
+    handed on.
     """
     h = states(generator, latent, sentence)
     moved, draw = torch.zeros(len(h), len(h)), torch.Generator().manual_seed(0)
     for u in range(1, len(h)):
         direction = F.normalize(torch.randn(h[u].shape, generator=draw), dim=1).to(h[u].device)
-        pushed = torch.autograd.grad((h[u] * direction).sum(), h[:u], retain_graph=True, allow_unused=True)
-        for t, gradient in enumerate(pushed):
+        gradients = torch.autograd.grad((h[u] * direction).sum(), h[:u], retain_graph=True, allow_unused=True)
+        for t, gradient in enumerate(gradients):
             moved[t, u] = 0 if gradient is None else gradient.norm(dim=1).mean().cpu()
     return moved
 
@@ -334,10 +226,10 @@ def full_size(profile: str = "cub-published", **model) -> tuple[Generator, Discr
         return build_networks(settings, clip)
 
 
-# ------------------------------------------------------------------------------- row 4: normalised twice
+# Difference 4: normalised twice
 
 
-def real_similarity(clip: FrozenClip, prepared, settings: Settings, count: int) -> float:
+def real_similarity(clip: FrozenClip, prepared: Prepared, settings: Settings, count: int) -> float:
     """Mean CLIP similarity of (at most `count`) real test images with a caption of theirs, by this `clip`."""
     numbers, captions = test_pairs(prepared, min(count, len(prepared.test)))
     images = real_images(prepared.test, numbers, settings.data.crop, settings.model.image_size)
@@ -348,81 +240,3 @@ def as_clip_sees(clip: FrozenClip, images: Tensor) -> Tensor:
     """Images (B,3,S,S) in [-1,1] -> the images whose correct pre-processing is what this `clip` is given."""
     given = clip.preprocess(images.to(clip.mean.device))
     return ((given * clip.std + clip.mean) * 2 - 1).cpu()
-
-
-# ------------------------------------------------------------------------------------------------ pictures
-
-
-def spread_figure(
-    values: dict[str, Sequence[float]],
-    label: str,
-    reference: dict[str, float] | None = None,
-    path: str | Path | None = None,
-) -> Figure:
-    """One line a group: each value a dot (at a random height), the mean a bar; `reference` values dashed."""
-    figure = Figure(figsize=(6.4, 1.0 + 0.5 * len(values)), layout="constrained")
-    ax = figure.subplots()
-    rng = np.random.default_rng(0)
-    for row, (name, each) in enumerate(values.items()):
-        each = np.asarray(each, dtype=float)
-        ax.plot(
-            each,
-            row + rng.uniform(-0.22, 0.22, len(each)),
-            MARKERS[row],
-            color=COLOURS[row],
-            markersize=4,
-            alpha=0.6,
-            markeredgewidth=0,
-        )
-        ax.plot([each.mean()] * 2, [row - 0.36, row + 0.36], color="black", linewidth=2)
-    for name, value in (reference or {}).items():
-        ax.axvline(value, color="#555555", linestyle="--", linewidth=1)
-        ax.text(value, -0.55, f"{name} ", fontsize=8, ha="right", va="top", color="#555555")
-    ax.set_yticks(range(len(values)), list(values), fontsize=9)
-    ax.set_ylim(len(values) - 0.45, -0.6)
-    ax.set_xlim(left=min(0, ax.get_xlim()[0]))
-    ax.set_xlabel(label, fontsize=9)
-    ax.spines[["top", "right"]].set_visible(False)
-    return save(figure, path)
-
-
-def reach_figure(moved: dict[str, Tensor], path: str | Path | None = None) -> Figure:
-    """`reach` of several generators side by side on one logarithmic scale; grey: exactly zero."""
-    top = max(float(each.max()) for each in moved.values()) or 1.0
-    figure = Figure(figsize=(3.5 * len(moved) + 0.9, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(moved), squeeze=False)[0]
-    for ax, (title, each) in zip(axes, moved.items()):
-        ax.set_facecolor("#DDDDDD")
-        count = len(each)
-        shown = ax.imshow(
-            np.ma.masked_equal(each.numpy(), 0),
-            cmap="viridis",
-            norm=LogNorm(1e-4 * top, top),
-            extent=(0.5, count + 0.5, count + 0.5, 0.5),
-        )
-        ax.set_title(title, fontsize=10)
-        ax.set_xlabel("state of layer", fontsize=9)
-        ax.set_ylabel("pushed layer", fontsize=9)
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(MaxNLocator(6, integer=True))
-    figure.colorbar(shown, ax=axes, shrink=0.8, label="movement (grey: exactly 0)")
-    return save(figure, path)
-
-
-def settling_figure(moves: dict[str, Tensor], path: str | Path | None = None) -> Figure:
-    """Mean and 10 to 90 % of images of `settling`, layer by layer."""
-    figure = Figure(figsize=(6.0, 2.8), layout="constrained")
-    ax = figure.subplots()
-    for row, (name, each) in enumerate(moves.items()):
-        layers = np.arange(2, len(each) + 2)
-        low, high = each.quantile(torch.tensor([0.1, 0.9]), dim=1).numpy()
-        ax.fill_between(layers, low, high, color=COLOURS[row], alpha=0.2, linewidth=0)
-        ax.plot(layers, each.mean(1), marker=MARKERS[row], markersize=4, color=COLOURS[row], label=name)
-    ax.axhline(0.05, color="#555555", linestyle="--", linewidth=1)
-    ax.set_xlabel("layer t", fontsize=9)
-    ax.set_title(r"movement of the state, $\|h_t-h_{t-1}\|\,/\,\|h_t\|$ (dashed: 5 %)", fontsize=10)
-    ax.set_ylim(bottom=0)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=8, frameon=False)
-    return save(figure, path)

@@ -1,69 +1,52 @@
 """How a Frechet distance moves with the way it is measured: one run, one change at a time.
 
-For one published model, 14.81, 19.5, 26.9 and 55 were reported on the birds. Here the generator stays, and
-the number of images, the reference, crops and flips, resizing, extractor, numeric range and the last batch
-change one by one, from the protocol "standard". `study` measures, `study_chart` draws.
-
-The protocols by name are settings of `ratlip.scores.evaluation`: PROTOCOLS, protocol_settings, protocol_name.
+For one published model, 14.81, 19.5, 26.9 and 55 were reported on the birds. Here the generator stays, and the number
+of images, the reference, crops and flips, resizing, extractor, numeric range and the last batch change one by one,
+from the protocol "standard" of `ratlip.scores.evaluation`.
 """
 
 from __future__ import annotations
 
-import itertools
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
 from ratlip.cache import Store, digest, weights_digest
 from ratlip.data.batches import centre_crop, to_network
+from ratlip.data.prepared import Split
 from ratlip.errors import RunError
 from ratlip.files import read_json, write_json
-from ratlip.plots import pictures
 from ratlip.progress import bar
-from ratlip.scores.evaluation import (
-    PROTOCOLS,
-    PUBLISHED_PASSES,
-    TEST_LATENTS,
-    protocol_name,
-    protocol_settings,
-    reference_numbers,
-    reference_store,
-    test_pairs,
-)
+from ratlip.scores.evaluation import PUBLISHED_PASSES, TEST_LATENTS, reference_numbers, reference_store, test_pairs
 from ratlip.scores.extractors import Extractor, cached_inception, clip_extractor, inception_extractor, judge_extractor
 from ratlip.scores.metrics import frechet_distance
-from ratlip.settings import Settings, load_settings
+from ratlip.settings import load_settings
 from ratlip.training.generation import generate, load_generator
 from ratlip.training.loop import is_complete
 from ratlip.training.step import sample_latents
+from ratlip.workspace import Workspace
 
-__all__ = ["PROTOCOLS", "protocol_name", "protocol_settings", "reference_images", "study", "study_chart"]
+ASPECTS = ("images", "reference", "crops", "resizing", "extractor", "range", "last_batch", "protocol")
 CROPS = 47  # stream of random numbers of the reference's random crops
-MULTIPLES = (0.1, 0.25, 0.5, 1, 2, 4, 10)  # ticks of the chart
 PARTS = 8  # disjoint parts, at most, over which the spread is taken
 
 
 def resize(images: Tensor, size: int, how: str) -> Tensor:
     """float32 (B,3,c,c) in [0,255] at another size. "antialias": bilinear with a low-pass filter (standard);
-    "bicubic": with one too; "nearest": as published (official.md, row 5).
+    "bicubic": with one too; "nearest": as published (difference 5).
     """
-    options = (
-        {"mode": "nearest"}
-        if how == "nearest"
-        else {"mode": "bicubic" if how == "bicubic" else "bilinear", "antialias": True}
-    )
-    return F.interpolate(images, size=size, **options).clamp(0, 255)
+    mode = "bilinear" if how == "antialias" else how
+    return F.interpolate(images, size=size, mode=mode, antialias=mode != "nearest").clamp(0, 255)
 
 
 def reference_images(
-    split,
-    numbers,
+    split: Split,
+    numbers: Sequence[int],
     crop: int,
     image_size: int,
     *,
@@ -74,38 +57,43 @@ def reference_images(
 ) -> Tensor:
     """Real images as float32 (N,3,S,S) in [-1,1], in ways that differ from `ratlip.data.batches.real_images`.
 
-    `side`: random squares of this side, a function of the image's number, instead of the middle one of side
-    `crop`. `flip`: half of them mirrored. `how`: see `resize`. `via`: to that size and back, by `how`.
+    `side`: random squares of this side, a function of the image's number, instead of the middle one of side `crop`.
+    `flip`: half of them mirrored. `how`: see `resize`. `via`: to that size and back, by `how`.
     """
-    cut = []
+    squares = []
     for number in numbers:
-        pixels, rng = split.image(int(number)), np.random.default_rng([CROPS, int(number)])
+        square, rng = split.image(int(number)), np.random.default_rng([CROPS, int(number)])
         if side is None:
-            square = centre_crop(pixels, crop)
+            square = centre_crop(square, crop)
         else:
-            top, left = (rng.integers(length - side + 1) for length in pixels.shape[:2])
-            square = pixels[top : top + side, left : left + side]
-        cut.append(square[:, ::-1] if flip and rng.random() < 0.5 else square)
-    images = torch.from_numpy(np.stack(cut).transpose(0, 3, 1, 2).copy()).float()
-    if via is not None:
-        images = resize(images, via, how)
-    if images.shape[-1] != image_size:
-        images = resize(images, image_size, how)
+            top, left = (rng.integers(length - side + 1) for length in square.shape[:2])
+            square = square[top : top + side, left : left + side]
+        squares.append(square[:, ::-1] if flip and rng.random() < 0.5 else square)
+    images = torch.from_numpy(np.stack(squares).transpose(0, 3, 1, 2).copy()).float()
+    for size in (via, image_size):
+        if size is not None and (size == via or images.shape[-1] != size):
+            images = resize(images, size, how)
     return to_network(images, image_size)
 
 
-class _Study:
-    """One run under measurement. `base`: the extractor of the standard protocol; `rows`: see `study`."""
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
 
-    def __init__(self, workspace, folder: Path):
-        self.workspace, self.folder = workspace, folder
-        self.settings: Settings = load_settings(folder / "config.yaml")
+
+class _Study:
+    """One run under measurement. `base`: the extractor of the standard protocol. One method an aspect gives its rows;
+    the first is the standard protocol's.
+    """
+
+    def __init__(self, workspace: Workspace, folder: Path):
+        self.workspace, self.folder, self.settings = workspace, folder, load_settings(folder / "config.yaml")
         self.e, self.prepared, self.clip = workspace.settings.evaluation, workspace.prepared, workspace.clip
         self.second = workspace.independent if workspace.independent is not None else self.clip
         self.base, self.published = (self._extractor(each) for each in ("standard", "published"))
         self.numbers = reference_numbers(self.prepared, self.e.images)
         self.total = max(*self.e.study, self.e.images)
         self.generator = load_generator(folder, self.settings, self.clip)
+        self.others = self._others()
         self.identity = {
             "generator": weights_digest(self.generator),
             "seed": self.settings.seed,
@@ -113,21 +101,20 @@ class _Study:
             "extractor": self.base.key,
             "images": self.e.images,
             "batch_size": self.e.batch_size,
-            "others": [each.key for each in self.others()],
+            "others": [each.key for each in self.others],
             "study": sorted(set(self.e.study)),
         }
-        self.label = self.base.label("frechet_distance")
 
     def _extractor(self, value_range: str) -> Extractor:
         if self.e.extractor == "inception":
             return inception_extractor(self.e.extractor_weights, value_range, self.clip.mean.device)
         return clip_extractor(self.second, (), value_range)
 
-    def others(self) -> list[Extractor]:
+    def _others(self) -> list[Extractor]:
         """The extractors beside the standard one that are to be had without a download."""
-        found = [clip_extractor(self.clip), clip_extractor(self.second)]
-        if self.workspace.judge is not None:
-            found.append(judge_extractor(self.workspace.judge, weights_digest(self.workspace.judge)))
+        found, judge = [clip_extractor(self.clip), clip_extractor(self.second)], self.workspace.judge
+        if judge is not None:
+            found.append(judge_extractor(judge, weights_digest(judge)))
         weights = self.e.extractor_weights or cached_inception()
         if Path(weights).is_file():
             found.append(inception_extractor(weights, "standard", self.clip.mean.device))
@@ -135,7 +122,7 @@ class _Study:
 
     def generated(self, extractors: dict[str, Extractor], count: int) -> Store:
         """Features of the first `count` generated images: the images of the scores, and more."""
-        numbers, captions = test_pairs(self.prepared, count)
+        captions = test_pairs(self.prepared, count)[1]
         latent = sample_latents(self.settings.seed, TEST_LATENTS, count, self.settings.model.latent_size)
 
         def read(rows: np.ndarray) -> dict:
@@ -151,295 +138,141 @@ class _Study:
     def main(self) -> Store:
         return self.generated({"features": self.base, "published": self.published}, self.total)
 
-    def real(self, extractor: Extractor, split: str, numbers: np.ndarray, **how) -> np.ndarray:
+    def real(self, split: str, numbers: np.ndarray, extractor: Extractor | None = None, **how) -> np.ndarray:
         """Features of real images, seen the way `how` says (`reference_images`); kept in the workspace."""
-        s, source, shown = self.workspace.settings, self.prepared[split], self.workspace.progress
+        home, s, shown = self.workspace.root, self.workspace.settings, self.workspace.progress
+        source, extractor = self.prepared[split], extractor or self.base
         if not how:
-            return reference_store(self.workspace.root, s, self.prepared, extractor, numbers, shown, split=split)[
-                "features"
-            ]
-        identity = {
-            "extractor": extractor.key,
-            "data": self.identity["data"],
-            "split": split,
-            "study": how,
-            "crop": s.data.crop,
-            "image_size": s.model.image_size,
-            "numbers": digest(numbers.tolist()),
-        }
-        store = Store(
-            self.workspace.root,
-            "features",
-            identity,
-            len(numbers),
-            {"features": ((extractor.widths["features"],), "float32")},
-        )
+            store = reference_store(home, s, self.prepared, extractor, numbers, shown, split=split)
+            return store["features"]
+        crop, size = s.data.crop, s.model.image_size
+        identity = {"extractor": extractor.key, "data": self.identity["data"], "split": split, "study": how}
+        identity |= {"crop": crop, "image_size": size, "numbers": digest(numbers.tolist())}
+        columns = {"features": ((extractor.widths["features"],), "float32")}
+        store = Store(home, "features", identity, len(numbers), columns)
 
         def read(rows: np.ndarray) -> dict:
-            return extractor(reference_images(source, numbers[rows], s.data.crop, s.model.image_size, **how))
+            return extractor(reference_images(source, numbers[rows], crop, size, **how))
 
         return store.fill(read, self.e.batch_size, desc=f"real {split} images", progress=shown)["features"]
 
-    def row(
-        self,
-        aspect: str,
-        variant: str,
-        features: np.ndarray,
-        reference: np.ndarray,
-        extractor: Extractor | None = None,
-        real: np.ndarray | None = None,
-    ) -> dict:
-        label = (extractor or self.base).label("frechet_distance")
-        beside = _rounded(frechet_distance(real, reference)) if real is not None else None
+    def row(self, aspect, variant, features, reference, extractor=None, real=None) -> dict:
+        """What one variant gives: generated `features` (N,E) and `real` ones against those of the `reference`."""
         return {
             "aspect": aspect,
             "variant": variant,
             "images": len(features),
             "value": _rounded(frechet_distance(features, reference)),
-            "label": label,
-            "real": beside,
+            "label": (extractor or self.base).label("frechet_distance"),
+            "real": _rounded(frechet_distance(real, reference)) if real is not None else None,
         }
 
-    # One method an aspect. Each begins with the standard protocol, under the number of images of the scores.
-
     def images(self) -> list[dict]:
-        features, reference = self.main()["features"], self.real(self.base, "train", self.numbers)
-        test = self.real(self.base, "test", np.arange(len(self.prepared.test)))
-        rows = []
+        features, reference, rows = self.main()["features"], self.real("train", self.numbers), []
+        test = self.real("test", np.arange(len(self.prepared.test)))
         for count in sorted(set(self.e.study)):
+            real = test[:count] if count <= len(test) else None
+            row = self.row("images", f"{count} images", features[:count], reference, real=real)
             parts = min(len(features) // count, PARTS)
             values = [frechet_distance(features[i * count : (i + 1) * count], reference) for i in range(parts)]
-            rows.append(
-                {
-                    **self.row(
-                        "images",
-                        f"{count} images",
-                        features[:count],
-                        reference,
-                        real=test[:count] if count <= len(test) else None,
-                    ),
-                    "mean": _rounded(np.mean(values)),
-                    "parts": parts,
-                    "spread": _rounded(np.std(values, ddof=1)) if parts > 1 else None,
-                }
-            )
+            spread = _rounded(np.std(values, ddof=1)) if parts > 1 else None
+            rows.append({**row, "mean": _rounded(np.mean(values)), "parts": parts, "spread": spread})
         return rows
 
     def reference(self) -> list[dict]:
-        features = self.main()["features"][: self.e.images]
-        test, train = np.arange(len(self.prepared.test)), len(self.prepared.train)
-        few = np.linspace(0, train - 1, min(len(test), train)).astype(int)
+        features, test, train = self.main()["features"], len(self.prepared.test), len(self.prepared.train)
+        few = np.linspace(0, train - 1, min(test, train)).astype(int)
         variants = {
             f"{len(self.numbers)} training images": ("train", self.numbers),
             f"{len(few)} training images": ("train", few),
-            f"{len(test)} test images": ("test", test),
+            f"{test} test images": ("test", np.arange(test)),
         }
-        return [self.row("reference", name, features, self.real(self.base, *which)) for name, which in variants.items()]
+        shown = features[: self.e.images]
+        return [self.row("reference", name, shown, self.real(*which)) for name, which in variants.items()]
 
     def crops(self) -> list[dict]:
         data = self.workspace.settings.data
         side = data.crop if data.resize > data.crop else data.crop * 7 // 8
-        return self._seen(
-            "crops",
-            {
-                "centre crop": {},
-                f"random crops, {side} px": {"side": side},
-                "centre crop, half of them mirrored": {"flip": True},
-                f"random crops, {side} px, half of them mirrored": {"side": side, "flip": True},
-            },
-        )
+        random, mirrored = f"random crops, {side} px", "half of them mirrored"
+        variants = {"centre crop": {}, random: {"side": side}, f"centre crop, {mirrored}": {"flip": True}}
+        return self._seen("crops", variants | {f"{random}, {mirrored}": {"side": side, "flip": True}})
 
     def resizing(self) -> list[dict]:
         """Where crops are as large as the images: to three quarters and back, for there is nothing to do."""
         crop, size = self.workspace.settings.data.crop, self.workspace.settings.model.image_size
+        via, every = size * 3 // 4, ("antialias", "bicubic", "nearest")
         if crop != size:
-            return self._seen(
-                "resizing",
-                {
-                    f"{crop} to {size} px, {how}": {} if how == "antialias" else {"how": how}
-                    for how in ("antialias", "bicubic", "nearest")
-                },
-            )
-        via = size * 3 // 4
-        return self._seen(
-            "resizing",
-            {"not resized": {}}
-            | {f"to {via} px and back, {how}": {"how": how, "via": via} for how in ("antialias", "bicubic", "nearest")},
-        )
+            ways = {f"{crop} to {size} px, {how}": {"how": how} if how != every[0] else {} for how in every}
+        else:
+            ways = {f"to {via} px and back, {how}": {"how": how, "via": via} for how in every}
+            ways = {"not resized": {}} | ways
+        return self._seen("resizing", ways)
 
     def _seen(self, aspect: str, variants: dict[str, dict]) -> list[dict]:
         """The same generated images against the reference, seen in several ways."""
         features = self.main()["features"][: self.e.images]
-        return [
-            self.row(aspect, name, features, self.real(self.base, "train", self.numbers, **how))
-            for name, how in variants.items()
-        ]
+        references = {name: self.real("train", self.numbers, **how) for name, how in variants.items()}
+        return [self.row(aspect, name, features, reference) for name, reference in references.items()]
 
     def extractor(self) -> list[dict]:
-        used = {"features": self.base} | {f"other{i}": each for i, each in enumerate(self.others())}
+        used = {"features": self.base} | {f"other{i}": each for i, each in enumerate(self.others)}
         store = self.generated(used, self.e.images)
-        return [self._pair("extractor", each.name, store[name], each) for name, each in used.items()]
+        return [self._measured("extractor", each.name, store[name], each) for name, each in used.items()]
 
     def range(self) -> list[dict]:
+        return self._both_ranges("numeric range", self.e.images)
+
+    def _both_ranges(self, aspect: str, count: int) -> list[dict]:
+        """The standard protocol, and `count` images in the published range."""
         store = self.main()
         return [
-            self._pair("numeric range", "standard", store["features"][: self.e.images], self.base),
-            self._pair("numeric range", "published", store["published"][: self.e.images], self.published),
+            self._measured(aspect, "standard", store["features"][: self.e.images], self.base),
+            self._measured(aspect, "published", store["published"][:count], self.published),
         ]
 
-    def _pair(self, aspect: str, variant: str, features: np.ndarray, extractor: Extractor) -> dict:
-        test = np.arange(min(len(self.prepared.test), self.e.images))
-        return self.row(
-            aspect,
-            variant,
-            features,
-            self.real(extractor, "train", self.numbers),
-            extractor,
-            self.real(extractor, "test", test),
-        )
+    def _measured(self, aspect: str, variant: str, features: np.ndarray, extractor: Extractor) -> dict:
+        """A row with reference and real images by the same extractor."""
+        test = self.real("test", np.arange(min(len(self.prepared.test), self.e.images)), extractor)
+        return self.row(aspect, variant, features, self.real("train", self.numbers, extractor), extractor, test)
+
+    def _full_batches(self, count: int) -> int:
+        return count - count % self.e.batch_size or count
 
     def last_batch(self) -> list[dict]:
-        features, reference = self.main()["features"], self.real(self.base, "train", self.numbers)
-        dropped = self.e.images - self.e.images % self.e.batch_size or self.e.images
-        return [
-            self.row("last batch", name, features[:count], reference)
-            for name, count in (("kept", self.e.images), ("dropped", dropped))
-        ]
+        features, reference = self.main()["features"], self.real("train", self.numbers)
+        counts = {"kept": self.e.images, "dropped": self._full_batches(self.e.images)}
+        return [self.row("last batch", name, features[:count], reference) for name, count in counts.items()]
 
     def protocol(self) -> list[dict]:
         """All at once; the published one takes 12 passes over the captions, or all images that there are."""
         count = min(PUBLISHED_PASSES * len(self.prepared.test), self.total)
-        count = count - count % self.e.batch_size or count
-        store = self.main()
-        return [
-            self._pair("protocol", "standard", store["features"][: self.e.images], self.base),
-            self._pair("protocol", "published", store["published"][:count], self.published),
-        ]
+        return self._both_ranges("protocol", self._full_batches(count))
 
 
-def study(workspace, folder: str | Path | None = None) -> list[dict]:
+def study(workspace: Workspace, folder: str | Path | None = None) -> list[dict]:
     """Frechet distances of one complete run under every protocol, as tidy rows; half a minute at demo size.
 
-    `workspace`: a Workspace; `folder`: a run of it (default: that of its settings). A row has aspect, variant,
-    images (generated), value, label (printed name with extractor) and real (what real test images get under
-    the same variant, or None). The first row of an aspect is the standard protocol. Rows of "images" have
-    parts, mean and spread: value is of the first n images, mean and sd are over disjoint parts of n images.
-    Crops, flips and resizing are those of the reference; the generated images are the same in all rows.
+    `folder`: a run of the workspace (default: that of its settings). A row has aspect, variant, images (generated),
+    value, label (printed name with extractor) and real (what real test images get under the same variant, or None).
+    The first row of an aspect is the standard protocol. Rows of "images" have parts, mean and spread: value is of the
+    first n images, mean and sd are over disjoint parts of n images. Crops, flips and resizing are those of the
+    reference; the generated images are the same in all rows.
 
     Kept in <run>/protocol-study.json, aspect by aspect: an interrupted study goes on where it was.
     """
     folder = Path(folder) if folder else workspace.run_folder
     if not is_complete(folder):
         raise RunError(f"{folder}: not trained to its last step; run `ratlip train` with the same settings")
-    its, path = _Study(workspace, folder), folder / "protocol-study.json"
-    aspects: dict[str, Callable] = {
-        name: getattr(its, name)
-        for name in ("images", "reference", "crops", "resizing", "extractor", "range", "last_batch", "protocol")
-    }
+    measured, path = _Study(workspace, folder), folder / "protocol-study.json"
     try:
         kept = read_json(path)
-        found = kept["rows"] if kept["identity"] == its.identity else {}
+        found = kept["rows"] if kept["identity"] == measured.identity else {}
     except (OSError, ValueError, KeyError, TypeError):
         found = {}
-    missing = [name for name in aspects if name not in found]
+    missing = [name for name in ASPECTS if name not in found]
     for name in bar(missing, desc="protocol study", unit="aspect", enabled=workspace.progress and bool(missing)):
-        found[name] = aspects[name]()
-        write_json(path, {"identity": its.identity, "rows": found})
+        found[name] = getattr(measured, name)()
+        write_json(path, {"identity": measured.identity, "rows": found})
     for store in folder.glob("study-*"):
         shutil.rmtree(store)
-    return [row for name in aspects for row in found[name]]
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")
-
-
-def study_chart(rows: list[dict], path: str | Path | None = None) -> Figure:
-    """Left: the distance against the number of images. Right: every other variant, as a multiple of the
-    standard protocol of its aspect; hollow: another extractor or range, whose distances have another unit.
-    """
-    others = [row for row in rows if row["aspect"] != "images"]
-    figure = Figure(figsize=(10.5, 1.2 + 0.21 * len(others)), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
-    _against_number(left, [row for row in rows if row["aspect"] == "images"])
-    _against_standard(right, others)
-    return pictures.save(figure, path)
-
-
-def _against_number(ax, rows: list[dict]) -> None:
-    count = [row["images"] for row in rows]
-    mean = np.array([row["mean"] for row in rows])
-    spread = np.array([row["spread"] or 0 for row in rows])
-    ax.fill_between(
-        count,
-        mean - spread,
-        mean + spread,
-        color="#0072B2",
-        alpha=0.2,
-        linewidth=0,
-        label="mean ± sd of disjoint sets of n",
-    )
-    ax.plot(count, [row["value"] for row in rows], "o-", color="#0072B2", label="first n generated images")
-    real = [(row["images"], row["real"]) for row in rows if row["real"] is not None]
-    if real:
-        ax.plot(*zip(*real), "s--", color="#D55E00", label="first n real test images")
-    ax.set_xscale("log")
-    ax.set_xticks(count, [str(n) for n in count])
-    ax.minorticks_off()
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel("n, number of images")
-    ax.set_ylabel(rows[0]["label"])
-    ax.set_title("the same generator, more images", fontsize=10)
-    ax.legend(fontsize=8, frameon=False)
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def _against_standard(ax, rows: list[dict]) -> None:
-    colours = dict(
-        zip(
-            dict.fromkeys(row["aspect"] for row in rows),
-            itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")),
-        )
-    )
-    standard: dict[str, dict] = {}
-    for row in rows:
-        standard.setdefault(row["aspect"], row)
-    low, high = MULTIPLES[0], MULTIPLES[-1]
-    for place, row in enumerate(rows):
-        first, colour = standard[row["aspect"]], colours[row["aspect"]]
-        times = max(row["value"], 1e-12) / max(first["value"], 1e-12)
-        marker = "<" if times < low else ">" if times > high else "o"
-        ax.plot(
-            min(max(times, low), high),
-            -place,
-            marker,
-            color=colour,
-            markersize=6,
-            clip_on=False,
-            markerfacecolor=colour if row["label"] == first["label"] else "white",
-        )
-        ax.annotate(
-            f"{row['value']:#.3g}".rstrip("."),
-            (1.03, -place),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=8,
-        )
-        if row is first and place:
-            ax.axhline(0.5 - place, color="0.85", linewidth=0.8)
-    ax.axvline(1, color="0.5", linewidth=1, linestyle=":", zorder=0)
-    ax.set_xscale("log")
-    ax.set_xlim(low, high)
-    ax.set_xticks(MULTIPLES, [f"{times:g}" for times in MULTIPLES])
-    ax.minorticks_off()
-    ax.set_yticks(
-        [-place for place in range(len(rows))],
-        [f"{row['aspect']}: {row['variant']}" if row is standard[row["aspect"]] else row["variant"] for row in rows],
-        fontsize=8,
-    )
-    ax.set_xlabel("multiple of the first of its group (arrows: beyond; hollow: another unit)")
-    ax.set_title("one change at a time", fontsize=10)
-    ax.set_title("distance", fontsize=8, loc="right")
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.tick_params(axis="y", length=0)
+    return [row for name in ASPECTS for row in found[name]]
