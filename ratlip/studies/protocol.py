@@ -31,7 +31,7 @@ from ratlip.training.loop import is_complete
 from ratlip.training.step import sample_latents
 from ratlip.workspace import Workspace
 
-ASPECTS = ("images", "reference", "crops", "resizing", "extractor", "range", "last_batch", "protocol")
+BESIDE_REAL = ("extractor", "range", "protocol")  # aspects that say what as many real test images get, and "images"
 CROPS = 47  # stream of random numbers of the reference's random crops
 PARTS = 8  # disjoint parts, at most, over which the spread is taken
 
@@ -70,9 +70,10 @@ def reference_images(
             square = square[top : top + side, left : left + side]
         squares.append(square[:, ::-1] if flip and rng.random() < 0.5 else square)
     images = torch.from_numpy(np.stack(squares).transpose(0, 3, 1, 2).copy()).float()
-    for size in (via, image_size):
-        if size is not None and (size == via or images.shape[-1] != size):
-            images = resize(images, size, how)
+    if via is not None:
+        images = resize(images, via, how)
+    if images.shape[-1] != image_size:
+        images = resize(images, image_size, how)
     return to_network(images, image_size)
 
 
@@ -81,48 +82,126 @@ def _rounded(value: float) -> float:
 
 
 class _Study:
-    """One run under measurement. `base`: the extractor of the standard protocol. One method an aspect gives its rows;
-    the first is the standard protocol's.
-    """
+    """One run under measurement. `used`: the extractors by name, "features" being that of the standard protocol."""
 
     def __init__(self, workspace: Workspace, folder: Path):
         self.workspace, self.folder, self.settings = workspace, folder, load_settings(folder / "config.yaml")
         self.e, self.prepared, self.clip = workspace.settings.evaluation, workspace.prepared, workspace.clip
-        self.second = workspace.independent if workspace.independent is not None else self.clip
-        self.base, self.published = (self._extractor(each) for each in ("standard", "published"))
+        self.generator = load_generator(folder, self.settings, self.clip)
         self.numbers = reference_numbers(self.prepared, self.e.images)
         self.total = max(*self.e.study, self.e.images)
-        self.generator = load_generator(folder, self.settings, self.clip)
-        self.others = self._others()
+        base, published, *others = self._extractors()
+        self.others = [f"other{i}" for i in range(len(others))]
+        self.used = {"features": base, "published": published, **dict(zip(self.others, others))}
         self.identity = {
             "generator": weights_digest(self.generator),
             "seed": self.settings.seed,
             "data": self.prepared.manifest["content_sha256"],
-            "extractor": self.base.key,
+            "extractor": base.key,
             "images": self.e.images,
             "batch_size": self.e.batch_size,
-            "others": [each.key for each in self.others],
+            "others": [each.key for each in others],
             "study": sorted(set(self.e.study)),
         }
 
-    def _extractor(self, value_range: str) -> Extractor:
-        if self.e.extractor == "inception":
-            return inception_extractor(self.e.extractor_weights, value_range, self.clip.mean.device)
-        return clip_extractor(self.second, (), value_range)
-
-    def _others(self) -> list[Extractor]:
-        """The extractors beside the standard one that are to be had without a download."""
-        found, judge = [clip_extractor(self.clip), clip_extractor(self.second)], self.workspace.judge
+    def _extractors(self) -> list[Extractor]:
+        """That of the standard protocol, the same in the published range, and what else needs no download."""
+        e, device, judge = self.e, self.clip.mean.device, self.workspace.judge
+        second = self.workspace.independent if self.workspace.independent is not None else self.clip
+        if e.extractor == "inception":
+            pair = [inception_extractor(e.extractor_weights, way, device) for way in ("standard", "published")]
+        else:
+            pair = [clip_extractor(second, (), way) for way in ("standard", "published")]
+        others = [clip_extractor(self.clip), clip_extractor(second)]
         if judge is not None:
-            found.append(judge_extractor(judge, weights_digest(judge)))
-        weights = self.e.extractor_weights or cached_inception()
+            others.append(judge_extractor(judge, weights_digest(judge)))
+        weights = e.extractor_weights or cached_inception()
         if Path(weights).is_file():
-            found.append(inception_extractor(weights, "standard", self.clip.mean.device))
-        return list({each.key: each for each in found if each.key != self.base.key}.values())
+            others.append(inception_extractor(weights, "standard", device))
+        return [*pair, *{each.key: each for each in others if each.key != pair[0].key}.values()]
 
-    def generated(self, extractors: dict[str, Extractor], count: int) -> Store:
+    def variants(self) -> dict[str, dict[str, dict]]:
+        """Aspect -> variant -> what it changes of the standard protocol, which each aspect begins with.
+
+        Changes are `images` (how many generated ones), `extractor` (its name in `used`), `reference` (split and
+        numbers of real images), or options of `reference_images`. Where crops are as large as the images, resizing
+        is to three quarters and back, for there is nothing to do.
+        """
+        e, data, size = self.e, self.workspace.settings.data, self.workspace.settings.model.image_size
+        test, train = len(self.prepared.test), len(self.prepared.train)
+        few = np.linspace(0, train - 1, min(test, train)).astype(int)
+        side = data.crop if data.resize > data.crop else data.crop * 7 // 8
+        random, mirrored = f"random crops, {side} px", "half of them mirrored"
+        if data.crop != size:
+            resizing = {f"{data.crop} to {size} px, antialias": {}}
+            resizing |= {f"{data.crop} to {size} px, {how}": {"how": how} for how in ("bicubic", "nearest")}
+        else:
+            resizing, via = {"not resized": {}}, size * 3 // 4
+            for how in ("antialias", "bicubic", "nearest"):
+                resizing[f"to {via} px and back, {how}"] = {"how": how, "via": via}
+        passes = min(PUBLISHED_PASSES * test, self.total)  # 12 over the captions, or all images that there are
+        return {
+            "images": {f"{count} images": {"images": count} for count in sorted(set(e.study))},
+            "reference": {
+                f"{len(self.numbers)} training images": {},
+                f"{len(few)} training images": {"reference": ("train", few)},
+                f"{test} test images": {"reference": ("test", np.arange(test))},
+            },
+            "crops": {
+                "centre crop": {},
+                random: {"side": side},
+                f"centre crop, {mirrored}": {"flip": True},
+                f"{random}, {mirrored}": {"side": side, "flip": True},
+            },
+            "resizing": resizing,
+            "extractor": {self.used[name].name: {"extractor": name} for name in ("features", *self.others)},
+            "range": {"standard": {}, "published": {"extractor": "published"}},
+            "last_batch": {"kept": {}, "dropped": {"images": self._full_batches(e.images)}},
+            "protocol": {"standard": {}, "published": {"extractor": "published", "images": self._full_batches(passes)}},
+        }
+
+    def _full_batches(self, count: int) -> int:
+        return count - count % self.e.batch_size or count
+
+    def rows(self, aspect: str) -> list[dict]:
+        """What every variant of an aspect gives."""
+        rows, names = [], ("features", *self.others) if aspect == "extractor" else ("features", "published")
+        store = self.generated(names, self.e.images if aspect == "extractor" else self.total)
+        for variant, changes in self.variants()[aspect].items():
+            options = {
+                "images": self.e.images,
+                "extractor": "features",
+                "reference": ("train", self.numbers),
+                **changes,
+            }
+            count, name, which = (options.pop(key) for key in ("images", "extractor", "reference"))
+            reference, every = self.real(name, *which, **options), store[name]
+            real = self._real_test_images(aspect, name, count)
+            row = {
+                "aspect": {"range": "numeric range", "last_batch": "last batch"}.get(aspect, aspect),
+                "variant": variant,
+                "images": count,
+                "value": _rounded(frechet_distance(every[:count], reference)),
+                "label": self.used[name].label("frechet_distance"),
+                "real": _rounded(frechet_distance(real, reference)) if real is not None else None,
+            }
+            if aspect == "images":
+                parts = min(len(every) // count, PARTS)
+                found = [frechet_distance(every[i * count : (i + 1) * count], reference) for i in range(parts)]
+                spread = _rounded(np.std(found, ddof=1)) if parts > 1 else None
+                row |= {"mean": _rounded(np.mean(found)), "parts": parts, "spread": spread}
+            rows.append(row)
+        return rows
+
+    def _real_test_images(self, aspect: str, name: str, count: int) -> np.ndarray | None:
+        test = len(self.prepared.test)
+        if aspect == "images":
+            return self.real(name, "test", np.arange(test))[:count] if count <= test else None
+        return self.real(name, "test", np.arange(min(test, self.e.images))) if aspect in BESIDE_REAL else None
+
+    def generated(self, names: Sequence[str], count: int) -> Store:
         """Features of the first `count` generated images: the images of the scores, and more."""
-        captions = test_pairs(self.prepared, count)[1]
+        captions, extractors = test_pairs(self.prepared, count)[1], {name: self.used[name] for name in names}
         latent = sample_latents(self.settings.seed, TEST_LATENTS, count, self.settings.model.latent_size)
 
         def read(rows: np.ndarray) -> dict:
@@ -135,118 +214,22 @@ class _Study:
         store = Store(self.folder, "study", {**self.identity, "extractors": keys}, count, columns)
         return store.fill(read, self.e.batch_size, desc=f"study: {count} images", progress=self.workspace.progress)
 
-    def main(self) -> Store:
-        return self.generated({"features": self.base, "published": self.published}, self.total)
-
-    def real(self, split: str, numbers: np.ndarray, extractor: Extractor | None = None, **how) -> np.ndarray:
+    def real(self, name: str, split: str, numbers: np.ndarray, **how) -> np.ndarray:
         """Features of real images, seen the way `how` says (`reference_images`); kept in the workspace."""
         home, s, shown = self.workspace.root, self.workspace.settings, self.workspace.progress
-        source, extractor = self.prepared[split], extractor or self.base
+        source, extractor, crop, size = self.prepared[split], self.used[name], s.data.crop, s.model.image_size
         if not how:
-            store = reference_store(home, s, self.prepared, extractor, numbers, shown, split=split)
-            return store["features"]
-        crop, size = s.data.crop, s.model.image_size
+            return reference_store(home, s, self.prepared, extractor, numbers, shown, split=split)["features"]
         identity = {"extractor": extractor.key, "data": self.identity["data"], "split": split, "study": how}
         identity |= {"crop": crop, "image_size": size, "numbers": digest(numbers.tolist())}
-        columns = {"features": ((extractor.widths["features"],), "float32")}
-        store = Store(home, "features", identity, len(numbers), columns)
+        store = Store(
+            home, "features", identity, len(numbers), {"features": ((extractor.widths["features"],), "float32")}
+        )
 
         def read(rows: np.ndarray) -> dict:
             return extractor(reference_images(source, numbers[rows], crop, size, **how))
 
         return store.fill(read, self.e.batch_size, desc=f"real {split} images", progress=shown)["features"]
-
-    def row(self, aspect, variant, features, reference, extractor=None, real=None) -> dict:
-        """What one variant gives: generated `features` (N,E) and `real` ones against those of the `reference`."""
-        return {
-            "aspect": aspect,
-            "variant": variant,
-            "images": len(features),
-            "value": _rounded(frechet_distance(features, reference)),
-            "label": (extractor or self.base).label("frechet_distance"),
-            "real": _rounded(frechet_distance(real, reference)) if real is not None else None,
-        }
-
-    def images(self) -> list[dict]:
-        features, reference, rows = self.main()["features"], self.real("train", self.numbers), []
-        test = self.real("test", np.arange(len(self.prepared.test)))
-        for count in sorted(set(self.e.study)):
-            real = test[:count] if count <= len(test) else None
-            row = self.row("images", f"{count} images", features[:count], reference, real=real)
-            parts = min(len(features) // count, PARTS)
-            values = [frechet_distance(features[i * count : (i + 1) * count], reference) for i in range(parts)]
-            spread = _rounded(np.std(values, ddof=1)) if parts > 1 else None
-            rows.append({**row, "mean": _rounded(np.mean(values)), "parts": parts, "spread": spread})
-        return rows
-
-    def reference(self) -> list[dict]:
-        features, test, train = self.main()["features"], len(self.prepared.test), len(self.prepared.train)
-        few = np.linspace(0, train - 1, min(test, train)).astype(int)
-        variants = {
-            f"{len(self.numbers)} training images": ("train", self.numbers),
-            f"{len(few)} training images": ("train", few),
-            f"{test} test images": ("test", np.arange(test)),
-        }
-        shown = features[: self.e.images]
-        return [self.row("reference", name, shown, self.real(*which)) for name, which in variants.items()]
-
-    def crops(self) -> list[dict]:
-        data = self.workspace.settings.data
-        side = data.crop if data.resize > data.crop else data.crop * 7 // 8
-        random, mirrored = f"random crops, {side} px", "half of them mirrored"
-        variants = {"centre crop": {}, random: {"side": side}, f"centre crop, {mirrored}": {"flip": True}}
-        return self._seen("crops", variants | {f"{random}, {mirrored}": {"side": side, "flip": True}})
-
-    def resizing(self) -> list[dict]:
-        """Where crops are as large as the images: to three quarters and back, for there is nothing to do."""
-        crop, size = self.workspace.settings.data.crop, self.workspace.settings.model.image_size
-        via, every = size * 3 // 4, ("antialias", "bicubic", "nearest")
-        if crop != size:
-            ways = {f"{crop} to {size} px, {how}": {"how": how} if how != every[0] else {} for how in every}
-        else:
-            ways = {f"to {via} px and back, {how}": {"how": how, "via": via} for how in every}
-            ways = {"not resized": {}} | ways
-        return self._seen("resizing", ways)
-
-    def _seen(self, aspect: str, variants: dict[str, dict]) -> list[dict]:
-        """The same generated images against the reference, seen in several ways."""
-        features = self.main()["features"][: self.e.images]
-        references = {name: self.real("train", self.numbers, **how) for name, how in variants.items()}
-        return [self.row(aspect, name, features, reference) for name, reference in references.items()]
-
-    def extractor(self) -> list[dict]:
-        used = {"features": self.base} | {f"other{i}": each for i, each in enumerate(self.others)}
-        store = self.generated(used, self.e.images)
-        return [self._measured("extractor", each.name, store[name], each) for name, each in used.items()]
-
-    def range(self) -> list[dict]:
-        return self._both_ranges("numeric range", self.e.images)
-
-    def _both_ranges(self, aspect: str, count: int) -> list[dict]:
-        """The standard protocol, and `count` images in the published range."""
-        store = self.main()
-        return [
-            self._measured(aspect, "standard", store["features"][: self.e.images], self.base),
-            self._measured(aspect, "published", store["published"][:count], self.published),
-        ]
-
-    def _measured(self, aspect: str, variant: str, features: np.ndarray, extractor: Extractor) -> dict:
-        """A row with reference and real images by the same extractor."""
-        test = self.real("test", np.arange(min(len(self.prepared.test), self.e.images)), extractor)
-        return self.row(aspect, variant, features, self.real("train", self.numbers, extractor), extractor, test)
-
-    def _full_batches(self, count: int) -> int:
-        return count - count % self.e.batch_size or count
-
-    def last_batch(self) -> list[dict]:
-        features, reference = self.main()["features"], self.real("train", self.numbers)
-        counts = {"kept": self.e.images, "dropped": self._full_batches(self.e.images)}
-        return [self.row("last batch", name, features[:count], reference) for name, count in counts.items()]
-
-    def protocol(self) -> list[dict]:
-        """All at once; the published one takes 12 passes over the captions, or all images that there are."""
-        count = min(PUBLISHED_PASSES * len(self.prepared.test), self.total)
-        return self._both_ranges("protocol", self._full_batches(count))
 
 
 def study(workspace: Workspace, folder: str | Path | None = None) -> list[dict]:
@@ -264,15 +247,16 @@ def study(workspace: Workspace, folder: str | Path | None = None) -> list[dict]:
     if not is_complete(folder):
         raise RunError(f"{folder}: not trained to its last step; run `ratlip train` with the same settings")
     measured, path = _Study(workspace, folder), folder / "protocol-study.json"
+    aspects = measured.variants()
     try:
         kept = read_json(path)
         found = kept["rows"] if kept["identity"] == measured.identity else {}
     except (OSError, ValueError, KeyError, TypeError):
         found = {}
-    missing = [name for name in ASPECTS if name not in found]
+    missing = [name for name in aspects if name not in found]
     for name in bar(missing, desc="protocol study", unit="aspect", enabled=workspace.progress and bool(missing)):
-        found[name] = getattr(measured, name)()
+        found[name] = measured.rows(name)
         write_json(path, {"identity": measured.identity, "rows": found})
     for store in folder.glob("study-*"):
         shutil.rmtree(store)
-    return [row for name in ASPECTS for row in found[name]]
+    return [row for name in aspects for row in found[name]]
