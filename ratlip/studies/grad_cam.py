@@ -119,13 +119,14 @@ def similarity_maps(
     if not len(images):
         return torch.empty(0, *images.shape[2:])
     device, maps = clip.mean.device, []
+    texts = sentences.to(device).split(batch_size)
     layer = clip.model.visual.transformer.resblocks[method.block].ln_1
     with torch.enable_grad(), contextlib.redirect_stderr(io.StringIO()):  # Score-CAM draws a progress bar an image
         cam = getattr(pytorch_grad_cam, method.cam)(_Embedding(clip), [layer], partial(_patches, clip))
         cam.batch_size = 256  # read by Score-CAM: channels at once
         try:
-            for batch, texts in zip(images.split(batch_size), sentences.to(device).split(batch_size)):
-                targets = [partial(_similarity, sentence, method.target) for sentence in texts]
+            for batch, wanted in zip(images.split(batch_size), texts, strict=True):
+                targets = [partial(_similarity, sentence, method.target) for sentence in wanted]
                 maps.append(torch.from_numpy(cam(batch.to(device), targets)))
         finally:
             cam.activations_and_grads.release()

@@ -1,6 +1,8 @@
-"""Notebook 07: where paper and published code part in the generator (differences 1 to 4), and the table of all.
+"""Notebook 07: the table of differences between paper and published code, and those in the generator.
 
-The differences in images, scores, the discriminator's training and files are in `paper_versus_code_protocol`.
+Difference 1, the batch as the LSTM's time axis: `BatchEffect` to `composition_scores`; 2 and 3, recurrence over the
+layers: `states` to `full_size`; 4, pixels normalised twice: `real_similarity`, `as_clip_sees`. The differences in
+images, scores, training and files (5 to 12) are in `paper_versus_code_protocol`.
 """
 
 from __future__ import annotations
@@ -42,9 +44,6 @@ def differences_table(measured: dict[int, str]) -> pd.DataFrame:
         raise RunError(f"rows {', '.join(missing)} of the table were not measured: run the cells above")
     frame.insert(2, "measured effect", [measured[row] for row in frame.index])
     return frame
-
-
-# Difference 1: the batch as the LSTM's time axis
 
 
 @dataclass(frozen=True)
@@ -161,9 +160,6 @@ def composition_scores(
     return pd.DataFrame(rows).T
 
 
-# Differences 2 and 3: recurrence over the layers
-
-
 def states(generator: Generator, latent: Tensor, sentence: Tensor) -> list[Tensor]:
     """The LSTM state that each recurrent affine is made from, in the order of use, with their graph.
 
@@ -224,9 +220,6 @@ def full_size(profile: str = "cub-published", **model) -> tuple[Generator, Discr
     clip = SimpleNamespace(name="ViT-B/32", image_size=224, grid=7, width=768, embed_dim=512, layers=12)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return build_networks(settings, clip)
-
-
-# Difference 4: normalised twice
 
 
 def real_similarity(clip: FrozenClip, prepared: Prepared, settings: Settings, count: int) -> float:

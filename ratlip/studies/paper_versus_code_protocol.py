@@ -1,4 +1,9 @@
-"""Notebook 07: where paper and published code part in images, scores, training and files (differences 5 to 12)."""
+"""Notebook 07: where paper and published code part in images, scores, training and files.
+
+Difference 5, real images shrunk by nearest: `drawn` to `told_apart`; 6, the range that Inception sees: to `distances`;
+7, mismatched sentences in a batch of one: to `matching_learned`; 8, `calls_today`; 10, `surviving_files`; 11, unused
+parameters: `without_gradient`, `dead_parameters`; 12, `resumed_runs`. (9, a dropped batch, needs no code.)
+"""
 
 from __future__ import annotations
 
@@ -35,8 +40,6 @@ from ratlip.training.loop import train
 from ratlip.training.session import build_networks
 from ratlip.training.step import mismatch
 from ratlip.workspace import Workspace
-
-# Difference 5: shrunk by nearest
 
 
 def drawn(size: int, count: int, variant: int = 0) -> Tensor:
@@ -93,9 +96,6 @@ def told_apart(first: Tensor, second: Tensor, ridge: float = 10.0) -> float:
     return float(((x[~fit] @ weights).sign() == y[~fit]).double().mean())
 
 
-# Difference 6: the range that Inception sees
-
-
 def through_transform_input(images: Tensor) -> Tensor:
     """Images (B,3,S,S) in [-1,1] -> what reaches Inception as published, within about [-0.19, 0.43].
 
@@ -121,9 +121,6 @@ def real_in_both_ranges(clip: FrozenClip, prepared: Prepared, settings: Settings
 def distances(features: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
     """Frechet distance in either range; not FID, for the extractor is a CLIP."""
     return {name: frechet_distance(each, reference[name]) for name, each in features.items()}
-
-
-# Difference 7: mismatched sentences in a batch of one
 
 
 def merged_as_published(arguments: Sequence[str], settings: dict) -> dict:
@@ -176,7 +173,9 @@ def matching_learned(
     return {"same": float(np.mean(same)), "right": _matched(discriminator, s, prepared, clip)}
 
 
-def _logits(discriminator: Discriminator, settings: Settings, clip: FrozenClip, images: Tensor, *sentences: Tensor):
+def _logits(
+    discriminator: Discriminator, settings: Settings, clip: FrozenClip, images: Tensor, *sentences: Tensor
+) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         features, _ = clip.features(images, settings.model.feature_blocks, embedding=False)
     return discriminator(features, *sentences)
@@ -195,30 +194,15 @@ def _matched(discriminator: Discriminator, settings: Settings, prepared: Prepare
     return float(torch.cat(right).mean())
 
 
-# Differences 8 and 10: calls that have gone, files that overwrite one another
-
-
 def calls_today() -> dict[str, str]:
     """What the calls on which the published code rests do here: "works", "works, to go" or "fails"."""
     calls = {
-        "torch.distributed.get_world_size() in a single process": _world_size_of_one,
-        "tensor.cuda() without a GPU": _cuda_without_a_gpu,
+        "torch.distributed.get_world_size() in a single process": lambda: torch.distributed.get_world_size(),
+        "tensor.cuda() without a GPU": lambda: torch.zeros(1).cuda(torch.cuda.device_count()),  # one that is not there
         "pandas.read_csv(.., delim_whitespace=True)": lambda: pd.read_csv(io.StringIO("1 2\n"), delim_whitespace=True),
         "scipy.linalg.sqrtm(.., disp=False)": lambda: scipy.linalg.sqrtm(np.eye(2), disp=False),
     }
     return {name: _outcome(call) for name, call in calls.items()}
-
-
-def _world_size_of_one() -> None:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        distributed.get_world_size()
-
-
-def _cuda_without_a_gpu() -> None:
-    if torch.cuda.is_available():  # what a machine without one would say
-        raise RuntimeError("no NVIDIA driver")
-    torch.zeros(1).cuda()
 
 
 def _outcome(call: Callable[[], object]) -> str:
@@ -239,9 +223,6 @@ def surviving_files(images: Tensor, names: str, batch_size: int) -> int:
         return len(list(Path(folder).glob("*.png")))
 
 
-# Difference 11: parameters that are never used
-
-
 def without_gradient(discriminator: Discriminator, clip: FrozenClip, batch_size: int = 4) -> dict[str, int]:
     """Parameters of D that a whole D loss, penalty included, gives no gradient: name -> their number."""
     draw, depth = torch.Generator().manual_seed(0), len(discriminator.blocks) + 1
@@ -258,9 +239,6 @@ def dead_parameters(discriminator: Discriminator) -> int:
     blocks = (*discriminator.blocks, discriminator.main)
     unused = [block.shortcut for block in blocks if block.shortcut is not None and not block.mixes]
     return sum(p.numel() for shortcut in unused for p in shortcut.parameters())
-
-
-# Difference 12: stopped and resumed
 
 
 def resumed_runs(steps: int = 8, stopped: int = 4) -> dict[str, float]:

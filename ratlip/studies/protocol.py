@@ -92,7 +92,7 @@ class _Study:
         self.total = max(*self.e.study, self.e.images)
         base, published, *others = self._extractors()
         self.others = [f"other{i}" for i in range(len(others))]
-        self.used = {"features": base, "published": published, **dict(zip(self.others, others))}
+        self.used = {"features": base, "published": published, **dict(zip(self.others, others, strict=True))}
         self.identity = {
             "generator": weights_digest(self.generator),
             "seed": self.settings.seed,

@@ -6,13 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
 from ratlip.clip.frozen import FrozenClip
 from ratlip.data import synthetic
-from ratlip.plots import activation_maps
 from ratlip.studies import grad_cam
 from ratlip.studies.grad_cam import (
     PAPER,
@@ -71,7 +69,9 @@ class TestMaps:
         (gradient,) = torch.autograd.grad(cosine, kept["a"])
         weights = gradient[:, -16:].mean(1, keepdim=True)
         grid = (weights * kept["a"][:, -16:]).sum(2).clamp(min=0).detach().view(6, 4, 4).numpy()
-        for expected, found in zip(grid, similarity_maps(clip, material.images, material.sentences, PAPER)):
+        for expected, found in zip(
+            grid, similarity_maps(clip, material.images, material.sentences, PAPER), strict=True
+        ):
             for size in ((4, 4), (16, 16)):  # scaled before and after
                 expected = cv2.resize(expected, size)
                 expected = (expected - expected.min()) / (np.ptp(expected) + 1e-9)
@@ -104,7 +104,7 @@ class TestMaps:
             tower = SimpleNamespace(transformer=SimpleNamespace(batch_first=first))
             clip = SimpleNamespace(grid=4, model=SimpleNamespace(visual=tower))
             given = tokens if first else tokens.transpose(0, 1)
-            assert torch.equal(grad_cam._patches(clip)(given), grid)
+            assert torch.equal(grad_cam._patches(clip, given), grid)
 
     def test_batches_and_lengths_of_sentences_change_nothing(self, smoke, material):
         clip = smoke.workspace.clip
@@ -195,7 +195,7 @@ class TestMasks:
         part = smoke.workspace.prepared.train
         numbers = [0, 7, 191]
         masks = grad_cam.real_masks(part, numbers, 16, 16)
-        for number, mask in zip(numbers, masks):
+        for number, mask in zip(numbers, masks, strict=True):
             rng = np.random.default_rng([smoke.settings.data.seed, 2, number])
             pixels, drawn = synthetic.render(part.attributes[number], 16, rng)
             np.testing.assert_array_equal(mask.numpy(), drawn)
@@ -235,11 +235,11 @@ class TestValidation:
 
     def test_shuffled_weights_are_the_same_values_elsewhere(self, smoke):
         clip = smoke.workspace.clip
-        before, stranger = clip.fingerprint, shuffled(clip)
-        assert stranger.fingerprint != before == FrozenClip(clip.model, clip.tokenizer).fingerprint
-        for a, b in zip(clip.model.visual.parameters(), stranger.model.visual.parameters(), strict=True):
+        before, other = clip.fingerprint, shuffled(clip)
+        assert other.fingerprint != before == FrozenClip(clip.model, clip.tokenizer).fingerprint
+        for a, b in zip(clip.model.visual.parameters(), other.model.visual.parameters(), strict=True):
             assert torch.equal(a.flatten().sort().values, b.flatten().sort().values)
-        assert shuffled(clip).fingerprint == stranger.fingerprint != shuffled(clip, 1).fingerprint
+        assert shuffled(clip).fingerprint == other.fingerprint != shuffled(clip, 1).fingerprint
 
     def test_the_controls(self, smoke, material, monkeypatch):
         """Maps that light the object for the right caption and nothing for another pass; blind ones fail."""
@@ -320,14 +320,3 @@ class TestSweep:
         none = self.frame.assign(coverage=float("nan"))
         assert grad_cam.against_others(none, "h = 8").loc["h = 0", "verdict"] == "undecided"
         assert grad_cam.whole_object(none, "h = 8")[1] == "undecided"
-
-    def test_charts(self, smoke, material):
-        maps = similarity_maps(smoke.workspace.clip, material.images, material.sentences)
-        sheet = activation_maps.overlays({"a": (material.images[:2], maps[:2])}, material.captions[:2])
-        chart = activation_maps.scores_against_h(self.frame, {"coverage": "c"}, {"m": {"coverage": 0.7}})
-        lines = chart.axes[0].lines
-        assert isinstance(sheet, Figure) and list(lines[1].get_ydata()) == pytest.approx([0.51, 0.9105])
-        table = margins(validate(smoke.workspace.clip, shuffled(smoke.workspace.clip), material, PAPER))
-        assert [tick.get_text() for tick in activation_maps.leads({"a": table}).axes[0].get_yticklabels()] == [
-            f"map - {name}" for name in grad_cam.CONTROLS
-        ]
