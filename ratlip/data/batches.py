@@ -1,11 +1,15 @@
 """Training batches as a pure function of (seed, step), and the way from stored pixels to a network's input.
 
-Nothing here carries state from one step to the next: epoch order, caption, crop and flip of a step follow
-from the seed and the step's number. That is why a run that was killed at any step goes on bit for bit,
-whatever the number of loader processes.
+Nothing here carries state from one step to the next: epoch order, caption, crop and flip of a step follow from the seed
+and the step's number. That is why a run that was killed at any step goes on bit for bit, whatever the number of loader
+processes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,32 +19,36 @@ from torch.utils.data import Dataset
 
 from ratlip.errors import DataError
 
+if TYPE_CHECKING:
+    from ratlip.data.prepared import Split
+
 ORDER, DRAW = 11, 12  # streams of random numbers: the order of an epoch and the draws of a step share none
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, images: int) -> np.ndarray:
+    return np.random.default_rng([seed, ORDER, epoch]).permutation(images)
 
 
 class Batches(Dataset):
     """Item `step` is that step's batch: one caption of each image drawn at random, random crop, random flip.
 
-    `split`: a prepared split. The images follow one another in epochs, each in an order of its own; a batch
-    may straddle two epochs, so none is dropped. With several processes (`rank` of `world`) each takes its
-    part of the global batch of `batch_size`.
+    The images follow one another in epochs, each in an order of its own; a batch may straddle two epochs, so none is
+    dropped. With several processes (`rank` of `world`) each takes its part of the global batch of `batch_size`.
     """
 
-    def __init__(self, split, *, crop: int, flip: bool, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self, split: Split, *, crop: int, flip: bool, batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ):
         if batch_size % world:
-            raise DataError(
-                f"batch_size={batch_size} cannot be shared by {world} processes; make it a multiple of {world}"
-            )
+            shared = f"cannot be shared by {world} processes; make it a multiple of {world}"
+            raise DataError(f"batch_size={batch_size} {shared}")
         self.split, self.crop, self.flip, self.batch_size, self.seed = split, crop, flip, batch_size, seed
         self.part = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-        self._orders: dict[int, np.ndarray] = {}
 
     def _image_number(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.split))
-        if epoch not in self._orders:
-            order = np.random.default_rng([self.seed, ORDER, epoch]).permutation(len(self.split))
-            self._orders = {k: v for k, v in self._orders.items() if k >= epoch - 1} | {epoch: order}
-        return int(self._orders[epoch][place])
+        epoch, index = divmod(position, len(self.split))
+        return int(_order(self.seed, epoch, len(self.split))[index])
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         """images uint8 (B,3,crop,crop); caption int64 (B,): rows of `all_captions`; image int64 (B,)."""
@@ -48,17 +56,18 @@ class Batches(Dataset):
         draws = rng.random((self.batch_size, 4))[self.part]
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)[self.part]
         numbers = [self._image_number(position) for position in positions]
-        images = [
-            random_crop(self.split.image(n), self.crop, self.flip, draw[1:])
-            for n, draw in zip(numbers, draws, strict=True)
-        ]
+        pairs = zip(numbers, draws, strict=True)
+        images = np.stack([random_crop(self.split.image(n), self.crop, self.flip, draw[1:]) for n, draw in pairs])
         first, last = self.split.caption_offsets[numbers], self.split.caption_offsets[np.array(numbers) + 1]
         captions = first + (draws[:, 0] * (last - first)).astype(np.int64)
-        return {
-            "images": torch.from_numpy(np.stack(images)),
-            "caption": torch.from_numpy(captions),
-            "image": torch.tensor(numbers),
-        }
+        found = {"images": torch.from_numpy(images), "caption": torch.from_numpy(captions)}
+        return {**found, "image": torch.tensor(numbers)}
+
+
+def cut(pixels: np.ndarray, top: int, left: int, side: int, mirrored: bool = False) -> np.ndarray:
+    """(H,W,...) -> the square (side,side,...) whose corner is at `top`, `left`, mirrored or not: a view."""
+    square = pixels[top : top + side, left : left + side]
+    return square[:, ::-1] if mirrored else square
 
 
 def random_crop(pixels: np.ndarray, crop: int, flip: bool, draw: np.ndarray) -> np.ndarray:
@@ -67,31 +76,24 @@ def random_crop(pixels: np.ndarray, crop: int, flip: bool, draw: np.ndarray) -> 
     `draw`: three numbers from [0,1), for top, left, and, with `flip`, whether it is mirrored.
     """
     top, left = (int(each * (side - crop + 1)) for each, side in zip(draw[:2], pixels.shape[:2], strict=True))
-    square = pixels[top : top + crop, left : left + crop]
-    if flip and draw[2] < 0.5:
-        square = square[:, ::-1]
-    return square.transpose(2, 0, 1)
+    return cut(pixels, top, left, crop, flip and draw[2] < 0.5).transpose(2, 0, 1)
 
 
 def centre_crop(pixels: np.ndarray, crop: int) -> np.ndarray:
     """uint8 (H,W,3) -> the middle square (crop,crop,3): how real images enter the scores."""
-    top, left = (pixels.shape[0] - crop) // 2, (pixels.shape[1] - crop) // 2
-    return pixels[top : top + crop, left : left + crop]
+    return cut(pixels, (pixels.shape[0] - crop) // 2, (pixels.shape[1] - crop) // 2, crop)
 
 
 def to_network(images: Tensor, image_size: int, resize: str = "antialias") -> Tensor:
     """uint8 (B,3,c,c) -> float32 (B,3,S,S) in [-1,1].
 
-    `resize` "antialias": a low-pass filter first. "nearest": as published, where every eighth row and column
-    of 256 px is simply left out, which the discriminator can see (official.md, difference 5).
+    `resize` "antialias": a low-pass filter first. "nearest": as published, where every eighth row and column of 256 px
+    is simply left out, which the discriminator can see (difference 5 of ratlip/published.py).
     """
     x = images.to(torch.float32)
     if images.shape[-1] != image_size:
-        x = (
-            F.interpolate(x, size=image_size, mode="nearest")
-            if resize == "nearest"
-            else F.interpolate(x, size=image_size, mode="bilinear", antialias=True, align_corners=False)
-        )
+        antialias = {"mode": "bilinear", "antialias": True, "align_corners": False}
+        x = F.interpolate(x, size=image_size, **({"mode": "nearest"} if resize == "nearest" else antialias))
     return x / 127.5 - 1
 
 
@@ -100,7 +102,7 @@ def to_bytes(images: Tensor) -> Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def real_images(split, numbers, crop: int, image_size: int) -> Tensor:
+def real_images(split: Split, numbers: Iterable[int], crop: int, image_size: int) -> Tensor:
     """Centre crops of these images as networks and scores see them: float32 (N,3,S,S) in [-1,1]."""
     stack = np.stack([centre_crop(split.image(int(n)), crop).transpose(2, 0, 1) for n in numbers])
     return to_network(torch.from_numpy(stack), image_size)

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from ratlip.clip.frozen import FrozenClip
 from ratlip.data.batches import real_images
 from ratlip.data.prepared import Split
-from ratlip.progress import bar
 from ratlip.scores.evaluation import embed
 
 SPACES = ("independent CLIP", "pixels")
@@ -76,15 +75,7 @@ class Neighbours:
 
 
 def search(
-    generated: Tensor,
-    real: Tensor,
-    split: Split,
-    clip: FrozenClip,
-    *,
-    crop: int,
-    image_size: int,
-    flip: bool,
-    progress: bool = False,
+    generated: Tensor, real: Tensor, split: Split, clip: FrozenClip, *, crop: int, image_size: int, flip: bool
 ) -> dict[str, Neighbours]:
     """The nearest images of `split` (training) to generated and to real test images, each (N,3,S,S) in [-1,1].
 
@@ -96,8 +87,7 @@ def search(
     wanted, found = features(queries, clip), {}
     for space in SPACES:
         found[space] = torch.full((len(queries),), torch.inf).double(), torch.zeros(len(queries)).long()
-    batches = torch.arange(len(split)).split(256)
-    for numbers in bar(batches, desc="nearest", unit="batch", enabled=progress):
+    for numbers in torch.arange(len(split)).split(256):
         references = features(real_images(split, numbers.numpy(), crop, image_size), clip)
         for space, (distance, number) in found.items():
             new, position = nearest(wanted[space], references[space])

@@ -27,12 +27,13 @@ from ratlip.networks.affine import OfficialRecurrentAffine
 from ratlip.networks.losses import clip_similarity
 from ratlip.published import rows as published_rows
 from ratlip.scores.evaluation import TEST_LATENTS, embed, test_pairs
-from ratlip.scores.judge import Judge, judge_right
+from ratlip.scores.judge import judge_right
 from ratlip.settings import Settings, load_settings
 from ratlip.studies.inspection import outputs
 from ratlip.training.generation import Run, generate
 from ratlip.training.session import build_networks
 from ratlip.training.step import sample_latents
+from ratlip.workspace import Workspace
 
 
 def differences_table(measured: dict[int, str]) -> pd.DataFrame:
@@ -134,20 +135,16 @@ def test_images(run: Run, prepared: Prepared, count: int, batch_size: int = 64, 
 
 
 def composition_scores(
-    run: Run,
-    prepared: Prepared,
-    clip: FrozenClip,
-    judge: Judge | None,
-    count: int = 240,
-    sizes: Sequence[int] = (1, 16, 64),
+    workspace: Workspace, run: Run, count: int = 240, sizes: Sequence[int] = (1, 16, 64)
 ) -> pd.DataFrame:
     """Scores of the same images drawn in batches of several sizes and in another order: one row each.
 
     Columns: "CLIP similarity" (standard normalisation) and, with a judge, "all right": the share of images of which
     it finds all that the caption says.
     """
+    prepared, clip, judge, rows = workspace.prepared, workspace.clip, workspace.judge, {}
     numbers, captions = test_pairs(prepared, count)
-    sentence, standard, rows = clip.embed_text(captions).cpu(), with_normalisation(clip, "standard"), {}
+    sentence, standard = clip.embed_text(captions).cpu(), with_normalisation(clip, "standard")
     order = torch.from_numpy(np.random.default_rng(73).permutation(count))
     ways = {f"batches of {size}": (size, None) for size in sizes}
     ways[f"batches of {sizes[-1]}, shuffled"] = (sizes[-1], order)

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torchvision.models.inception import Inception3
 
 from ratlip.clip.frozen import FrozenClip, with_normalisation
+from ratlip.clip.pairs import caption_groups
 from ratlip.data import synthetic
 from ratlip.data.batches import Batches, real_images, to_network
 from ratlip.data.prepared import Prepared
@@ -137,24 +138,16 @@ def lowest_hinge(same: bool) -> float:
     return float((real + other).min() if same else real.min() + other.min())
 
 
-def matching_learned(
-    settings: Settings,
-    prepared: Prepared,
-    clip: FrozenClip,
-    sentences: Tensor,
-    groups: Tensor,
-    *,
-    batch_size: int,
-    images: int = 1600,
-    seed: int = 0,
-) -> dict[str, float]:
+def matching_learned(workspace: Workspace, batch_size: int, images: int = 1600, seed: int = 0) -> dict[str, float]:
     """What D learns about matching from `images` images in batches of one size, mismatched as published.
 
     Trained on its two hinge terms of real images alone. "same": share of the mismatched sentences that were the
     image's own; "right": share of test images with a higher logit for their own sentence than for that of the next
     test image (a tie counts half; guessing gives 0.5).
     """
-    s, device = settings.model_copy(update={"seed": seed}), clip.mean.device
+    prepared, clip, sentences = workspace.prepared, workspace.clip, workspace.sentences()
+    s, device = workspace.settings.model_copy(update={"seed": seed}), clip.mean.device
+    groups = torch.from_numpy(caption_groups(prepared.train))
     with torch.random.fork_rng(devices=[]):
         discriminator = build_networks(s, clip)[1].to(device)
     optimiser = torch.optim.Adam(discriminator.parameters(), s.training.lr_d, betas=s.training.betas)

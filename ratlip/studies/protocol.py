@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ratlip.cache import Store, digest, weights_digest
-from ratlip.data.batches import centre_crop, to_network
+from ratlip.data.batches import centre_crop, cut, to_network
 from ratlip.data.prepared import Split
 from ratlip.errors import RunError
 from ratlip.files import read_json, write_json
@@ -62,13 +62,12 @@ def reference_images(
     """
     squares = []
     for number in numbers:
-        square, rng = split.image(int(number)), np.random.default_rng([CROPS, int(number)])
+        pixels, rng = split.image(int(number)), np.random.default_rng([CROPS, int(number)])
         if side is None:
-            square = centre_crop(square, crop)
+            square = centre_crop(pixels, crop)
         else:
-            top, left = (rng.integers(length - side + 1) for length in square.shape[:2])
-            square = square[top : top + side, left : left + side]
-        squares.append(square[:, ::-1] if flip and rng.random() < 0.5 else square)
+            square = cut(pixels, *(int(rng.integers(length - side + 1)) for length in pixels.shape[:2]), side)
+        squares.append(cut(square, 0, 0, len(square), mirrored=flip and rng.random() < 0.5))
     images = torch.from_numpy(np.stack(squares).transpose(0, 3, 1, 2).copy()).float()
     if via is not None:
         images = resize(images, via, how)

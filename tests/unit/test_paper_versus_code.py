@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from ratlip import published
-from ratlip.clip.pairs import caption_groups
 from ratlip.data.batches import to_network
 from ratlip.errors import RunError, SettingsError
 from ratlip.scores.extractors import published_range
@@ -74,8 +73,7 @@ def test_the_order_of_drawing_moves_no_image_to_another_position(smoke):
 
 def test_compositions_are_scored_alike_for_the_paper_s_rat(smoke):
     run = Run(smoke.run, clip_folder=smoke.workspace.clip_folder)
-    workspace = smoke.workspace
-    frame = paper_versus_code.composition_scores(run, workspace.prepared, workspace.clip, workspace.judge, 12, (1, 5))
+    frame = paper_versus_code.composition_scores(smoke.workspace, run, 12, (1, 5))
     assert list(frame.index) == ["batches of 1", "batches of 5", "batches of 5, shuffled"]
     assert frame["CLIP similarity"].std() < 1e-5 and set(frame) == {"CLIP similarity", "all right"}
 
@@ -190,17 +188,8 @@ def test_the_command_line_s_default_wins():
 
 @pytest.mark.slow
 def test_a_batch_of_one_teaches_nothing_about_matching(smoke):
-    workspace = smoke.workspace
-    given = (
-        smoke.settings,
-        workspace.prepared,
-        workspace.clip,
-        workspace.sentences(),
-        torch.from_numpy(caption_groups(workspace.prepared.train)),
-    )
     one, many = (
-        [protocol.matching_learned(*given, batch_size=size, images=1200, seed=seed) for seed in (1, 2)]
-        for size in (1, 8)
+        [protocol.matching_learned(smoke.workspace, size, images=1200, seed=seed) for seed in (1, 2)] for size in (1, 8)
     )
     assert {each["same"] for each in one} == {1} and {each["same"] for each in many} == {0}
     assert np.mean([each["right"] for each in many]) > 0.08 + np.mean([each["right"] for each in one])
