@@ -45,11 +45,9 @@ CONTROLS = ("area", "wrong caption", "random weights", "another image")
 class Method:
     """How a map is made: the `cam`, one of `CAMS`; the `target`, one of `TARGETS`; and the layer.
 
-    The layer is `ln_1` of an image block (0 to L-1, or counted from the end: -1, -2, ...), the tokens as the block's
-    attention reads them. It must lie before the last attention: in a CLIP that reads its class token, as all
-    pretrained ones, patch tokens after the last attention no longer reach the embedding and have no gradient.
-    "cosine" is the similarity itself; "projection" is the length of the embedding along the sentence, the cosine
-    without the image's norm, which does not level off at a perfect match.
+    The layer is `ln_1` of an image block (0 to L-1, or -1, -2, ... from the end), the tokens as its attention reads
+    them: in a CLIP that reads its class token, patch tokens after the last attention have no gradient. "cosine" is the
+    similarity itself; "projection", the length of the embedding along the sentence, does not level off at a match.
     """
 
     cam: str = "GradCAM"
@@ -71,9 +69,8 @@ PAPER = Method()
 def candidates(clip: FrozenClip) -> list[Method]:
     """The methods that notebook 6 compares: Grad-CAM of three blocks with both targets, and two relatives.
 
-    HiRes-CAM (Draelos and Carin, 2020) multiplies activation and gradient patch by patch, where Grad-CAM averages the
-    gradient over the patches first. Score-CAM (Wang et al., 2020) uses no gradient: it shows CLIP the image through
-    each channel, and weighs the channel by the similarity that is left.
+    HiRes-CAM (Draelos and Carin, 2020) does not average the gradient over the patches. Score-CAM (Wang et al., 2020)
+    shows CLIP the image through each channel, and weighs the channel by the similarity that is left.
     """
     blocks = range(-1, -1 - min(3, clip.layers), -1)
     grad_cams = [Method("GradCAM", block, target) for target in TARGETS for block in blocks]
@@ -108,9 +105,8 @@ def similarity_maps(
     """Which pixels make CLIP find the sentence: (N,S,S) float32 in [0,1] on the CPU.
 
     images (N,3,S,S) in [-1,1], S = `clip.image_size`; sentences (N,E), their text embeddings, of any length. Each map
-    is scaled by itself (its smallest value 0, its largest about 1), so two maps tell nothing about which image fits
-    better; a map without any positive value is 0. The patch grid is enlarged bilinearly. Score-CAM takes `clip.width`
-    passes an image.
+    is scaled by itself to 0 .. 1 (all 0 where nothing is positive), so two maps do not say which image fits better.
+    The patch grid is enlarged bilinearly. Score-CAM takes `clip.width` passes an image.
     """
     if len(images) != len(sentences):
         raise ValueError(f"{len(images)} images and {len(sentences)} sentences: one each is needed")
@@ -136,8 +132,7 @@ def similarity_maps(
 def shuffled(clip: FrozenClip, seed: int = 0) -> FrozenClip:
     """A copy of `clip` that knows nothing: the values of each tensor of its image tower in random order.
 
-    The size of the weights stays, what they had learned goes; a map that stays too shows the image, not what CLIP
-    sees in it.
+    A map that stays as it was shows the image, not what CLIP sees in it.
     """
     other = copy.deepcopy(clip)
     other.__dict__.pop("fingerprint", None)
@@ -157,9 +152,7 @@ def _checked(maps: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def energy_on_object(maps: Tensor, masks: Tensor) -> Tensor:
-    """Share of each map's sum that lies in the mask: float64 (N,). A map of zeros counts as a uniform one, whose
-    share is the mask's area.
-    """
+    """Share of each map's sum that lies in the mask: float64 (N,). A map of zeros counts as a uniform one."""
     maps, masks = _checked(maps, masks)
     total = maps.sum((1, 2))
     return torch.where(total > 0, (maps * masks).sum((1, 2)) / total.clamp(min=1e-12), masks.mean((1, 2)))
@@ -207,28 +200,26 @@ def map_scores(maps: Tensor, masks: Tensor | None = None) -> dict[str, float]:
 
 def real_masks(split: Split, numbers: Sequence[int], crop: int, image_size: int) -> Tensor | None:
     """Exact object masks of `real_images` of the same numbers: bool (N,S,S); None where the set has none."""
-    found = [split.mask(int(n)) for n in numbers]
-    if any(mask is None for mask in found):
+    found = [centre_crop(mask, crop) for mask in map(split.mask, map(int, numbers)) if mask is not None]
+    if len(found) < len(numbers):
         return None
-    cover = torch.from_numpy(np.stack([centre_crop(mask, crop) for mask in found])).float()[:, None]
+    cover = torch.from_numpy(np.stack(found)).float()[:, None]
     if crop != image_size:
         cover = F.interpolate(cover, size=image_size, mode="bilinear", antialias=True, align_corners=False)
     return cover[:, 0] > 0.5
 
 
 def estimated_masks(images: Tensor, backgrounds: Sequence[str]) -> Tensor:
-    """Objects on images (N,3,S,S) in [-1,1] of the generated set's kind, by colour: bool (N,S,S).
-
-    `backgrounds`: what each caption calls the background; see `synthetic.object_mask`.
+    """Objects on images (N,3,S,S) in [-1,1] of the generated set's kind, by the background that each caption names:
+    bool (N,S,S). See `synthetic.object_mask`.
     """
     return torch.from_numpy(object_mask(as_pixels(images), backgrounds))
 
 
 def plausible(masks: Tensor, reference: Tensor) -> Tensor:
-    """Whether each mask (N,S,S) has the area of an object: bool (N,).
+    """Whether each mask (N,S,S) has the area of an object: bool (N,). False where a generator drew nothing, say.
 
     Half the smallest area in `reference` (M,S,S) at least, and halfway from the largest to the whole image at most.
-    Where a generator drew nothing, or another background, an estimated mask is no object.
     """
     area, known = masks.double().mean((1, 2)), reference.double().mean((1, 2))
     return (area >= known.min() / 2) & (area <= (known.max() + 1) / 2)
@@ -306,10 +297,7 @@ def compare_methods(clip: FrozenClip, material: Material, methods: Sequence[Meth
 
 
 def drawn(run: Run, material: Material, seed: int = 0) -> Tensor:
-    """What a run draws for the captions of `material`: images (N,3,S,S) in [-1,1].
-
-    The latent of image i is a function of `seed` and i alone, so that all runs get the same.
-    """
+    """What a run draws for the captions of `material`, all runs from the same latents: images (N,3,S,S) in [-1,1]."""
     latent = sample_latents(seed, EXPLAINED_LATENTS, len(material), run.settings.model.latent_size)
     return generate(run.generator, latent, material.sentences)
 

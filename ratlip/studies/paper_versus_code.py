@@ -11,6 +11,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -96,8 +97,8 @@ def with_random_affines(generator: Generator, seed: int = 0) -> Generator:
     other, draw = copy.deepcopy(generator), torch.Generator().manual_seed(seed)
     for layer in other.modules():
         for mlp in (layer.gamma, layer.beta) if isinstance(layer, ConditionalAffine) else ():
-            weight = torch.randn(mlp[-1].weight.shape, generator=draw) / mlp[-1].in_features ** 0.5
-            mlp[-1].weight.data.copy_(weight)
+            weight: Tensor = mlp[-1].weight
+            weight.data.copy_(torch.randn(weight.shape, generator=draw) / weight.shape[1] ** 0.5)
     return other
 
 
@@ -146,7 +147,7 @@ def composition_scores(
     numbers, captions = test_pairs(prepared, count)
     sentence, standard = clip.embed_text(captions).cpu(), with_normalisation(clip, "standard")
     order = torch.from_numpy(np.random.default_rng(73).permutation(count))
-    ways = {f"batches of {size}": (size, None) for size in sizes}
+    ways: dict[str, tuple] = {f"batches of {size}": (size,) for size in sizes}
     ways[f"batches of {sizes[-1]}, shuffled"] = (sizes[-1], order)
     for name, way in ways.items():
         images = test_images(run, prepared, count, *way)
@@ -214,7 +215,7 @@ def full_size(profile: str = "cub-published", **model) -> tuple[Generator, Discr
     `model`: settings of the section model laid over the profile's.
     """
     settings = load_settings(profile, {f"model.{name}": value for name, value in model.items()})
-    clip = SimpleNamespace(name="ViT-B/32", image_size=224, grid=7, width=768, embed_dim=512, layers=12)
+    clip: Any = SimpleNamespace(name="ViT-B/32", image_size=224, grid=7, width=768, embed_dim=512, layers=12)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return build_networks(settings, clip)
 

@@ -163,7 +163,15 @@ def matching_learned(workspace: Workspace, batch_size: int, images: int = 1600, 
         optimiser.zero_grad()
         (hinge(true, real=True) + hinge(false, real=False) / 2).backward()
         optimiser.step()
-    return {"same": float(np.mean(same)), "right": _matched(discriminator, s, prepared, clip)}
+    numbers, captions = test_pairs(prepared, min(240, len(prepared.test)))
+    shown = real_images(prepared.test, numbers, s.data.crop, s.model.image_size)
+    sentence, right = clip.embed_text(captions), []
+    kept = [i for i in range(len(captions) - 1) if captions[i] != captions[i + 1]]
+    for rows in torch.tensor(kept).split(64):
+        with torch.no_grad():
+            true, false = _logits(discriminator, s, clip, shown[rows].to(device), sentence[rows], sentence[rows + 1])
+        right.append((true > false).float() + (true == false).float() / 2)
+    return {"same": float(np.mean(same)), "right": float(torch.cat(right).mean())}
 
 
 def _logits(
@@ -172,19 +180,6 @@ def _logits(
     with torch.no_grad():
         features, _ = clip.features(images, settings.model.feature_blocks, embedding=False)
     return discriminator(features, *sentences)
-
-
-@torch.no_grad()
-def _matched(discriminator: Discriminator, settings: Settings, prepared: Prepared, clip: FrozenClip) -> float:
-    numbers, captions = test_pairs(prepared, min(240, len(prepared.test)))
-    images = real_images(prepared.test, numbers, settings.data.crop, settings.model.image_size)
-    sentence, right = clip.embed_text(captions), []
-    kept = [i for i in range(len(captions) - 1) if captions[i] != captions[i + 1]]
-    for rows in torch.tensor(kept).split(64):
-        shown = images[rows].to(sentence.device)
-        true, false = _logits(discriminator, settings, clip, shown, sentence[rows], sentence[rows + 1])
-        right.append((true > false).float() + (true == false).float() / 2)
-    return float(torch.cat(right).mean())
 
 
 def calls_today() -> dict[str, str]:

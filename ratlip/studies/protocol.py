@@ -66,7 +66,8 @@ def reference_images(
         if side is None:
             square = centre_crop(pixels, crop)
         else:
-            square = cut(pixels, *(int(rng.integers(length - side + 1)) for length in pixels.shape[:2]), side)
+            top, left = (int(rng.integers(length - side + 1)) for length in pixels.shape[:2])
+            square = cut(pixels, top, left, side)
         squares.append(cut(square, 0, 0, len(square), mirrored=flip and rng.random() < 0.5))
     images = torch.from_numpy(np.stack(squares).transpose(0, 3, 1, 2).copy()).float()
     if via is not None:
@@ -76,7 +77,7 @@ def reference_images(
     return to_network(images, image_size)
 
 
-def _rounded(value: float) -> float:
+def _rounded(value: float | np.floating) -> float:
     return float(f"{value:.5g}")
 
 
@@ -131,13 +132,14 @@ class _Study:
         few = np.linspace(0, train - 1, min(test, train)).astype(int)
         side = data.crop if data.resize > data.crop else data.crop * 7 // 8
         random, mirrored = f"random crops, {side} px", "half of them mirrored"
+        resizing: dict[str, dict]
         if data.crop != size:
             resizing = {f"{data.crop} to {size} px, antialias": {}}
             resizing |= {f"{data.crop} to {size} px, {how}": {"how": how} for how in ("bicubic", "nearest")}
         else:
-            resizing, via = {"not resized": {}}, size * 3 // 4
-            for how in ("antialias", "bicubic", "nearest"):
-                resizing[f"to {via} px and back, {how}"] = {"how": how, "via": via}
+            via, every = size * 3 // 4, ("antialias", "bicubic", "nearest")
+            resizing = {f"to {via} px and back, {how}": {"how": how, "via": via} for how in every}
+            resizing = {"not resized": {}} | resizing
         passes = min(PUBLISHED_PASSES * test, self.total)  # 12 over the captions, or all images that there are
         return {
             "images": {f"{count} images": {"images": count} for count in sorted(set(e.study))},
@@ -175,7 +177,11 @@ class _Study:
             }
             count, name, which = (options.pop(key) for key in ("images", "extractor", "reference"))
             reference, every = self.real(name, *which, **options), store[name]
-            real = self._real_test_images(aspect, name, count)
+            real, test = None, len(self.prepared.test)
+            if aspect == "images":
+                real = self.real(name, "test", np.arange(test))[:count] if count <= test else None
+            elif aspect in BESIDE_REAL:
+                real = self.real(name, "test", np.arange(min(test, self.e.images)))
             row = {
                 "aspect": {"range": "numeric range", "last_batch": "last batch"}.get(aspect, aspect),
                 "variant": variant,
@@ -191,12 +197,6 @@ class _Study:
                 row |= {"mean": _rounded(np.mean(found)), "parts": parts, "spread": spread}
             rows.append(row)
         return rows
-
-    def _real_test_images(self, aspect: str, name: str, count: int) -> np.ndarray | None:
-        test = len(self.prepared.test)
-        if aspect == "images":
-            return self.real(name, "test", np.arange(test))[:count] if count <= test else None
-        return self.real(name, "test", np.arange(min(test, self.e.images))) if aspect in BESIDE_REAL else None
 
     def generated(self, names: Sequence[str], count: int) -> Store:
         """Features of the first `count` generated images: the images of the scores, and more."""
