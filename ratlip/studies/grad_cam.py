@@ -3,7 +3,7 @@
 The maps are those of pytorch-grad-cam (Grad-CAM: Selvaraju et al., 2017). The paper shows such maps for each h and
 gives no number; here every map is measured: `energy_on_object`, `coverage`, `concentration`. Before a map is believed
 it has to beat controls on real images, whose masks are exact (`validate`, after Adebayo et al., "Sanity checks for
-saliency maps", 2018). Charts are in `ratlip.plots.activation_maps`.
+saliency maps", 2018). Charts are in `ratlip.plots.charts`.
 """
 
 from __future__ import annotations
