@@ -14,6 +14,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -242,7 +243,8 @@ class Material:
 
     def first(self, count: int) -> Material:
         """The first `count` of it."""
-        return Material(*(None if part is None else part[:count] for part in vars(self).values()))
+        parts: list[Any] = [None if part is None else part[:count] for part in vars(self).values()]
+        return Material(*parts)
 
 
 def real_material(workspace: Workspace, split: str, count: int, seed: int = 0) -> Material:
@@ -265,6 +267,8 @@ def validate(clip: FrozenClip, random_clip: FrozenClip, material: Material, meth
     own caption, which holds whatever is common to all maps (objects lie near the middle).
     """
     m, half = material, len(material) // 2
+    if m.masks is None:
+        raise ValueError("material without masks cannot validate maps: only the generated set has them")
     maps = similarity_maps(clip, m.images, m.sentences, method)
     wrong = similarity_maps(clip, m.images, m.sentences.roll(half, 0), method)
     random = similarity_maps(random_clip, m.images, m.sentences, method)
@@ -311,9 +315,10 @@ def sweep(workspace: Workspace, runs: pd.DataFrame, material: Material, methods:
     """
     rows = []
     for row in bar(list(runs.itertuples()), desc="maps", unit="run", enabled=workspace.progress):
-        run, kept, masks = grid.open_run(workspace, row), slice(None), None
-        images, found = drawn(run, material), {}
-        if material.backgrounds is not None:
+        run = grid.open_run(workspace, row)
+        images = drawn(run, material)
+        kept, masks, found = torch.ones(len(images), dtype=torch.bool), None, {}
+        if material.backgrounds is not None and material.masks is not None:
             masks = estimated_masks(images, material.backgrounds)
             kept = plausible(masks, material.masks)
             masks, found = masks[kept], {"found": float(kept.double().mean())}

@@ -95,10 +95,10 @@ def with_random_affines(generator: Generator, seed: int = 0) -> Generator:
     effect of an arbitrary one is.
     """
     other, draw = copy.deepcopy(generator), torch.Generator().manual_seed(seed)
-    for layer in other.modules():
-        for mlp in (layer.gamma, layer.beta) if isinstance(layer, ConditionalAffine) else ():
-            weight: Tensor = mlp[-1].weight
-            weight.data.copy_(torch.randn(weight.shape, generator=draw) / weight.shape[1] ** 0.5)
+    layers = [module for module in other.modules() if isinstance(module, ConditionalAffine)]
+    for mlp in [part for layer in layers for part in (layer.gamma, layer.beta)]:
+        weight = mlp[-1].get_parameter("weight")
+        weight.data.copy_(torch.randn(weight.shape, generator=draw) / weight.shape[1] ** 0.5)
     return other
 
 
@@ -143,7 +143,8 @@ def composition_scores(
     Columns: "CLIP similarity" (standard normalisation) and, with a judge, "all right": the share of images of which
     it finds all that the caption says.
     """
-    prepared, clip, judge, rows = workspace.prepared, workspace.clip, workspace.judge, {}
+    prepared, clip, rows = workspace.prepared, workspace.clip, {}
+    judge, attributes = workspace.judge, prepared.test.attributes
     numbers, captions = test_pairs(prepared, count)
     sentence, standard = clip.embed_text(captions).cpu(), with_normalisation(clip, "standard")
     order = torch.from_numpy(np.random.default_rng(73).permutation(count))
@@ -152,8 +153,8 @@ def composition_scores(
     for name, way in ways.items():
         images = test_images(run, prepared, count, *way)
         rows[name] = {"CLIP similarity": float(clip_similarity(embed(standard, images), sentence).mean())}
-        if judge is not None:
-            right = judge_right(judge, images, [prepared.test.attributes[i] for i in numbers])
+        if judge is not None and attributes is not None:
+            right = judge_right(judge, images, [attributes[i] for i in numbers])
             rows[name]["all right"] = float(torch.stack(list(right.values())).all(0).float().mean())
     return pd.DataFrame(rows).T
 

@@ -221,9 +221,8 @@ class _Study:
             return reference_store(home, s, self.prepared, extractor, numbers, shown, split=split)["features"]
         identity = {"extractor": extractor.key, "data": self.identity["data"], "split": split, "study": how}
         identity |= {"crop": crop, "image_size": size, "numbers": digest(numbers.tolist())}
-        store = Store(
-            home, "features", identity, len(numbers), {"features": ((extractor.widths["features"],), "float32")}
-        )
+        columns: dict[str, tuple[tuple[int, ...], str]] = {"features": ((extractor.widths["features"],), "float32")}
+        store = Store(home, "features", identity, len(numbers), columns)
 
         def read(rows: np.ndarray) -> dict:
             return extractor(reference_images(source, numbers[rows], crop, size, **how))
