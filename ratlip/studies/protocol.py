@@ -169,12 +169,7 @@ class _Study:
         rows, names = [], ("features", *self.others) if aspect == "extractor" else ("features", "published")
         store = self.generated(names, self.e.images if aspect == "extractor" else self.total)
         for variant, changes in self.variants()[aspect].items():
-            options = {
-                "images": self.e.images,
-                "extractor": "features",
-                "reference": ("train", self.numbers),
-                **changes,
-            }
+            options = dict(images=self.e.images, extractor="features", reference=("train", self.numbers)) | changes
             count, name, which = (options.pop(key) for key in ("images", "extractor", "reference"))
             reference, every = self.real(name, *which, **options), store[name]
             real, test = None, len(self.prepared.test)
@@ -209,9 +204,12 @@ class _Study:
             return {name: each(images)["features"] for name, each in extractors.items()}
 
         keys = {name: each.key for name, each in extractors.items()}
-        columns = {name: ((each.widths["features"],), "float32") for name, each in extractors.items()}
+        columns = {name: self._column(name) for name in names}
         store = Store(self.folder, "study", {**self.identity, "extractors": keys}, count, columns)
         return store.fill(read, self.e.batch_size, desc=f"study: {count} images", progress=self.workspace.progress)
+
+    def _column(self, name: str) -> tuple[tuple[int, ...], str]:
+        return (self.used[name].widths["features"],), "float32"
 
     def real(self, name: str, split: str, numbers: np.ndarray, **how) -> np.ndarray:
         """Features of real images, seen the way `how` says (`reference_images`); kept in the workspace."""
@@ -221,8 +219,7 @@ class _Study:
             return reference_store(home, s, self.prepared, extractor, numbers, shown, split=split)["features"]
         identity = {"extractor": extractor.key, "data": self.identity["data"], "split": split, "study": how}
         identity |= {"crop": crop, "image_size": size, "numbers": digest(numbers.tolist())}
-        columns: dict[str, tuple[tuple[int, ...], str]] = {"features": ((extractor.widths["features"],), "float32")}
-        store = Store(home, "features", identity, len(numbers), columns)
+        store = Store(home, "features", identity, len(numbers), {"features": self._column(name)})
 
         def read(rows: np.ndarray) -> dict:
             return extractor(reference_images(source, numbers[rows], crop, size, **how))
