@@ -36,7 +36,6 @@ from ratlip.workspace import Workspace
 
 CAMS = ("GradCAM", "HiResCAM", "ScoreCAM")  # classes of pytorch_grad_cam; no SVD, whose sign is arbitrary
 TARGETS = ("cosine", "projection")
-HALF = 0.5  # `coverage` counts pixels from this share of a map's maximum on
 WHOLE = 0.8  # "the whole object": the best map of a real object, on the patch grid, reaches 0.9 of its pixels
 EXPLAINED_LATENTS = 2**31 + 6  # a "step" that neither training nor the scores use
 CONTROLS = ("area", "wrong caption", "random weights", "another image")
@@ -159,7 +158,7 @@ def energy_on_object(maps: Tensor, masks: Tensor) -> Tensor:
     return torch.where(total > 0, (maps * masks).sum((1, 2)) / total.clamp(min=1e-12), masks.mean((1, 2)))
 
 
-def coverage(maps: Tensor, masks: Tensor | None = None, level: float = HALF) -> Tensor:
+def coverage(maps: Tensor, masks: Tensor | None = None, level: float = 0.5) -> Tensor:
     """Share of the mask (without masks: of the image) where the map reaches `level` times its own maximum.
 
     maps, masks (N,S,S) -> float64 (N,); NaN where a mask is empty, 0 for a map of zeros. It is 1 for a map that

@@ -86,13 +86,6 @@ def outputs(network: nn.Module, modules: Iterable[nn.Module], *inputs: Tensor) -
 
 
 @torch.no_grad()
-def affines(generator: Generator, latent: Tensor, sentence: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Scale and shift (B,C) of every affine in the order of use, for latent (B,Z) and sentence (B,E)."""
-    layers = [module for module in generator.modules() if isinstance(module, ConditionalAffine)]
-    seen = outputs(generator, [part for layer in layers for part in (layer.gamma, layer.beta)], latent, sentence)
-    return [(seen[layer.gamma], seen[layer.beta]) for layer in layers]
-
-
 def steering(generator: Generator, sentences: Tensor, latent: Tensor) -> list[dict[str, float]]:
     """How far words and latent each move the affine of every layer: one row a layer.
 
@@ -100,13 +93,15 @@ def steering(generator: Generator, sentences: Tensor, latent: Tensor) -> list[di
     averaged over channels; "noise": the same over the latents with the first sentence; "size" and "shift": mean
     |gamma - 1| and |beta| over the sentences.
     """
-    by_words = affines(generator, latent[:1].expand_as(latent), sentences)
-    by_latent = affines(generator, latent, sentences[:1].expand_as(sentences))
-    rows = [
-        {"words": gamma.std(0), "noise": other.std(0), "size": (gamma - 1).abs(), "shift": beta.abs()}
-        for (gamma, beta), (other, _) in zip(by_words, by_latent, strict=True)
-    ]
-    return [{"layer": i, **{name: float(each.mean()) for name, each in row.items()}} for i, row in enumerate(rows, 1)]
+    layers = [module for module in generator.modules() if isinstance(module, ConditionalAffine)]
+    parts, rows = [part for layer in layers for part in (layer.gamma, layer.beta)], []
+    by_words = outputs(generator, parts, latent[:1].expand_as(latent), sentences)
+    by_latent = outputs(generator, parts, latent, sentences[:1].expand_as(sentences))
+    for number, layer in enumerate(layers, start=1):
+        gamma, beta, other = by_words[layer.gamma], by_words[layer.beta], by_latent[layer.gamma]
+        row = {"words": gamma.std(0), "noise": other.std(0), "size": (gamma - 1).abs(), "shift": beta.abs()}
+        rows.append({"layer": number, **{name: float(values.mean()) for name, values in row.items()}})
+    return rows
 
 
 @torch.no_grad()
