@@ -213,13 +213,13 @@ class _Study:
 
     def real(self, name: str, split: str, numbers: np.ndarray, **how) -> np.ndarray:
         """Features of real images, seen the way `how` says (`reference_images`); kept in the workspace."""
-        home, s, shown = self.workspace.root, self.workspace.settings, self.workspace.progress
+        root, s, shown = self.workspace.root, self.workspace.settings, self.workspace.progress
         source, extractor, crop, size = self.prepared[split], self.used[name], s.data.crop, s.model.image_size
         if not how:
-            return reference_store(home, s, self.prepared, extractor, numbers, shown, split=split)["features"]
+            return reference_store(root, s, self.prepared, extractor, numbers, shown, split=split)["features"]
         identity = {"extractor": extractor.key, "data": self.identity["data"], "split": split, "study": how}
         identity |= {"crop": crop, "image_size": size, "numbers": digest(numbers.tolist())}
-        store = Store(home, "features", identity, len(numbers), {"features": self._column(name)})
+        store = Store(root, "features", identity, len(numbers), {"features": self._column(name)})
 
         def read(rows: np.ndarray) -> dict:
             return extractor(reference_images(source, numbers[rows], crop, size, **how))
