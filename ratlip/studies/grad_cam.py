@@ -1,9 +1,9 @@
 """Where on an image does the frozen CLIP see the caption? Class activation maps, and numbers for them.
 
-The maps are those of pytorch-grad-cam (Grad-CAM: Selvaraju et al., 2017). The paper shows such maps for each
-h and gives no number; here every map is measured: `energy_on_object`, `coverage`, `concentration`. Before a
-map is believed it has to beat controls on real images, whose masks are exact (`validate`, after Adebayo et
-al., "Sanity checks for saliency maps", 2018). Charts are in `ratlip.plots.charts`.
+The maps are those of pytorch-grad-cam (Grad-CAM: Selvaraju et al., 2017). The paper shows such maps for each h and
+gives no number; here every map is measured: `energy_on_object`, `coverage`, `concentration`. Before a map is believed
+it has to beat controls on real images, whose masks are exact (`validate`, after Adebayo et al., "Sanity checks for
+saliency maps", 2018). Charts are in `ratlip.plots.charts`.
 """
 
 from __future__ import annotations
@@ -11,29 +11,31 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytorch_grad_cam
 import torch
-from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ratlip.clip.frozen import FrozenClip
 from ratlip.data.batches import centre_crop, real_images
+from ratlip.data.prepared import Split
 from ratlip.data.synthetic import object_mask
 from ratlip.plots.pictures import as_pixels
 from ratlip.progress import bar
 from ratlip.studies import compare, grid
-from ratlip.training.generation import generate
+from ratlip.training.generation import Run, generate
 from ratlip.training.step import sample_latents
+from ratlip.workspace import Workspace
 
 CAMS = ("GradCAM", "HiResCAM", "ScoreCAM")  # classes of pytorch_grad_cam; no SVD, whose sign is arbitrary
 TARGETS = ("cosine", "projection")
-HALF = 0.5  # `coverage` counts pixels from this share of a map's maximum on
 WHOLE = 0.8  # "the whole object": the best map of a real object, on the patch grid, reaches 0.9 of its pixels
 EXPLAINED_LATENTS = 2**31 + 6  # a "step" that neither training nor the scores use
 CONTROLS = ("area", "wrong caption", "random weights", "another image")
@@ -43,11 +45,9 @@ CONTROLS = ("area", "wrong caption", "random weights", "another image")
 class Method:
     """How a map is made: the `cam`, one of `CAMS`; the `target`, one of `TARGETS`; and the layer.
 
-    The layer is `ln_1` of an image block (0 to L-1, or counted from the end: -1, -2, ...), the tokens as the
-    block's attention reads them. It must lie before the last attention: in a CLIP that reads its class token,
-    as all pretrained ones, patch tokens after the last attention no longer reach the embedding and have no
-    gradient. "cosine" is the similarity itself; "projection" is the length of the embedding along the
-    sentence, the cosine without the image's norm, which does not level off at a perfect match.
+    The layer is `ln_1` of an image block (0 to L-1, or -1, -2, ... from the end), the tokens as its attention reads
+    them: in a CLIP that reads its class token, patch tokens after the last attention have no gradient. "cosine" is the
+    similarity itself; "projection", the length of the embedding along the sentence, does not level off at a match.
     """
 
     cam: str = "GradCAM"
@@ -59,8 +59,8 @@ class Method:
             raise ValueError(f"a method is one of {CAMS} and one of {TARGETS}, not {self.cam!r} and {self.target!r}")
 
     def __str__(self) -> str:
-        places = {-1: "the last block", -2: "the last but one"}
-        return f"{self.cam}, {self.target}, {places.get(self.block, f'block {self.block}')}"
+        block = {-1: "the last block", -2: "the last but one"}.get(self.block, f"block {self.block}")
+        return f"{self.cam}, {self.target}, {block}"
 
 
 PAPER = Method()
@@ -69,19 +69,12 @@ PAPER = Method()
 def candidates(clip: FrozenClip) -> list[Method]:
     """The methods that notebook 6 compares: Grad-CAM of three blocks with both targets, and two relatives.
 
-    HiRes-CAM (Draelos and Carin, 2020) multiplies activation and gradient patch by patch, where Grad-CAM
-    averages the gradient over the patches first. Score-CAM (Wang et al., 2020) uses no gradient: it shows
-    CLIP the image through each channel, and weighs the channel by the similarity that is left.
+    HiRes-CAM (Draelos and Carin, 2020) does not average the gradient over the patches. Score-CAM (Wang et al., 2020)
+    shows CLIP the image through each channel, and weighs the channel by the similarity that is left.
     """
     blocks = range(-1, -1 - min(3, clip.layers), -1)
-    return [
-        *(Method("GradCAM", block, target) for target in TARGETS for block in blocks),
-        Method("HiResCAM", -1, "projection"),
-        Method("ScoreCAM", -1, "cosine"),
-    ]
-
-
-# --------------------------------------------------------------------------------------------------- maps
+    grad_cams = [Method("GradCAM", block, target) for target in TARGETS for block in blocks]
+    return [*grad_cams, Method("HiResCAM", -1, "projection"), Method("ScoreCAM", -1, "cosine")]
 
 
 class _Embedding(nn.Module):
@@ -95,20 +88,15 @@ class _Embedding(nn.Module):
         return self.clip.embed_images(images.detach().requires_grad_(torch.is_grad_enabled()))
 
 
-def _target(sentence: Tensor, kind: str):
-    unit = F.normalize(sentence, dim=0)
-    return lambda embedding: (F.normalize(embedding, dim=0) if kind == "cosine" else embedding) @ unit
-
-
-def _patches(clip: FrozenClip):
+def _patches(clip: FrozenClip, tokens: Tensor) -> Tensor:
     """Tokens of a block -> (B,C,g,g), without the class token (which, where there is one, comes first)."""
-    batch_first = clip.model.visual.transformer.batch_first
+    tokens = tokens if clip.model.visual.transformer.batch_first else tokens.transpose(0, 1)
+    return tokens[:, -(clip.grid**2) :].transpose(1, 2).unflatten(2, (clip.grid, clip.grid))
 
-    def reshape(tokens: Tensor) -> Tensor:
-        tokens = tokens if batch_first else tokens.transpose(0, 1)
-        return tokens[:, -(clip.grid**2) :].transpose(1, 2).unflatten(2, (clip.grid, clip.grid))
 
-    return reshape
+def _similarity(sentence: Tensor, target: str, embedding: Tensor) -> Tensor:
+    """Scalar of a sentence and an image embedding, each (E,)."""
+    return (F.normalize(embedding, dim=0) if target == "cosine" else embedding) @ F.normalize(sentence, dim=0)
 
 
 def similarity_maps(
@@ -116,75 +104,65 @@ def similarity_maps(
 ) -> Tensor:
     """Which pixels make CLIP find the sentence: (N,S,S) float32 in [0,1] on the CPU.
 
-    images (N,3,S,S) in [-1,1], S = `clip.image_size`; sentences (N,E), their text embeddings, of any length.
-    Each map is scaled by itself (its smallest value 0, its largest about 1), so two maps tell nothing about
-    which image fits better; a map without any positive value is 0. The patch grid is enlarged bilinearly.
-    Score-CAM takes `clip.width` passes an image.
+    images (N,3,S,S) in [-1,1], S = `clip.image_size`; sentences (N,E), their text embeddings, of any length. Each map
+    is scaled by itself to 0 .. 1 (all 0 where nothing is positive), so two maps do not say which image fits better.
+    The patch grid is enlarged bilinearly. Score-CAM takes `clip.width` passes an image.
     """
     if len(images) != len(sentences):
         raise ValueError(f"{len(images)} images and {len(sentences)} sentences: one each is needed")
     if not -clip.layers <= method.block < clip.layers:
         raise ValueError(f"{method}: {clip.name} has the blocks 0 to {clip.layers - 1}")
-    device = clip.mean.device
-    layer = clip.model.visual.transformer.resblocks[method.block].ln_1
     if not len(images):
         return torch.empty(0, *images.shape[2:])
-    parts = []
-    with torch.enable_grad():
-        cam: BaseCAM = getattr(pytorch_grad_cam, method.cam)(_Embedding(clip), [layer], _patches(clip))
+    device, maps = clip.mean.device, []
+    texts = sentences.to(device).split(batch_size)
+    layer = clip.model.visual.transformer.resblocks[method.block].ln_1
+    with torch.enable_grad(), contextlib.redirect_stderr(io.StringIO()):  # Score-CAM draws a progress bar an image
+        cam = getattr(pytorch_grad_cam, method.cam)(_Embedding(clip), [layer], partial(_patches, clip))
         cam.batch_size = 256  # read by Score-CAM: channels at once
         try:
-            for batch, texts in zip(images.split(batch_size), sentences.to(device).split(batch_size)):
-                targets = [_target(sentence, method.target) for sentence in texts]
-                with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM draws a progress bar an image
-                    parts.append(torch.from_numpy(cam(batch.to(device), targets)))
+            for batch, wanted in zip(images.split(batch_size), texts, strict=True):
+                targets = [partial(_similarity, sentence, method.target) for sentence in wanted]
+                maps.append(torch.from_numpy(cam(batch.to(device), targets)))
         finally:
             cam.activations_and_grads.release()
-    return torch.cat(parts).clamp(0, 1)
+    return torch.cat(maps).clamp(0, 1)
 
 
 def shuffled(clip: FrozenClip, seed: int = 0) -> FrozenClip:
     """A copy of `clip` that knows nothing: the values of each tensor of its image tower in random order.
 
-    The size of the weights stays, what they had learned goes; a map that stays too shows the image, not what
-    CLIP sees in it.
+    A map that stays as it was shows the image, not what CLIP sees in it.
     """
-    stranger = copy.deepcopy(clip)
-    stranger.__dict__.pop("fingerprint", None)
-    stranger.name = f"{clip.name}, weights shuffled"
+    other = copy.deepcopy(clip)
+    other.__dict__.pop("fingerprint", None)
+    other.name = f"{clip.name}, weights shuffled"
     draw = torch.Generator().manual_seed(seed)
-    for weight in stranger.model.visual.parameters():
+    for weight in other.model.visual.parameters():
         order = torch.randperm(weight.numel(), generator=draw).to(weight.device)
         weight.data = weight.data.flatten()[order].view_as(weight)
-    return stranger
-
-
-# ------------------------------------------------------------------------------------------------ numbers
+    return other
 
 
 def _checked(maps: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
-    if maps.ndim != 3 or (masks is not None and masks.shape != maps.shape):
-        raise ValueError(
-            f"maps must be (N,S,S) and masks of the same shape, not {tuple(maps.shape)} and "
-            f"{None if masks is None else tuple(masks.shape)}"
-        )
-    return maps.double(), torch.ones_like(maps).double() if masks is None else masks.double()
+    masks = torch.ones_like(maps) if masks is None else masks
+    if maps.ndim != 3 or masks.shape != maps.shape:
+        raise ValueError(f"maps must be (N,S,S) and masks of the same shape, not {maps.shape} and {masks.shape}")
+    return maps.double(), masks.double()
 
 
 def energy_on_object(maps: Tensor, masks: Tensor) -> Tensor:
-    """Share of each map's sum that lies in the mask: float64 (N,). A map of zeros counts as a uniform one,
-    whose share is the mask's area.
-    """
+    """Share of each map's sum that lies in the mask: float64 (N,). A map of zeros counts as a uniform one."""
     maps, masks = _checked(maps, masks)
     total = maps.sum((1, 2))
     return torch.where(total > 0, (maps * masks).sum((1, 2)) / total.clamp(min=1e-12), masks.mean((1, 2)))
 
 
-def coverage(maps: Tensor, masks: Tensor | None = None, level: float = HALF) -> Tensor:
+def coverage(maps: Tensor, masks: Tensor | None = None, level: float = 0.5) -> Tensor:
     """Share of the mask (without masks: of the image) where the map reaches `level` times its own maximum.
 
-    maps, masks (N,S,S) -> float64 (N,); NaN where a mask is empty, 0 for a map of zeros. It is 1 for a map
-    that covers everything, so the coverage of the background, `coverage(maps, ~masks)`, belongs beside it.
+    maps, masks (N,S,S) -> float64 (N,); NaN where a mask is empty, 0 for a map of zeros. It is 1 for a map that
+    covers everything, so the coverage of the background, `coverage(maps, ~masks)`, belongs beside it.
     """
     maps, masks = _checked(maps, masks)
     most = maps.amax((1, 2), keepdim=True)
@@ -196,10 +174,8 @@ def concentration(maps: Tensor) -> Tensor:
 
     maps (N,S,S) -> float64 (N,) in [0,1]: 0 for a uniform map (and for zeros), 1 for a single pixel.
     """
-    maps, _ = _checked(maps, None)
-    share = maps.flatten(1)
-    pixels = share.shape[1]
-    total = share.sum(1, keepdim=True)
+    share = _checked(maps, None)[0].flatten(1)
+    pixels, total = share.shape[1], share.sum(1, keepdim=True)
     share = torch.where(total > 0, share / total.clamp(min=1e-12), torch.full_like(share, 1 / pixels))
     return (1 - torch.special.entr(share).sum(1) / np.log(pixels)).clamp(0, 1)
 
@@ -210,46 +186,49 @@ def overlap(masks: Tensor, others: Tensor) -> Tensor:
     return (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1).double()
 
 
-# --------------------------------------------------------------------------------------------------- masks
+def map_scores(maps: Tensor, masks: Tensor | None = None) -> dict[str, float]:
+    """Means over images. With masks (N,S,S): "coverage" of the object, "spill" (coverage of the background), "energy"
+    on the object, its "area"; without: "coverage" of the image. Always "concentration". NaN where there is no image.
+    """
+    each = {"coverage": coverage(maps, masks)}
+    if masks is not None:
+        each |= {"spill": coverage(maps, ~masks), "energy": energy_on_object(maps, masks)}
+        each["area"] = masks.double().mean((1, 2))
+    each["concentration"] = concentration(maps)
+    return {name: float(values.nanmean()) for name, values in each.items()}
 
 
-def real_masks(split, numbers, crop: int, image_size: int) -> Tensor | None:
+def real_masks(split: Split, numbers: Sequence[int], crop: int, image_size: int) -> Tensor | None:
     """Exact object masks of `real_images` of the same numbers: bool (N,S,S); None where the set has none."""
-    found = [split.mask(int(n)) for n in numbers]
-    if any(mask is None for mask in found):
+    found = [centre_crop(mask, crop) for mask in map(split.mask, map(int, numbers)) if mask is not None]
+    if len(found) < len(numbers):
         return None
-    cut = np.stack([centre_crop(mask[..., None], crop)[..., 0] for mask in found])
-    cover = torch.from_numpy(cut).float()[:, None]
+    cover = torch.from_numpy(np.stack(found)).float()[:, None]
     if crop != image_size:
         cover = F.interpolate(cover, size=image_size, mode="bilinear", antialias=True, align_corners=False)
     return cover[:, 0] > 0.5
 
 
 def estimated_masks(images: Tensor, backgrounds: Sequence[str]) -> Tensor:
-    """Objects on images (N,3,S,S) in [-1,1] of the generated set's kind, by colour: bool (N,S,S).
-
-    `backgrounds`: what each caption calls the background; see `synthetic.object_mask`.
+    """Objects on images (N,3,S,S) in [-1,1] of the generated set's kind, by the background that each caption names:
+    bool (N,S,S). See `synthetic.object_mask`.
     """
     return torch.from_numpy(object_mask(as_pixels(images), backgrounds))
 
 
 def plausible(masks: Tensor, reference: Tensor) -> Tensor:
-    """Whether each mask (N,S,S) has the area of an object: bool (N,).
+    """Whether each mask (N,S,S) has the area of an object: bool (N,). False where a generator drew nothing, say.
 
-    Half the smallest area in `reference` (M,S,S) at least, and halfway from the largest to the whole image at
-    most. Where a generator drew nothing, or another background, an estimated mask is no object.
+    Half the smallest area in `reference` (M,S,S) at least, and halfway from the largest to the whole image at most.
     """
     area, known = masks.double().mean((1, 2)), reference.double().mean((1, 2))
     return (area >= known.min() / 2) & (area <= (known.max() + 1) / 2)
 
 
-# ---------------------------------------------------------------------------------------------- validation
-
-
 @dataclass(frozen=True)
 class Material:
-    """What maps are made for: images (N,3,S,S) in [-1,1], sentences (N,E), captions, masks (N,S,S) or None,
-    and the backgrounds named by the captions (or None).
+    """What maps are made for: images (N,3,S,S) in [-1,1], sentences (N,E), captions, masks (N,S,S) or None, and the
+    backgrounds named by the captions (or None).
     """
 
     images: Tensor
@@ -263,44 +242,38 @@ class Material:
 
     def first(self, count: int) -> Material:
         """The first `count` of it."""
-        parts = (self.images, self.sentences, self.captions, self.masks, self.backgrounds)
-        return Material(*(None if part is None else part[:count] for part in parts))
+        parts: list[Any] = [None if part is None else part[:count] for part in vars(self).values()]
+        return Material(*parts)
 
 
-def real_material(workspace, split: str, count: int, seed: int = 0) -> Material:
-    """`count` real images of a split of a `Workspace` (fewer where it has fewer), drawn by `seed`, each with
-    one caption.
-    """
+def real_material(workspace: Workspace, split: str, count: int, seed: int = 0) -> Material:
+    """`count` real images of a split (fewer where it has fewer), drawn by `seed`, each with one caption."""
     part, s = workspace.prepared[split], workspace.settings
     rng = np.random.default_rng([seed, 6])
     numbers = rng.permutation(len(part))[:count].tolist()
     captions = [part.captions[n][int(rng.integers(len(part.captions[n])))] for n in numbers]
-    place = (part, numbers, s.data.crop, s.model.image_size)
-    known = part.attributes and [part.attributes[n]["background"] for n in numbers]
+    which = (part, numbers, s.data.crop, s.model.image_size)
+    backgrounds = part.attributes and [part.attributes[n]["background"] for n in numbers]
     sentences = workspace.clip.embed_text(captions).cpu()
-    return Material(real_images(*place), sentences, captions, real_masks(*place), known)
+    return Material(real_images(*which), sentences, captions, real_masks(*which), backgrounds)
 
 
-def validate(clip: FrozenClip, stranger: FrozenClip, material: Material, method: Method) -> pd.DataFrame:
+def validate(clip: FrozenClip, random_clip: FrozenClip, material: Material, method: Method) -> pd.DataFrame:
     """Share of the map's energy on the object, an image a row, and what the controls get instead.
 
-    "map": the image's own caption. "area": a uniform map. "wrong caption": that of another image of
-    `material`. "random weights": the same by `stranger` (see `shuffled`). "another image": the map of another
-    image with its own caption, which holds whatever is common to all maps (objects lie near the middle).
+    "map": the image's own caption. "area": a uniform map. "wrong caption": that of another image of `material`.
+    "random weights": the same by `random_clip` (see `shuffled`). "another image": the map of another image with its
+    own caption, which holds whatever is common to all maps (objects lie near the middle).
     """
     m, half = material, len(material) // 2
+    if m.masks is None:
+        raise ValueError("material without masks cannot validate maps: only the generated set has them")
     maps = similarity_maps(clip, m.images, m.sentences, method)
     wrong = similarity_maps(clip, m.images, m.sentences.roll(half, 0), method)
-    random = similarity_maps(stranger, m.images, m.sentences, method)
-    return pd.DataFrame(
-        {
-            "map": energy_on_object(maps, m.masks),
-            "area": m.masks.double().mean((1, 2)),
-            "wrong caption": energy_on_object(wrong, m.masks),
-            "random weights": energy_on_object(random, m.masks),
-            "another image": energy_on_object(maps.roll(half, 0), m.masks),
-        }
-    )
+    random = similarity_maps(random_clip, m.images, m.sentences, method)
+    shown = {"map": maps, "area": torch.ones_like(maps), "wrong caption": wrong, "random weights": random}
+    shown["another image"] = maps.roll(half, 0)
+    return pd.DataFrame({name: energy_on_object(each, m.masks) for name, each in shown.items()})
 
 
 def margins(energies: pd.DataFrame) -> pd.DataFrame:
@@ -314,81 +287,45 @@ def margins(energies: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare_methods(clip: FrozenClip, material: Material, methods: Sequence[Method]) -> pd.DataFrame:
-    """One row a method: mean energy on the object, that of each control, smallest margin, its standard error,
-    and whether all controls are beaten.
+    """One row a method: mean energy on the object, that of each control, smallest margin, its standard error, and
+    whether all controls are beaten.
     """
-    stranger, rows = shuffled(clip), {}
+    random_clip, rows = shuffled(clip), {}
     for method in methods:
-        energies = validate(clip, stranger, material, method)
-        beaten = margins(energies)
-        worst = beaten["margin"].idxmin()
-        rows[method] = {
-            **energies.mean(),
-            "margin": beaten["margin"][worst],
-            "se": beaten["se"][worst],
-            "valid": bool(beaten["beaten"].all()),
-        }
+        energies = validate(clip, random_clip, material, method)
+        table = margins(energies)
+        smallest = table.loc[table["margin"].idxmin(), ["margin", "se"]]
+        rows[method] = {**energies.mean(), **smallest, "valid": bool(table["beaten"].all())}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-# ------------------------------------------------------------------------------------------------ the sweep
-
-
-def drawn(run, material: Material, seed: int = 0) -> Tensor:
-    """What a run (`generation.Run`) draws for the captions of `material`: images (N,3,S,S) in [-1,1].
-
-    The latent of image i is a function of `seed` and i alone, so that all runs get the same.
-    """
+def drawn(run: Run, material: Material, seed: int = 0) -> Tensor:
+    """What a run draws for the captions of `material`, all runs from the same latents: images (N,3,S,S) in [-1,1]."""
     latent = sample_latents(seed, EXPLAINED_LATENTS, len(material), run.settings.model.latent_size)
     return generate(run.generator, latent, material.sentences)
 
 
-def map_scores(maps: Tensor, masks: Tensor | None = None) -> dict[str, float]:
-    """Means over images. With masks (N,S,S): "coverage" of the object, "spill" (coverage of the background),
-    "energy" on the object, its "area"; without: "coverage" of the image. Always "concentration". NaN where
-    there is no image.
-    """
-    if masks is None:
-        each = {"coverage": coverage(maps)}
-    else:
-        each = {
-            "coverage": coverage(maps, masks),
-            "spill": coverage(maps, ~masks),
-            "energy": energy_on_object(maps, masks),
-            "area": masks.double().mean((1, 2)),
-        }
-    each["concentration"] = concentration(maps)
-    return {name: float(values.nanmean()) for name, values in each.items()}
+def sweep(workspace: Workspace, runs: pd.DataFrame, material: Material, methods: dict[str, Method]) -> pd.DataFrame:
+    """`map_scores` of every run (a row of `grid.results`) by every method: one row each.
 
-
-def sweep(workspace, runs: pd.DataFrame, material: Material, methods: dict[str, Method]) -> pd.DataFrame:
-    """`map_scores` of every run (a row of `experiments.results`) by every method: one row each.
-
-    Columns: method (its key), label, seed, hidden_size, the scores and, where the background is known,
-    "found": the share of images with a plausible object. There, the object is estimated by colour, and all
-    scores but "concentration" are about these images.
+    Columns: method (its key), label, seed, hidden_size, the scores and, where the background is known, "found": the
+    share of images with a plausible object. There, the object is estimated by colour, and all scores but
+    "concentration" are about these images.
     """
     rows = []
     for row in bar(list(runs.itertuples()), desc="maps", unit="run", enabled=workspace.progress):
-        run, kept, masks = grid.open_run(workspace, row), slice(None), None
-        images, found = drawn(run, material), {}
-        if material.backgrounds is not None:
+        run = grid.open_run(workspace, row)
+        images = drawn(run, material)
+        kept, masks, found = torch.ones(len(images), dtype=torch.bool), None, {}
+        if material.backgrounds is not None and material.masks is not None:
             masks = estimated_masks(images, material.backgrounds)
             kept = plausible(masks, material.masks)
             masks, found = masks[kept], {"found": float(kept.double().mean())}
         for name, method in methods.items():
             maps = similarity_maps(run.clip, images, material.sentences, method)
-            rows.append(
-                {
-                    "method": name,
-                    "label": row.label,
-                    "seed": row.seed,
-                    "hidden_size": row.hidden_size,
-                    **map_scores(maps[kept], masks),
-                    **found,
-                    "concentration": float(concentration(maps).mean()),
-                }
-            )
+            scores = map_scores(maps[kept], masks) | found | {"concentration": float(concentration(maps).mean())}
+            which = {"method": name, "label": row.label, "seed": row.seed, "hidden_size": row.hidden_size}
+            rows.append(which | scores)
     return pd.DataFrame(rows)
 
 
@@ -400,21 +337,20 @@ def whole_object(frame: pd.DataFrame, label: str) -> tuple[float, str]:
     values = frame.loc[frame["label"] == label, "coverage"].dropna()
     if len(values) < 2:
         return float(values.mean()), "undecided"
-    reach = compare.half_interval(values)
-    away = float(values.mean()) - WHOLE
-    return away + WHOLE, "undecided" if abs(away) <= reach else "supported" if away > 0 else "contradicted"
+    lead = float(values.mean()) - WHOLE
+    decided = abs(lead) > compare.half_interval(values)
+    return lead + WHOLE, ("supported" if lead > 0 else "contradicted") if decided else "undecided"
 
 
 def against_others(frame: pd.DataFrame, label: str, column: str = "coverage") -> pd.DataFrame:
-    """The variant `label` minus each other variant by `experiments.paired`: one row a variant: difference, low, high,
-    verdict on "more than there". Arms without a number (no object found) are "undecided".
+    """The variant `label` minus each other one by `compare.paired`: one row a variant: difference, low, high, verdict
+    on "more than there". Variants without a number (no object found) are "undecided".
     """
     rows = {}
     for other in [name for name in frame["label"].unique() if name != label]:
         both = frame[frame["label"].isin([label, other])].pivot(index="seed", columns="label", values=column)
-        if both.dropna().empty:
-            rows[other] = {"difference": np.nan, "low": np.nan, "high": np.nan, "verdict": "undecided"}
-            continue
-        found = compare.paired(frame, label, other, column)
+        found = compare.Difference(np.nan, np.nan, np.nan, 0, "undecided")
+        if not both.dropna().empty:
+            found = compare.paired(frame, label, other, column)
         rows[other] = {"difference": found.mean, "low": found.low, "high": found.high, "verdict": found.verdict}
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -1,9 +1,9 @@
-"""Numbers that the notebooks look at, read off the frozen CLIP and the networks (pictures: `figures`)."""
+"""Numbers that notebooks read off the frozen CLIP and the networks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +13,13 @@ from torch.nn import functional as F
 from ratlip.clip.frozen import FrozenClip
 from ratlip.data.synthetic import ATTRIBUTES, caption
 from ratlip.networks import ConditionalAffine, Generator
+from ratlip.training.generation import Run, generate
+from ratlip.training.step import sample_latents
 
 
 def standard_error(share: float, count: int) -> float:
-    """Binomial standard error of a share (0 to 1) of `count` independent trials.
-
-    Two successes and two failures are added (Agresti and Coull 1998), so that 0 and 1 are not certain.
+    """Binomial standard error of a share (0 to 1) of `count` independent trials, with two successes and two failures
+    added (Agresti and Coull 1998), so that 0 and 1 are not certain.
     """
     share = (share * count + 2) / (count + 4)
     return float(np.sqrt(share * (1 - share) / (count + 4)))
@@ -37,12 +38,11 @@ def one_word_changed(
 ) -> dict[str, float]:
     """For each attribute, the share of images closer to their caption than to it with that word changed.
 
-    images (N,3,S,S) in [-1,1] of the generated set with their attributes; wordings and wrong values are drawn
-    by `seed`. Guessing gives 0.5.
+    images (N,3,S,S) in [-1,1] of the generated set with their attributes; wordings and wrong values are drawn by
+    `seed`. Guessing gives 0.5.
     """
-    rng = np.random.default_rng(seed)
+    rng, shares = np.random.default_rng(seed), {}
     embedded = F.normalize(clip.embed_images(images), dim=1)
-    shares = {}
     for name, values in ATTRIBUTES.items():
         pairs = []
         for known in attributes:
@@ -58,8 +58,8 @@ def one_word_changed(
 def patch_colours(features: Tensor) -> Tensor:
     """Patch features (B,K,C,g,g) -> (B,K,3,g,g) in [-1,1]: the three main directions of each depth as RGB.
 
-    Patches of one colour are alike to the network at that depth. One PCA a depth over all patches of all
-    images; the sign of each direction is chosen so that the largest weight is positive.
+    Patches of one colour are alike to the network at that depth. One PCA a depth over all patches of all images; the
+    sign of each direction is chosen so that the largest weight is positive.
     """
     batch, depths, _, grid, _ = features.shape
     colours = []
@@ -73,46 +73,57 @@ def patch_colours(features: Tensor) -> Tensor:
     return torch.stack(colours).view(depths, batch, grid, grid, 3).permute(1, 0, 4, 2, 3)
 
 
-@torch.no_grad()
-def affines(generator: Generator, latent: Tensor, sentence: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Scale and shift (B,C) of every affine in the order of use, for latent (B,Z) and sentence (B,E)."""
-    layers = [module for module in generator.modules() if isinstance(module, ConditionalAffine)]
-    with _outputs([part for layer in layers for part in (layer.gamma, layer.beta)]) as seen:
-        generator(latent, sentence)
-    return list(zip(seen[::2], seen[1::2], strict=True))
-
-
-@contextmanager
-def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect the outputs of modules, in the given order, during one forward pass."""
-    seen: list = [None] * len(modules)
-    hooks = [
-        module.register_forward_hook(lambda _module, _given, result, i=i: seen.__setitem__(i, result))
-        for i, module in enumerate(modules)
-    ]
+def outputs(network: nn.Module, modules: Iterable[nn.Module], *inputs: Tensor) -> dict[nn.Module, Any]:
+    """What these modules give while `network` reads `inputs` once: module -> output, in the order of use."""
+    seen: dict[nn.Module, Any] = {}
+    hooks = [each.register_forward_hook(lambda module, _, output: seen.update({module: output})) for each in modules]
     try:
-        yield seen
+        network(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
+    return seen
 
 
+@torch.no_grad()
 def steering(generator: Generator, sentences: Tensor, latent: Tensor) -> list[dict[str, float]]:
     """How far words and latent each move the affine of every layer: one row a layer.
 
-    sentences (N,E), latent (N,Z). "words": the standard deviation of gamma over the sentences with the first
-    latent, averaged over channels; "noise": the same over the latents with the first sentence; "size" and
-    "shift": mean |gamma - 1| and |beta| over the sentences.
+    sentences (N,E), latent (N,Z). "words": the standard deviation of gamma over the sentences with the first latent,
+    averaged over channels; "noise": the same over the latents with the first sentence; "size" and "shift": mean
+    |gamma - 1| and |beta| over the sentences.
     """
-    same_noise = affines(generator, latent[:1].expand_as(latent), sentences)
-    same_words = affines(generator, latent, sentences[:1].expand_as(sentences))
-    return [
-        {
-            "layer": i + 1,
-            "words": float(words.std(0).mean()),
-            "noise": float(other.std(0).mean()),
-            "size": float((words - 1).abs().mean()),
-            "shift": float(beta.abs().mean()),
-        }
-        for i, ((words, beta), (other, _)) in enumerate(zip(same_noise, same_words, strict=True))
-    ]
+    layers = [module for module in generator.modules() if isinstance(module, ConditionalAffine)]
+    parts, rows = [part for layer in layers for part in (layer.gamma, layer.beta)], []
+    by_words = outputs(generator, parts, latent[:1].expand_as(latent), sentences)
+    by_latent = outputs(generator, parts, latent, sentences[:1].expand_as(sentences))
+    for number, layer in enumerate(layers, start=1):
+        gamma, beta, other = by_words[layer.gamma], by_words[layer.beta], by_latent[layer.gamma]
+        row = {"words": gamma.std(0), "noise": other.std(0), "size": (gamma - 1).abs(), "shift": beta.abs()}
+        rows.append({"layer": number, **{name: float(values.mean()) for name, values in row.items()}})
+    return rows
+
+
+@torch.no_grad()
+def between_captions(run: Run, first: str, last: str, steps: int = 7, seed: int = 1) -> Tensor:
+    """Images (steps,3,S,S) in [-1,1] of one latent, the sentence on a straight line between two captions."""
+    ends = run.clip.embed_text([first, last])
+    path = torch.lerp(ends[:1], ends[1:], torch.linspace(0, 1, steps, device=ends.device)[:, None])
+    latent = sample_latents(seed, 0, 1, run.settings.model.latent_size).expand(steps, -1)
+    return generate(run.generator, latent, path.cpu())
+
+
+@torch.no_grad()
+def between_latents(run: Run, caption: str, steps: int = 7, seed: int = 1) -> Tensor:
+    """Images (steps,3,S,S) in [-1,1] of one caption, the latent on a great circle from one draw to another: halfway
+    along a straight line, a latent is shorter than any that the generator knows.
+    """
+    first, last = sample_latents(seed, 0, 2, run.settings.model.latent_size)
+    angle = torch.linspace(0, torch.pi / 2, steps)[:, None]
+    sentence = run.clip.embed_text([caption]).cpu().expand(steps, -1)
+    return generate(run.generator, angle.cos() * first + angle.sin() * last, sentence)
+
+
+def step_sizes(paths: Tensor) -> list[float]:
+    """Root mean square change of the pixels ([-1,1]) between the ends of each of paths (P,steps,3,S,S)."""
+    return [float((path[-1] - path[0]).square().mean().sqrt()) for path in paths]

@@ -1,15 +1,12 @@
-"""Does the generator memorise? Distances from generated images to training images, beside what real ones
-have.
+"""Does the generator memorise? Distances from generated images to training images, beside those of real ones.
 
-Real test images, which no generator has seen, say how near an image of this kind comes to the training set by
-itself. Generated images of the same captions that come much nearer are copies (the idea of Meehan et al.
-2020, "A non-parametric test to detect data-copying"). Two spaces: embeddings of the independent CLIP, and
-small pixels.
+Real test images, which no generator has seen, say how near an image of this kind comes to the training set by itself.
+Generated images of the same captions that come much nearer are copies (the idea of Meehan et al. 2020, "A
+non-parametric test to detect data-copying"). Two spaces: embeddings of the independent CLIP, and small pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +16,7 @@ from torch.nn import functional as F
 
 from ratlip.clip.frozen import FrozenClip
 from ratlip.data.batches import real_images
-from ratlip.progress import bar
+from ratlip.data.prepared import Split
 from ratlip.scores.evaluation import embed
 
 SPACES = ("independent CLIP", "pixels")
@@ -32,8 +29,8 @@ RESAMPLES, SEED = 2000, 31
 def features(images: Tensor, clip: FrozenClip, batch_size: int = 128) -> dict[str, Tensor]:
     """Images (N,3,S,S) in [-1,1] -> for each space, rows (N,K) whose Euclidean distance is compared.
 
-    CLIP embeddings have length 1; pixels are averaged down to 32 px at most and scaled, so that the distance
-    is the root mean square difference of values in [-1,1].
+    CLIP embeddings have length 1; pixels are averaged down to 32 px at most and scaled, so that the distance is the
+    root mean square difference of values in [-1,1].
     """
     embedded = embed(clip, images, batch_size)
     small = images if images.shape[-1] <= THUMB else F.adaptive_avg_pool2d(images, THUMB)
@@ -43,12 +40,8 @@ def features(images: Tensor, clip: FrozenClip, batch_size: int = 128) -> dict[st
 
 def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
     """For each of queries (N,K), distance (N,) to the nearest of references (M,K), and its number (N,)."""
-    distances, numbers = torch.cdist(
-        queries.double(),
-        references.double(),  # double: copies are at 1e-8, not 1e-3
-        compute_mode="use_mm_for_euclid_dist",
-    ).min(dim=1)
-    return distances, numbers
+    a, b = queries.double(), references.double()  # double: copies are at 1e-8, not 1e-3
+    return torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist").min(dim=1)
 
 
 @dataclass(frozen=True)
@@ -61,9 +54,7 @@ class Neighbours:
     real_number: Tensor
 
     def ratio(self) -> tuple[float, float, float]:
-        """Median distance of generated images over that of real ones, with a 95 % bootstrap interval over
-        images.
-        """
+        """Median distance of generated images over that of real ones, with a 95 % bootstrap interval over images."""
         rng, pair = np.random.default_rng(SEED), (self.generated.numpy(), self.real.numpy())
         draws = [np.median(each[rng.integers(0, len(each), (RESAMPLES, len(each)))], axis=1) for each in pair]
         low, high = np.quantile(draws[0] / np.maximum(draws[1], 1e-12), (0.025, 0.975))
@@ -71,14 +62,11 @@ class Neighbours:
 
     def near_copies(self) -> tuple[float, float]:
         """Share of generated images that are nearer than all but 1 % of real ones; its standard error."""
-        bound = torch.quantile(self.real, NEAR)
-        share = float((self.generated < bound).double().mean())
+        share = float((self.generated < torch.quantile(self.real, NEAR)).double().mean())
         return share, float(np.sqrt(max(share * (1 - share), 1 / len(self.generated)) / len(self.generated)))
 
     def verdict(self) -> str:
-        """ "copies", "nearer than real images" or "no sign of copying", by the bounds that notebook 8
-        explains.
-        """
+        """ "copies", "nearer than real images" or "no sign of copying", by the bounds that notebook 8 explains."""
         share, error = self.near_copies()
         high = self.ratio()[2]
         if share - 2 * error > 10 * NEAR and high < 0.5:
@@ -87,48 +75,27 @@ class Neighbours:
 
 
 def search(
-    generated: Tensor,
-    real: Tensor,
-    split,
-    clip: FrozenClip,
-    *,
-    crop: int,
-    image_size: int,
-    flip: bool,
-    progress: bool = False,
+    generated: Tensor, real: Tensor, split: Split, clip: FrozenClip, *, crop: int, image_size: int, flip: bool
 ) -> dict[str, Neighbours]:
-    """The nearest images of `split` (training) to generated and to real test images, each (N,3,S,S) in
-    [-1,1].
+    """The nearest images of `split` (training) to generated and to real test images, each (N,3,S,S) in [-1,1].
 
-    All images of the split are searched, in batches: memory does not grow with them. Where training mirrors
-    images (`flip`), a query and its mirror image are both looked for, and the nearer one counts.
+    All images of the split are searched, in batches: memory does not grow with them. Where training mirrors images
+    (`flip`), a query and its mirror image are both looked for, and the nearer one counts.
     """
-    queries = torch.cat([generated, real])
-    if flip:
-        queries = torch.cat([queries, queries.flip(-1)])
-    wanted = features(queries, clip)
-    best = {
-        space: (torch.full((len(queries),), torch.inf, dtype=torch.double), torch.zeros(len(queries), dtype=torch.long))
-        for space in SPACES
-    }
-    for numbers, images in _batches(split, crop, image_size, progress):
-        references = features(images, clip)
-        for space, (distance, number) in best.items():
-            new, place = nearest(wanted[space], references[space])
+    ways = [torch.cat([generated, real])]
+    queries = torch.cat([*ways, ways[0].flip(-1)] if flip else ways)
+    wanted, found = features(queries, clip), {}
+    for space in SPACES:
+        found[space] = torch.full((len(queries),), torch.inf).double(), torch.zeros(len(queries)).long()
+    for numbers in torch.arange(len(split)).split(256):
+        references = features(real_images(split, numbers.numpy(), crop, image_size), clip)
+        for space, (distance, number) in found.items():
+            new, position = nearest(wanted[space], references[space])
             nearer = new < distance
-            distance[nearer], number[nearer] = new[nearer], numbers[place[nearer]]
-    return {space: _parted(*pair, len(generated), len(real), flip) for space, pair in best.items()}
-
-
-def _parted(distance: Tensor, number: Tensor, generated: int, real: int, flip: bool) -> Neighbours:
-    if flip:
-        half = generated + real
-        distance, which = distance.view(2, half).min(dim=0)
-        number = number.view(2, half).gather(0, which[None])[0]
-    return Neighbours(distance[:generated], distance[generated:], number[:generated], number[generated:])
-
-
-def _batches(split, crop: int, image_size: int, progress: bool, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-    parts = torch.arange(len(split)).split(size)
-    for numbers in bar(parts, desc="nearest", unit="batch", enabled=progress):
-        yield numbers, real_images(split, numbers.numpy(), crop, image_size)
+            distance[nearer], number[nearer] = new[nearer], numbers[position[nearer]]
+    spaces, sizes = {}, (len(generated), len(real))
+    for space, (distance, number) in found.items():
+        distance, which = distance.view(-1, sum(sizes)).min(dim=0)  # of the image and its mirror image
+        number = number.view(-1, sum(sizes)).gather(0, which[None])[0]
+        spaces[space] = Neighbours(*distance.split(sizes), *number.split(sizes))
+    return spaces

@@ -1,6 +1,8 @@
-"""Notebook 07: where paper and published code part, in the generator (official.md, rows 1 to 4); the table.
+"""Notebook 07: the table of differences between paper and published code, and those in the generator.
 
-The rows on images, scores, the discriminator's training and files are in `differences_protocol`.
+Difference 1, the batch as the LSTM's time axis: `BatchEffect` to `composition_scores`; 2 and 3, recurrence over the
+layers: `states` to `full_size`; 4, pixels normalised twice: `real_similarity`, `as_clip_sees`. The differences in
+images, scores, training and files (5 to 12) are in `paper_versus_code_protocol`.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,132 +21,39 @@ from torch.nn import functional as F
 
 from ratlip.clip.frozen import FrozenClip, with_normalisation
 from ratlip.data.batches import real_images
+from ratlip.data.prepared import Prepared
 from ratlip.errors import RunError
 from ratlip.networks import ConditionalAffine, Discriminator, Generator
 from ratlip.networks.affine import OfficialRecurrentAffine
 from ratlip.networks.losses import clip_similarity
+from ratlip.published import rows as published_rows
 from ratlip.scores.evaluation import TEST_LATENTS, embed, test_pairs
-from ratlip.scores.judge import Judge, judge_right
+from ratlip.scores.judge import judge_right
 from ratlip.settings import Settings, load_settings
-from ratlip.training.generation import generate
+from ratlip.studies.inspection import outputs
+from ratlip.training.generation import Run, generate
 from ratlip.training.session import build_networks
 from ratlip.training.step import sample_latents
-
-NOT_STATED = "not stated"
-TABLE = (  # paper or what a reader expects, published code, our default, setting to switch back, from GALIP?
-    (
-        "each image's scale and shift come from its own text",
-        "the batch is the LSTM's time axis: one state",
-        "model.conditioning: rat",
-        "model.conditioning: rat-official",
-        "no: GALIP has no RAT",
-    ),
-    (
-        "one LSTM runs over the blocks and hands h and c on",
-        "an LSTM for each affine, no state handed on",
-        "model.conditioning: rat",
-        "model.conditioning: rat-official",
-        "no: GALIP has no RAT",
-    ),
-    (
-        "RAT connects the fusion blocks of the generator",
-        "RAT in the mapper, CAT in the synthesis blocks",
-        "model.rat_scope: generator",
-        "model.rat_scope: mapper",
-        "no: GALIP has no RAT",
-    ),
-    (
-        "CLIP sees images as it was trained to",
-        "pixels go to [0,1] twice before mean and std",
-        "clip.normalisation: standard",
-        "clip.normalisation: published; evaluation.clip_score_normalisation: published",
-        "yes, with its CLIP score",
-    ),
-    (
-        "real and fake images come the same way",
-        "real images 256 -> 224 by nearest, fakes drawn at 224",
-        "training.real_resize: antialias",
-        "training.real_resize: nearest",
-        NOT_STATED,
-    ),
-    (
-        "FID: Inception sees values in [-1, 1]",
-        "it sees about [-0.2, 0.43]",
-        "evaluation.inception_range: standard",
-        "evaluation.inception_range: published",
-        NOT_STATED,
-    ),
-    (
-        "the batch size is the yaml's, 16",
-        "the command line's default, 1, overrides it",
-        "the profile's training.batch_size; 1 is refused",
-        "training.batch_size: 1; training.mismatch: published",
-        NOT_STATED,
-    ),
-    (
-        "the code runs",
-        "calls that need a process group, a GPU, older pandas and scipy",
-        "runs on a CPU alone",
-        "none: it cannot run",
-        NOT_STATED,
-    ),
-    (
-        "all test images count",
-        "a last batch that is not full is dropped",
-        "evaluation.last_batch: keep",
-        "evaluation.last_batch: drop",
-        NOT_STATED,
-    ),
-    (
-        "every generated image is kept",
-        "files are named by the step, later ones overwrite",
-        "ratlip generate --names caption",
-        "ratlip generate --names published",
-        NOT_STATED,
-    ),
-    (
-        "every parameter is used",
-        "1x1 shortcuts are built and never used",
-        "model.unused_shortcuts: false",
-        "model.unused_shortcuts: true",
-        "yes: GALIP's checkpoints hold them",
-    ),
-    (
-        "a run that was stopped goes on",
-        "next epoch, neither scaler nor random state restored",
-        "training.resume: exact",
-        "training.resume: published",
-        NOT_STATED,
-    ),
-)
+from ratlip.workspace import Workspace
 
 
-def table(measured: dict[int, str]) -> pd.DataFrame:
-    """The twelve rows with what was measured of each. RunError where a row has no measurement."""
-    missing = [str(row) for row in range(1, len(TABLE) + 1) if not measured.get(row)]
+def differences_table(measured: dict[int, str]) -> pd.DataFrame:
+    """The twelve differences with what was measured of each. RunError where one has no measurement."""
+    rows = published_rows()
+    frame = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="row"))
+    missing = [str(row) for row in frame.index if not measured.get(row)]
     if missing:
         raise RunError(f"rows {', '.join(missing)} of the table were not measured: run the cells above")
-    names = (
-        "paper, or what a reader expects",
-        "published code",
-        "our default",
-        "setting to switch it back",
-        "inherited from GALIP",
-    )
-    frame = pd.DataFrame(TABLE, columns=list(names), index=pd.RangeIndex(1, len(TABLE) + 1, name="row"))
     frame.insert(2, "measured effect", [measured[row] for row in frame.index])
     return frame
-
-
-# ------------------------------------------------------------------------- row 1: the batch as the time axis
 
 
 @dataclass(frozen=True)
 class BatchEffect:
     """Image 0 of a batch among different mates. Lengths in standard deviations of all pixels shown.
 
-    `images` (N,D,3,S,S): N captions, D draws of mates; `change` (N,): root mean square difference between two
-    draws; `other_caption`: the same between images of two captions, for comparison.
+    `images` (N,D,3,S,S): N captions, D draws of mates; `change` (N,): root mean square difference between two draws;
+    `other_caption`: the same between images of two captions, for comparison.
     """
 
     images: Tensor
@@ -181,79 +91,72 @@ def batch_effect(
 def with_random_affines(generator: Generator, seed: int = 0) -> Generator:
     """A copy whose affines' last layers have random weights (normal, 1/sqrt of their inputs) of `seed`.
 
-    A fresh affine is the identity, so that no condition has an effect before training; this shows how large
-    the effect of an arbitrary one is.
+    A fresh affine is the identity, so that no condition has an effect before training; this shows how large the
+    effect of an arbitrary one is.
     """
     other, draw = copy.deepcopy(generator), torch.Generator().manual_seed(seed)
-    for layer in other.modules():
-        for mlp in (layer.gamma, layer.beta) if isinstance(layer, ConditionalAffine) else ():
-            weight = torch.randn(mlp[-1].weight.shape, generator=draw) / mlp[-1].in_features ** 0.5
-            mlp[-1].weight.data.copy_(weight)
+    layers = [module for module in other.modules() if isinstance(module, ConditionalAffine)]
+    for mlp in [part for layer in layers for part in (layer.gamma, layer.beta)]:
+        weight = mlp[-1].get_parameter("weight")
+        weight.data.copy_(torch.randn(weight.shape, generator=draw) / weight.shape[1] ** 0.5)
     return other
 
 
 def position_effect(
     generator: Generator, latent: Tensor, sentence: Tensor, *, batch_size: int, seed: int = 0
 ) -> list[dict[str, float]]:
-    """How far image 0 moves (standard deviations, mean over N batches) when the mate at one place is another.
+    """How far image 0 moves (standard deviations, mean over N batches) when the mate at one position is another.
 
-    latent (N,Z), sentence (N,E) of the images 0. One row a place: "position" 2 .. batch_size and "change".
+    latent (N,Z), sentence (N,E) of the images 0. One row a position: "position" 2 .. batch_size and "change".
     """
     rng, moved, shown = np.random.default_rng([seed, 72]), [], []
+    rows = torch.arange(batch_size)
+    exchanged = [rows, *(torch.where(rows == k, rows + batch_size, rows) for k in range(1, batch_size))]
     for i in range(len(sentence)):
         z = sample_latents(seed, 10_000 + i, 2 * batch_size, latent.shape[1])
         s = sentence[rng.integers(0, len(sentence), 2 * batch_size)]
         z[0], s[0] = latent[i], sentence[i]
-        rows = torch.arange(batch_size)
-        exchanged = [rows, *(torch.where(rows == k, rows + batch_size, rows) for k in range(1, batch_size))]
-        drawn = [generate(generator, z[row], s[row], batch_size)[0] for row in exchanged]
-        first = torch.stack(drawn).flatten(1)
+        first = torch.stack([generate(generator, z[row], s[row], batch_size)[0] for row in exchanged]).flatten(1)
         moved.append((first[1:] - first[0]).square().mean(1).sqrt())
         shown.append(first[0])
     changes = torch.stack(moved).mean(0) / torch.stack(shown).std()
-    return [{"position": k + 2, "change": float(change)} for k, change in enumerate(changes)]
+    return [{"position": k, "change": float(change)} for k, change in enumerate(changes, start=2)]
 
 
-def test_images(run, prepared, count: int, batch_size: int = 64, order: Tensor | None = None) -> Tensor:
-    """Images (count,3,S,S) of a `generation.Run` for the test captions that the scores use, in their order.
+def test_images(run: Run, prepared: Prepared, count: int, batch_size: int = 64, order: Tensor | None = None) -> Tensor:
+    """Images (count,3,S,S) of a run for the test captions that the scores use, in their order.
 
-    `order` (count,): in which order they are drawn, that is, who is in whose batch; latent and caption of an
-    image stay the same.
+    `order` (count,): in which order they are drawn, that is, who is in whose batch; latent and caption of an image
+    stay the same.
     """
-    _, captions = test_pairs(prepared, count)
-    sentence = run.clip.embed_text(captions).cpu()
+    sentence = run.clip.embed_text(test_pairs(prepared, count)[1]).cpu()
     latent = sample_latents(run.settings.seed, TEST_LATENTS, count, run.settings.model.latent_size)
     order = torch.arange(count) if order is None else order
-    images = generate(run.generator, latent[order], sentence[order], batch_size)
-    return images[order.argsort()]
+    return generate(run.generator, latent[order], sentence[order], batch_size)[order.argsort()]
 
 
 def composition_scores(
-    run, prepared, clip: FrozenClip, judge: Judge | None, count: int = 240, sizes: Sequence[int] = (1, 16, 64)
+    workspace: Workspace, run: Run, count: int = 240, sizes: Sequence[int] = (1, 16, 64)
 ) -> pd.DataFrame:
     """Scores of the same images drawn in batches of several sizes and in another order: one row each.
 
-    Columns: "CLIP similarity" (standard normalisation) and, with a judge, "all right": the share of images of
-    which it finds all that the caption says.
+    Columns: "CLIP similarity" (standard normalisation) and, with a judge, "all right": the share of images of which
+    it finds all that the caption says.
     """
+    prepared, clip, rows = workspace.prepared, workspace.clip, {}
+    judge, attributes = workspace.judge, prepared.test.attributes
     numbers, captions = test_pairs(prepared, count)
-    sentence = clip.embed_text(captions).cpu()
-    shuffled = torch.from_numpy(np.random.default_rng(73).permutation(count))
-    ways = {f"batches of {size}": (size, None) for size in sizes} | {
-        f"batches of {sizes[-1]}, shuffled": (sizes[-1], shuffled)
-    }
-    rows = {}
-    for name, (size, order) in ways.items():
-        images = test_images(run, prepared, count, size, order)
-        cosine = clip_similarity(embed(with_normalisation(clip, "standard"), images), sentence)
-        rows[name] = {"CLIP similarity": float(cosine.mean())}
-        if judge is not None:
-            right = judge_right(judge, images, [prepared.test.attributes[i] for i in numbers])
+    sentence, standard = clip.embed_text(captions).cpu(), with_normalisation(clip, "standard")
+    order = torch.from_numpy(np.random.default_rng(73).permutation(count))
+    ways: dict[str, tuple] = {f"batches of {size}": (size,) for size in sizes}
+    ways[f"batches of {sizes[-1]}, shuffled"] = (sizes[-1], order)
+    for name, way in ways.items():
+        images = test_images(run, prepared, count, *way)
+        rows[name] = {"CLIP similarity": float(clip_similarity(embed(standard, images), sentence).mean())}
+        if judge is not None and attributes is not None:
+            right = judge_right(judge, images, [attributes[i] for i in numbers])
             rows[name]["all right"] = float(torch.stack(list(right.values())).all(0).float().mean())
     return pd.DataFrame(rows).T
-
-
-# ----------------------------------------------------------------------- rows 2 and 3: recurrence over depth
 
 
 def states(generator: Generator, latent: Tensor, sentence: Tensor) -> list[Tensor]:
@@ -265,32 +168,22 @@ def states(generator: Generator, latent: Tensor, sentence: Tensor) -> list[Tenso
     latent, sentence = latent.to(device), sentence.to(device)
     if generator.recurrence is not None:
         return generator.recurrence(latent, sentence)
-    seen: list[Tensor] = []
-    hooks = [
-        module.lstm.register_forward_hook(lambda _module, _given, result: seen.append(result[1][0][0]))
-        for module in generator.modules()
-        if isinstance(module, OfficialRecurrentAffine)
-    ]
-    try:
-        generator(latent, sentence)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
+    cells = [layer.lstm for layer in generator.modules() if isinstance(layer, OfficialRecurrentAffine)]
+    return [hidden[0] for _, (hidden, _) in outputs(generator, cells, latent, sentence).values()]
 
 
 def reach(generator: Generator, latent: Tensor, sentence: Tensor) -> Tensor:
-    """(T,T): how much the state of layer u (column) moves when that of layer t (row) is pushed, t < u.
+    """(T,T): how much the state of layer u (column) moves when that of layer t (row) is moved, t < u.
 
-    Mean over images of the norm of d(r . h_u)/d h_t, r a random direction of length 1; exactly 0 where
-    nothing is handed on.
+    Mean over images of the norm of d(r . h_u)/d h_t, r a random direction of length 1; exactly 0 where nothing is
+    handed on.
     """
     h = states(generator, latent, sentence)
     moved, draw = torch.zeros(len(h), len(h)), torch.Generator().manual_seed(0)
     for u in range(1, len(h)):
         direction = F.normalize(torch.randn(h[u].shape, generator=draw), dim=1).to(h[u].device)
-        pushed = torch.autograd.grad((h[u] * direction).sum(), h[:u], retain_graph=True, allow_unused=True)
-        for t, gradient in enumerate(pushed):
+        gradients = torch.autograd.grad((h[u] * direction).sum(), h[:u], retain_graph=True, allow_unused=True)
+        for t, gradient in enumerate(gradients):
             moved[t, u] = 0 if gradient is None else gradient.norm(dim=1).mean().cpu()
     return moved
 
@@ -323,15 +216,12 @@ def full_size(profile: str = "cub-published", **model) -> tuple[Generator, Discr
     `model`: settings of the section model laid over the profile's.
     """
     settings = load_settings(profile, {f"model.{name}": value for name, value in model.items()})
-    clip = SimpleNamespace(name="ViT-B/32", image_size=224, grid=7, width=768, embed_dim=512, layers=12)
+    clip: Any = SimpleNamespace(name="ViT-B/32", image_size=224, grid=7, width=768, embed_dim=512, layers=12)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return build_networks(settings, clip)
 
 
-# ------------------------------------------------------------------------------- row 4: normalised twice
-
-
-def real_similarity(clip: FrozenClip, prepared, settings: Settings, count: int) -> float:
+def real_similarity(clip: FrozenClip, prepared: Prepared, settings: Settings, count: int) -> float:
     """Mean CLIP similarity of (at most `count`) real test images with a caption of theirs, by this `clip`."""
     numbers, captions = test_pairs(prepared, min(count, len(prepared.test)))
     images = real_images(prepared.test, numbers, settings.data.crop, settings.model.image_size)

@@ -1,5 +1,8 @@
-"""Notebook 07: where paper and published code part, in images, scores, training, files (official.md, rows 5
-to 12). The other rows, and the table of all, are in `differences`.
+"""Notebook 07: where paper and published code part in images, scores, training and files.
+
+Difference 5, real images shrunk by nearest: `drawn` to `told_apart`; 6, the range that Inception sees: to `distances`;
+7, mismatched sentences in a batch of one: to `matching_learned`; 8, `calls_today`; 10, `surviving_files`; 11, unused
+parameters: `without_gradient`, `dead_parameters`; 12, `resumed_runs`. (9, a dropped batch, needs no code.)
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ from torch.nn import functional as F
 from torchvision.models.inception import Inception3
 
 from ratlip.clip.frozen import FrozenClip, with_normalisation
+from ratlip.clip.pairs import caption_groups
 from ratlip.data import synthetic
 from ratlip.data.batches import Batches, real_images, to_network
+from ratlip.data.prepared import Prepared
 from ratlip.networks import Discriminator
 from ratlip.networks.losses import discriminator_loss, hinge
 from ratlip.plots.pictures import save_images
@@ -31,25 +36,21 @@ from ratlip.scores.evaluation import embed, test_pairs
 from ratlip.scores.extractors import published_range
 from ratlip.scores.metrics import frechet_distance
 from ratlip.settings import Settings, load_settings
-from ratlip.training.generation import file_names
+from ratlip.training.generation import file_names, load_generator
 from ratlip.training.loop import train
-from ratlip.training.session import build_networks, read_checkpoint
+from ratlip.training.session import build_networks
 from ratlip.training.step import mismatch
 from ratlip.workspace import Workspace
-
-# ------------------------------------------------------------------------------- row 5: shrunk by nearest
 
 
 def drawn(size: int, count: int, variant: int = 0) -> Tensor:
     """Pictures of the generated set at any size: uint8 (count,3,size,size).
 
-    Picture i has the same attributes at every size and in every `variant`, and a place and shade of its own.
+    Picture i has the same attributes at every size and in every `variant`, and a position and shade of its own.
     """
-    combinations = synthetic.combinations()["train"]
-    pictures = [
-        synthetic.render(combinations[i % len(combinations)], size, np.random.default_rng([75, variant, size, i]))[0]
-        for i in range(count)
-    ]
+    known = synthetic.combinations()["train"]
+    streams = [np.random.default_rng([75, variant, size, i]) for i in range(count)]
+    pictures = [synthetic.render(known[i % len(known)], size, stream)[0] for i, stream in enumerate(streams)]
     return torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2).copy())
 
 
@@ -62,21 +63,20 @@ def radial_spectrum(images: Tensor) -> Tensor:
     window = torch.hann_window(size)
     grey = (grey - grey.mean((1, 2), keepdim=True)) * window[:, None] * window
     power = torch.fft.fftshift(torch.fft.fft2(grey).abs().square(), dim=(1, 2)).flatten(1)
-    place = torch.arange(size) - size // 2
-    radius = (place[:, None].square() + place.square()).sqrt().round().long().clamp(max=size // 2).flatten()
+    away = torch.arange(size) - size // 2
+    radius = (away[:, None].square() + away.square()).sqrt().round().long().clamp(max=size // 2).flatten()
     total = torch.zeros(len(images), size // 2 + 1).index_add_(1, radius, power)
     return (total / torch.bincount(radius))[:, : size // 2]
 
 
 def comb(images: Tensor, period: int = 7) -> Tensor:
-    """Share of the squared steps between neighbours that lies at each place modulo `period`: (B,period).
+    """Share of the squared steps between neighbours that lies at each position modulo `period`: (B,period).
 
-    images (B,3,S,S). 256 -> 224 by nearest leaves out every eighth row and column, so that every seventh step
-    of the result is a double one. Without that, each share is near 1/period.
+    images (B,3,S,S). 256 -> 224 by nearest leaves out every eighth row and column, so that every seventh step of the
+    result is a double one. Without that, each share is near 1/period.
     """
     grey = images.mean(1)
-    across, down = grey.diff(dim=2).square().mean(1), grey.diff(dim=1).square().mean(2)
-    steps = across + down
+    steps = grey.diff(dim=2).square().mean(1) + grey.diff(dim=1).square().mean(2)
     whole = steps.shape[1] // period * period
     shares = steps[:, :whole].unflatten(1, (-1, period)).sum(1)
     return shares / shares.sum(1, keepdim=True)
@@ -97,27 +97,23 @@ def told_apart(first: Tensor, second: Tensor, ridge: float = 10.0) -> float:
     return float(((x[~fit] @ weights).sign() == y[~fit]).double().mean())
 
 
-# ----------------------------------------------------------------------- row 6: the range that Inception sees
-
-
 def through_transform_input(images: Tensor) -> Tensor:
     """Images (B,3,S,S) in [-1,1] -> what reaches Inception as published, within about [-0.19, 0.43].
 
-    torchvision's ImageNet weights expect pixels normalised by ImageNet's mean and standard deviation, which
-    its own `transform_input` turns into [-1,1]. Pixels in [0,1] given to it come out in the range that
-    official.md (row 6) states. The step is torchvision's own code, run here without the network.
+    torchvision's ImageNet weights expect pixels normalised by ImageNet's mean and standard deviation, which its own
+    `transform_input` (run here without the network) turns into [-1,1]. Pixels in [0,1] come out in this range.
     """
     return Inception3._transform_input(SimpleNamespace(transform_input=True), (images + 1) / 2)
 
 
 def in_both_ranges(clip: FrozenClip, images: Tensor) -> dict[str, Tensor]:
     """Embeddings (N,E) by `clip` of images (N,3,S,S) in [-1,1], in the "standard" and "published" range."""
-    standard = with_normalisation(clip, "standard")
+    clip = with_normalisation(clip, "standard")
     narrow = published_range(images, clip.mean.cpu(), clip.std.cpu())
-    return {"standard": embed(standard, images), "published": embed(standard, narrow)}
+    return {"standard": embed(clip, images), "published": embed(clip, narrow)}
 
 
-def real_in_both_ranges(clip: FrozenClip, prepared, settings: Settings, count: int) -> dict[str, Tensor]:
+def real_in_both_ranges(clip: FrozenClip, prepared: Prepared, settings: Settings, count: int) -> dict[str, Tensor]:
     """`in_both_ranges` of `count` real training images, spread over the split (or of all that there are)."""
     numbers = np.linspace(0, len(prepared.train) - 1, min(count, len(prepared.train))).astype(int)
     return in_both_ranges(clip, real_images(prepared.train, numbers, settings.data.crop, settings.model.image_size))
@@ -126,9 +122,6 @@ def real_in_both_ranges(clip: FrozenClip, prepared, settings: Settings, count: i
 def distances(features: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
     """Frechet distance in either range; not FID, for the extractor is a CLIP."""
     return {name: frechet_distance(each, reference[name]) for name, each in features.items()}
-
-
-# --------------------------------------------------------------- row 7: mismatched, in a batch of one
 
 
 def merged_as_published(arguments: Sequence[str], settings: dict) -> dict:
@@ -145,24 +138,16 @@ def lowest_hinge(same: bool) -> float:
     return float((real + other).min() if same else real.min() + other.min())
 
 
-def matching_learned(
-    settings: Settings,
-    prepared,
-    clip: FrozenClip,
-    sentences: Tensor,
-    groups: Tensor,
-    *,
-    batch_size: int,
-    images: int = 1600,
-    seed: int = 0,
-) -> dict[str, float]:
+def matching_learned(workspace: Workspace, batch_size: int, images: int = 1600, seed: int = 0) -> dict[str, float]:
     """What D learns about matching from `images` images in batches of one size, mismatched as published.
 
-    Trained on its two hinge terms of real images alone. "same": share of the mismatched sentences that were
-    the image's own; "right": share of test images with a higher logit for their own sentence than for that
-    of the next test image (a tie counts half; guessing gives 0.5).
+    Trained on its two hinge terms of real images alone. "same": share of the mismatched sentences that were the
+    image's own; "right": share of test images with a higher logit for their own sentence than for that of the next
+    test image (a tie counts half; guessing gives 0.5).
     """
-    s, device = settings.model_copy(update={"seed": seed}), clip.mean.device
+    prepared, clip, sentences = workspace.prepared, workspace.clip, workspace.sentences()
+    s, device = workspace.settings.model_copy(update={"seed": seed}), clip.mean.device
+    groups = torch.from_numpy(caption_groups(prepared.train))
     with torch.random.fork_rng(devices=[]):
         discriminator = build_networks(s, clip)[1].to(device)
     optimiser = torch.optim.Adam(discriminator.parameters(), s.training.lr_d, betas=s.training.betas)
@@ -174,53 +159,38 @@ def matching_learned(
         other = mismatch(batch["caption"], sentences, groups, "published", seed, step)
         same.append(float((own == other).all(1).float().mean()))
         real = to_network(batch["images"], s.model.image_size).to(device)
-        with torch.no_grad():
-            features, _ = clip.features(real, s.model.feature_blocks, embedding=False)
-        true, false = discriminator(features, own.to(device), other.to(device))
+        true, false = _logits(discriminator, s, clip, real, own.to(device), other.to(device))
         optimiser.zero_grad()
         (hinge(true, real=True) + hinge(false, real=False) / 2).backward()
         optimiser.step()
-    return {"same": float(np.mean(same)), "right": _matched(discriminator, s, prepared, clip)}
-
-
-@torch.no_grad()
-def _matched(discriminator: Discriminator, settings: Settings, prepared, clip: FrozenClip) -> float:
     numbers, captions = test_pairs(prepared, min(240, len(prepared.test)))
-    images = real_images(prepared.test, numbers, settings.data.crop, settings.model.image_size)
+    shown = real_images(prepared.test, numbers, s.data.crop, s.model.image_size)
     sentence, right = clip.embed_text(captions), []
     kept = [i for i in range(len(captions) - 1) if captions[i] != captions[i + 1]]
     for rows in torch.tensor(kept).split(64):
-        features, _ = clip.features(images[rows].to(sentence.device), settings.model.feature_blocks, embedding=False)
-        true, false = discriminator(features, sentence[rows], sentence[rows + 1])
+        with torch.no_grad():
+            true, false = _logits(discriminator, s, clip, shown[rows].to(device), sentence[rows], sentence[rows + 1])
         right.append((true > false).float() + (true == false).float() / 2)
-    return float(torch.cat(right).mean())
+    return {"same": float(np.mean(same)), "right": float(torch.cat(right).mean())}
 
 
-# ----------------------------------------------------------------- rows 8 to 10: calls, batches, names
+def _logits(
+    discriminator: Discriminator, settings: Settings, clip: FrozenClip, images: Tensor, *sentences: Tensor
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        features, _ = clip.features(images, settings.model.feature_blocks, embedding=False)
+    return discriminator(features, *sentences)
 
 
 def calls_today() -> dict[str, str]:
     """What the calls on which the published code rests do here: "works", "works, to go" or "fails"."""
-    from torch import distributed
-
-    def process_group():
-        if not (distributed.is_available() and distributed.is_initialized()):
-            distributed.get_world_size()
-
-    return {
-        "torch.distributed.get_world_size() in a single process": _outcome(process_group),
-        "tensor.cuda() without a GPU": _outcome(_cuda_without_a_gpu),
-        "pandas.read_csv(.., delim_whitespace=True)": _outcome(
-            lambda: pd.read_csv(io.StringIO("1 2\n"), delim_whitespace=True)
-        ),
-        "scipy.linalg.sqrtm(.., disp=False)": _outcome(lambda: scipy.linalg.sqrtm(np.eye(2), disp=False)),
+    calls = {
+        "torch.distributed.get_world_size() in a single process": lambda: torch.distributed.get_world_size(),
+        "tensor.cuda() without a GPU": lambda: torch.zeros(1).cuda(torch.cuda.device_count()),  # one that is not there
+        "pandas.read_csv(.., delim_whitespace=True)": lambda: pd.read_csv(io.StringIO("1 2\n"), delim_whitespace=True),
+        "scipy.linalg.sqrtm(.., disp=False)": lambda: scipy.linalg.sqrtm(np.eye(2), disp=False),
     }
-
-
-def _cuda_without_a_gpu() -> None:
-    if torch.cuda.is_available():  # what a machine without one would say
-        raise RuntimeError("no NVIDIA driver")
-    torch.zeros(1).cuda()
+    return {name: _outcome(call) for name, call in calls.items()}
 
 
 def _outcome(call: Callable[[], object]) -> str:
@@ -234,19 +204,11 @@ def _outcome(call: Callable[[], object]) -> str:
     return "works, to go" if going else "works"
 
 
-def dropped(images: int, batch_size: int) -> int:
-    """Images of one pass that are not counted where a last batch that is not full is dropped."""
-    return images % batch_size
-
-
 def surviving_files(images: Tensor, names: str, batch_size: int) -> int:
     """How many files there are after images (N,3,S,S) were saved by the names of `generation.file_names`."""
     with tempfile.TemporaryDirectory() as folder:
         save_images(images, folder, file_names(len(images), 1, names, batch_size))
         return len(list(Path(folder).glob("*.png")))
-
-
-# ---------------------------------------------------------------------------------- row 11: never used
 
 
 def without_gradient(discriminator: Discriminator, clip: FrozenClip, batch_size: int = 4) -> dict[str, int]:
@@ -262,56 +224,35 @@ def without_gradient(discriminator: Discriminator, clip: FrozenClip, batch_size:
 
 def dead_parameters(discriminator: Discriminator) -> int:
     """Numbers in shortcuts that are built where channels are equal, hence never used."""
-    return sum(
-        p.numel()
-        for block in (*discriminator.blocks, discriminator.main)
-        if block.shortcut is not None and not block.mixes
-        for p in block.shortcut.parameters()
-    )
-
-
-# ------------------------------------------------------------------------- row 12: stopped, resumed
+    blocks = (*discriminator.blocks, discriminator.main)
+    unused = [block.shortcut for block in blocks if block.shortcut is not None and not block.mixes]
+    return sum(p.numel() for shortcut in unused for p in shortcut.parameters())
 
 
 def resumed_runs(steps: int = 8, stopped: int = 4) -> dict[str, float]:
     """Runs of the profile smoke that were stopped after `stopped` of `steps` steps and resumed each way.
 
-    `training.resume` -> distance of the generator's final parameters from those of a run that never stopped,
-    as a share of the distance that the steps after the stop move them.
+    `training.resume` -> distance of the generator's final parameters from those of a run that never stopped, as a
+    share of the distance that the steps after the stop move them.
     """
-    exact = load_settings("smoke", {"training.steps": steps, "training.ema": 0, "training.sample_every": 1000})
+    overrides = {"training.steps": steps, "training.ema": 0, "training.sample_every": 1000}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        workspace = Workspace.of(exact, root, progress=False)
+        workspace = Workspace.of(load_settings("smoke", overrides), root, progress=False)
+        prepared, clip, sentences = workspace.prepared, workspace.clip, workspace.sentences()
 
-        def go_on(name: str, way: str = "exact", **options) -> Tensor:
-            training = exact.training.model_copy(update={"resume": way})
-            settings = exact.model_copy(update={"training": training})
-            run = train(
-                settings,
-                workspace.prepared,
-                workspace.clip,
-                workspace.sentences(),
-                root / name,
-                accelerator="cpu",
-                progress=False,
-                **options,
-            )
-            weights = read_checkpoint(run / "checkpoint.pt", "cpu")["networks"]["generator"].items()
-            return torch.cat(
-                [
-                    value.flatten()
-                    for key, value in weights
-                    if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))
-                ]
-            )
+        def trained(name: str, way: str = "exact", **options) -> Tensor:
+            settings = load_settings("smoke", {**overrides, "training.resume": way})
+            options |= {"accelerator": "cpu", "progress": False}
+            run = train(settings, prepared, clip, sentences, root / name, **options)
+            return torch.cat([p.detach().flatten() for p in load_generator(run, settings, clip).parameters()])
 
-        whole = go_on("whole")
+        whole = trained("whole")
         for _ in range(stopped):  # each sitting saves and stops after one step
-            half = go_on("stopped", end=0.0)
+            half = trained("stopped", end=0.0)
         changes = {}
         for way in ("exact", "published"):
             (root / way).mkdir()
             shutil.copy(root / "stopped" / "checkpoint.pt", root / way)
-            changes[way] = float((go_on(way, way) - whole).norm() / (whole - half).norm())
+            changes[way] = float((trained(way, way) - whole).norm() / (whole - half).norm())
     return changes

@@ -1,17 +1,15 @@
 """How a Frechet distance moves with the way it is measured: one run, one change at a time.
 
-For one published model, 14.81, 19.5, 26.9 and 55 were reported on the birds. Here the generator stays, and
-the number of images, the reference, crops and flips, resizing, extractor, numeric range and the last batch
-change one by one, from the protocol "standard". `study` measures, `ratlip.plots.charts.study_chart` draws.
-
-The protocols by name are settings of `ratlip.scores.evaluation`: PROTOCOLS, protocol_settings, protocol_name.
+For one published model, 14.81, 19.5, 26.9 and 55 were reported on the birds. Here the generator stays, and the number
+of images, the reference, crops and flips, resizing, extractor, numeric range and the last batch change one by one,
+from the protocol "standard" of `ratlip.scores.evaluation`.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -19,47 +17,36 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ratlip.cache import Store, digest, weights_digest
-from ratlip.data.batches import centre_crop, to_network
+from ratlip.data.batches import centre_crop, cut, to_network
+from ratlip.data.prepared import Split
 from ratlip.errors import RunError
 from ratlip.files import read_json, write_json
 from ratlip.progress import bar
-from ratlip.scores.evaluation import (
-    PROTOCOLS,
-    PUBLISHED_PASSES,
-    TEST_LATENTS,
-    protocol_name,
-    protocol_settings,
-    reference_numbers,
-    reference_store,
-    test_pairs,
-)
+from ratlip.scores.evaluation import PUBLISHED_PASSES, TEST_LATENTS, reference_numbers, reference_store, test_pairs
 from ratlip.scores.extractors import Extractor, cached_inception, clip_extractor, inception_extractor, judge_extractor
 from ratlip.scores.metrics import frechet_distance
-from ratlip.settings import Settings, load_settings
+from ratlip.settings import load_settings
 from ratlip.training.generation import generate, load_generator
 from ratlip.training.loop import is_complete
 from ratlip.training.step import sample_latents
+from ratlip.workspace import Workspace
 
-__all__ = ["PROTOCOLS", "protocol_name", "protocol_settings", "reference_images", "study"]
+BESIDE_REAL = ("extractor", "range", "protocol")  # aspects that say what as many real test images get, and "images"
 CROPS = 47  # stream of random numbers of the reference's random crops
 PARTS = 8  # disjoint parts, at most, over which the spread is taken
 
 
 def resize(images: Tensor, size: int, how: str) -> Tensor:
     """float32 (B,3,c,c) in [0,255] at another size. "antialias": bilinear with a low-pass filter (standard);
-    "bicubic": with one too; "nearest": as published (official.md, row 5).
+    "bicubic": with one too; "nearest": as published (difference 5).
     """
-    options = (
-        {"mode": "nearest"}
-        if how == "nearest"
-        else {"mode": "bicubic" if how == "bicubic" else "bilinear", "antialias": True}
-    )
-    return F.interpolate(images, size=size, **options).clamp(0, 255)
+    mode = "bilinear" if how == "antialias" else how
+    return F.interpolate(images, size=size, mode=mode, antialias=mode != "nearest").clamp(0, 255)
 
 
 def reference_images(
-    split,
-    numbers,
+    split: Split,
+    numbers: Sequence[int],
     crop: int,
     image_size: int,
     *,
@@ -70,19 +57,19 @@ def reference_images(
 ) -> Tensor:
     """Real images as float32 (N,3,S,S) in [-1,1], in ways that differ from `ratlip.data.batches.real_images`.
 
-    `side`: random squares of this side, a function of the image's number, instead of the middle one of side
-    `crop`. `flip`: half of them mirrored. `how`: see `resize`. `via`: to that size and back, by `how`.
+    `side`: random squares of this side, a function of the image's number, instead of the middle one of side `crop`.
+    `flip`: half of them mirrored. `how`: see `resize`. `via`: to that size and back, by `how`.
     """
-    cut = []
+    squares = []
     for number in numbers:
         pixels, rng = split.image(int(number)), np.random.default_rng([CROPS, int(number)])
         if side is None:
             square = centre_crop(pixels, crop)
         else:
-            top, left = (rng.integers(length - side + 1) for length in pixels.shape[:2])
-            square = pixels[top : top + side, left : left + side]
-        cut.append(square[:, ::-1] if flip and rng.random() < 0.5 else square)
-    images = torch.from_numpy(np.stack(cut).transpose(0, 3, 1, 2).copy()).float()
+            top, left = (int(rng.integers(length - side + 1)) for length in pixels.shape[:2])
+            square = cut(pixels, top, left, side)
+        squares.append(cut(square, 0, 0, len(square), mirrored=flip and rng.random() < 0.5))
+    images = torch.from_numpy(np.stack(squares).transpose(0, 3, 1, 2).copy()).float()
     if via is not None:
         images = resize(images, via, how)
     if images.shape[-1] != image_size:
@@ -90,48 +77,125 @@ def reference_images(
     return to_network(images, image_size)
 
 
-class _Study:
-    """One run under measurement. `base`: the extractor of the standard protocol; `rows`: see `study`."""
+def _rounded(value: float | np.floating) -> float:
+    return float(f"{value:.5g}")
 
-    def __init__(self, workspace, folder: Path):
-        self.workspace, self.folder = workspace, folder
-        self.settings: Settings = load_settings(folder / "config.yaml")
+
+class _Study:
+    """One run under measurement. `used`: the extractors by name, "features" being that of the standard protocol."""
+
+    def __init__(self, workspace: Workspace, folder: Path):
+        self.workspace, self.folder, self.settings = workspace, folder, load_settings(folder / "config.yaml")
         self.e, self.prepared, self.clip = workspace.settings.evaluation, workspace.prepared, workspace.clip
-        self.second = workspace.independent if workspace.independent is not None else self.clip
-        self.base, self.published = (self._extractor(each) for each in ("standard", "published"))
+        self.generator = load_generator(folder, self.settings, self.clip)
         self.numbers = reference_numbers(self.prepared, self.e.images)
         self.total = max(*self.e.study, self.e.images)
-        self.generator = load_generator(folder, self.settings, self.clip)
+        base, published, *others = self._extractors()
+        self.others = [f"other{i}" for i in range(len(others))]
+        self.used = {"features": base, "published": published, **dict(zip(self.others, others, strict=True))}
         self.identity = {
             "generator": weights_digest(self.generator),
             "seed": self.settings.seed,
             "data": self.prepared.manifest["content_sha256"],
-            "extractor": self.base.key,
+            "extractor": base.key,
             "images": self.e.images,
             "batch_size": self.e.batch_size,
-            "others": [each.key for each in self.others()],
+            "others": [each.key for each in others],
             "study": sorted(set(self.e.study)),
         }
-        self.label = self.base.label("frechet_distance")
 
-    def _extractor(self, value_range: str) -> Extractor:
-        if self.e.extractor == "inception":
-            return inception_extractor(self.e.extractor_weights, value_range, self.clip.mean.device)
-        return clip_extractor(self.second, (), value_range)
-
-    def others(self) -> list[Extractor]:
-        """The extractors beside the standard one that are to be had without a download."""
-        found = [clip_extractor(self.clip), clip_extractor(self.second)]
-        if self.workspace.judge is not None:
-            found.append(judge_extractor(self.workspace.judge, weights_digest(self.workspace.judge)))
-        weights = self.e.extractor_weights or cached_inception()
+    def _extractors(self) -> list[Extractor]:
+        """That of the standard protocol, the same in the published range, and what else needs no download."""
+        e, device, judge = self.e, self.clip.mean.device, self.workspace.judge
+        second = self.workspace.independent if self.workspace.independent is not None else self.clip
+        if e.extractor == "inception":
+            pair = [inception_extractor(e.extractor_weights, way, device) for way in ("standard", "published")]
+        else:
+            pair = [clip_extractor(second, (), way) for way in ("standard", "published")]
+        others = [clip_extractor(self.clip), clip_extractor(second)]
+        if judge is not None:
+            others.append(judge_extractor(judge, weights_digest(judge)))
+        weights = e.extractor_weights or cached_inception()
         if Path(weights).is_file():
-            found.append(inception_extractor(weights, "standard", self.clip.mean.device))
-        return list({each.key: each for each in found if each.key != self.base.key}.values())
+            others.append(inception_extractor(weights, "standard", device))
+        return [*pair, *{each.key: each for each in others if each.key != pair[0].key}.values()]
 
-    def generated(self, extractors: dict[str, Extractor], count: int) -> Store:
+    def variants(self) -> dict[str, dict[str, dict]]:
+        """Aspect -> variant -> what it changes of the standard protocol, which each aspect begins with.
+
+        Changes are `images` (how many generated ones), `extractor` (its name in `used`), `reference` (split and
+        numbers of real images), or options of `reference_images`. Where crops are as large as the images, resizing
+        is to three quarters and back, for there is nothing to do.
+        """
+        e, data, size = self.e, self.workspace.settings.data, self.workspace.settings.model.image_size
+        test, train = len(self.prepared.test), len(self.prepared.train)
+        few = np.linspace(0, train - 1, min(test, train)).astype(int)
+        side = data.crop if data.resize > data.crop else data.crop * 7 // 8
+        random, mirrored = f"random crops, {side} px", "half of them mirrored"
+        resizing: dict[str, dict]
+        if data.crop != size:
+            resizing = {f"{data.crop} to {size} px, antialias": {}}
+            resizing |= {f"{data.crop} to {size} px, {how}": {"how": how} for how in ("bicubic", "nearest")}
+        else:
+            via, every = size * 3 // 4, ("antialias", "bicubic", "nearest")
+            resizing = {f"to {via} px and back, {how}": {"how": how, "via": via} for how in every}
+            resizing = {"not resized": {}} | resizing
+        passes = min(PUBLISHED_PASSES * test, self.total)  # 12 over the captions, or all images that there are
+        return {
+            "images": {f"{count} images": {"images": count} for count in sorted(set(e.study))},
+            "reference": {
+                f"{len(self.numbers)} training images": {},
+                f"{len(few)} training images": {"reference": ("train", few)},
+                f"{test} test images": {"reference": ("test", np.arange(test))},
+            },
+            "crops": {
+                "centre crop": {},
+                random: {"side": side},
+                f"centre crop, {mirrored}": {"flip": True},
+                f"{random}, {mirrored}": {"side": side, "flip": True},
+            },
+            "resizing": resizing,
+            "extractor": {self.used[name].name: {"extractor": name} for name in ("features", *self.others)},
+            "range": {"standard": {}, "published": {"extractor": "published"}},
+            "last_batch": {"kept": {}, "dropped": {"images": self._full_batches(e.images)}},
+            "protocol": {"standard": {}, "published": {"extractor": "published", "images": self._full_batches(passes)}},
+        }
+
+    def _full_batches(self, count: int) -> int:
+        return count - count % self.e.batch_size or count
+
+    def rows(self, aspect: str) -> list[dict]:
+        """What every variant of an aspect gives."""
+        rows, names = [], ("features", *self.others) if aspect == "extractor" else ("features", "published")
+        store = self.generated(names, self.e.images if aspect == "extractor" else self.total)
+        for variant, changes in self.variants()[aspect].items():
+            options = dict(images=self.e.images, extractor="features", reference=("train", self.numbers)) | changes
+            count, name, which = (options.pop(key) for key in ("images", "extractor", "reference"))
+            reference, every = self.real(name, *which, **options), store[name]
+            real, test = None, len(self.prepared.test)
+            if aspect == "images":
+                real = self.real(name, "test", np.arange(test))[:count] if count <= test else None
+            elif aspect in BESIDE_REAL:
+                real = self.real(name, "test", np.arange(min(test, self.e.images)))
+            row = {
+                "aspect": {"range": "numeric range", "last_batch": "last batch"}.get(aspect, aspect),
+                "variant": variant,
+                "images": count,
+                "value": _rounded(frechet_distance(every[:count], reference)),
+                "label": self.used[name].label("frechet_distance"),
+                "real": _rounded(frechet_distance(real, reference)) if real is not None else None,
+            }
+            if aspect == "images":
+                parts = min(len(every) // count, PARTS)
+                found = [frechet_distance(every[i * count : (i + 1) * count], reference) for i in range(parts)]
+                spread = _rounded(np.std(found, ddof=1)) if parts > 1 else None
+                row |= {"mean": _rounded(np.mean(found)), "parts": parts, "spread": spread}
+            rows.append(row)
+        return rows
+
+    def generated(self, names: Sequence[str], count: int) -> Store:
         """Features of the first `count` generated images: the images of the scores, and more."""
-        numbers, captions = test_pairs(self.prepared, count)
+        captions, extractors = test_pairs(self.prepared, count)[1], {name: self.used[name] for name in names}
         latent = sample_latents(self.settings.seed, TEST_LATENTS, count, self.settings.model.latent_size)
 
         def read(rows: np.ndarray) -> dict:
@@ -140,211 +204,54 @@ class _Study:
             return {name: each(images)["features"] for name, each in extractors.items()}
 
         keys = {name: each.key for name, each in extractors.items()}
-        columns = {name: ((each.widths["features"],), "float32") for name, each in extractors.items()}
+        columns = {name: self._column(name) for name in names}
         store = Store(self.folder, "study", {**self.identity, "extractors": keys}, count, columns)
         return store.fill(read, self.e.batch_size, desc=f"study: {count} images", progress=self.workspace.progress)
 
-    def main(self) -> Store:
-        return self.generated({"features": self.base, "published": self.published}, self.total)
+    def _column(self, name: str) -> tuple[tuple[int, ...], str]:
+        return (self.used[name].widths["features"],), "float32"
 
-    def real(self, extractor: Extractor, split: str, numbers: np.ndarray, **how) -> np.ndarray:
+    def real(self, name: str, split: str, numbers: np.ndarray, **how) -> np.ndarray:
         """Features of real images, seen the way `how` says (`reference_images`); kept in the workspace."""
-        s, source, shown = self.workspace.settings, self.prepared[split], self.workspace.progress
+        root, s, shown = self.workspace.root, self.workspace.settings, self.workspace.progress
+        source, extractor, crop, size = self.prepared[split], self.used[name], s.data.crop, s.model.image_size
         if not how:
-            return reference_store(self.workspace.root, s, self.prepared, extractor, numbers, shown, split=split)[
-                "features"
-            ]
-        identity = {
-            "extractor": extractor.key,
-            "data": self.identity["data"],
-            "split": split,
-            "study": how,
-            "crop": s.data.crop,
-            "image_size": s.model.image_size,
-            "numbers": digest(numbers.tolist()),
-        }
-        store = Store(
-            self.workspace.root,
-            "features",
-            identity,
-            len(numbers),
-            {"features": ((extractor.widths["features"],), "float32")},
-        )
+            return reference_store(root, s, self.prepared, extractor, numbers, shown, split=split)["features"]
+        identity = {"extractor": extractor.key, "data": self.identity["data"], "split": split, "study": how}
+        identity |= {"crop": crop, "image_size": size, "numbers": digest(numbers.tolist())}
+        store = Store(root, "features", identity, len(numbers), {"features": self._column(name)})
 
         def read(rows: np.ndarray) -> dict:
-            return extractor(reference_images(source, numbers[rows], s.data.crop, s.model.image_size, **how))
+            return extractor(reference_images(source, numbers[rows], crop, size, **how))
 
         return store.fill(read, self.e.batch_size, desc=f"real {split} images", progress=shown)["features"]
 
-    def row(
-        self,
-        aspect: str,
-        variant: str,
-        features: np.ndarray,
-        reference: np.ndarray,
-        extractor: Extractor | None = None,
-        real: np.ndarray | None = None,
-    ) -> dict:
-        label = (extractor or self.base).label("frechet_distance")
-        beside = _rounded(frechet_distance(real, reference)) if real is not None else None
-        return {
-            "aspect": aspect,
-            "variant": variant,
-            "images": len(features),
-            "value": _rounded(frechet_distance(features, reference)),
-            "label": label,
-            "real": beside,
-        }
 
-    # One method an aspect. Each begins with the standard protocol, under the number of images of the scores.
-
-    def images(self) -> list[dict]:
-        features, reference = self.main()["features"], self.real(self.base, "train", self.numbers)
-        test = self.real(self.base, "test", np.arange(len(self.prepared.test)))
-        rows = []
-        for count in sorted(set(self.e.study)):
-            parts = min(len(features) // count, PARTS)
-            values = [frechet_distance(features[i * count : (i + 1) * count], reference) for i in range(parts)]
-            rows.append(
-                {
-                    **self.row(
-                        "images",
-                        f"{count} images",
-                        features[:count],
-                        reference,
-                        real=test[:count] if count <= len(test) else None,
-                    ),
-                    "mean": _rounded(np.mean(values)),
-                    "parts": parts,
-                    "spread": _rounded(np.std(values, ddof=1)) if parts > 1 else None,
-                }
-            )
-        return rows
-
-    def reference(self) -> list[dict]:
-        features = self.main()["features"][: self.e.images]
-        test, train = np.arange(len(self.prepared.test)), len(self.prepared.train)
-        few = np.linspace(0, train - 1, min(len(test), train)).astype(int)
-        variants = {
-            f"{len(self.numbers)} training images": ("train", self.numbers),
-            f"{len(few)} training images": ("train", few),
-            f"{len(test)} test images": ("test", test),
-        }
-        return [self.row("reference", name, features, self.real(self.base, *which)) for name, which in variants.items()]
-
-    def crops(self) -> list[dict]:
-        data = self.workspace.settings.data
-        side = data.crop if data.resize > data.crop else data.crop * 7 // 8
-        return self._seen(
-            "crops",
-            {
-                "centre crop": {},
-                f"random crops, {side} px": {"side": side},
-                "centre crop, half of them mirrored": {"flip": True},
-                f"random crops, {side} px, half of them mirrored": {"side": side, "flip": True},
-            },
-        )
-
-    def resizing(self) -> list[dict]:
-        """Where crops are as large as the images: to three quarters and back, for there is nothing to do."""
-        crop, size = self.workspace.settings.data.crop, self.workspace.settings.model.image_size
-        if crop != size:
-            return self._seen(
-                "resizing",
-                {
-                    f"{crop} to {size} px, {how}": {} if how == "antialias" else {"how": how}
-                    for how in ("antialias", "bicubic", "nearest")
-                },
-            )
-        via = size * 3 // 4
-        return self._seen(
-            "resizing",
-            {"not resized": {}}
-            | {f"to {via} px and back, {how}": {"how": how, "via": via} for how in ("antialias", "bicubic", "nearest")},
-        )
-
-    def _seen(self, aspect: str, variants: dict[str, dict]) -> list[dict]:
-        """The same generated images against the reference, seen in several ways."""
-        features = self.main()["features"][: self.e.images]
-        return [
-            self.row(aspect, name, features, self.real(self.base, "train", self.numbers, **how))
-            for name, how in variants.items()
-        ]
-
-    def extractor(self) -> list[dict]:
-        used = {"features": self.base} | {f"other{i}": each for i, each in enumerate(self.others())}
-        store = self.generated(used, self.e.images)
-        return [self._pair("extractor", each.name, store[name], each) for name, each in used.items()]
-
-    def range(self) -> list[dict]:
-        store = self.main()
-        return [
-            self._pair("numeric range", "standard", store["features"][: self.e.images], self.base),
-            self._pair("numeric range", "published", store["published"][: self.e.images], self.published),
-        ]
-
-    def _pair(self, aspect: str, variant: str, features: np.ndarray, extractor: Extractor) -> dict:
-        test = np.arange(min(len(self.prepared.test), self.e.images))
-        return self.row(
-            aspect,
-            variant,
-            features,
-            self.real(extractor, "train", self.numbers),
-            extractor,
-            self.real(extractor, "test", test),
-        )
-
-    def last_batch(self) -> list[dict]:
-        features, reference = self.main()["features"], self.real(self.base, "train", self.numbers)
-        dropped = self.e.images - self.e.images % self.e.batch_size or self.e.images
-        return [
-            self.row("last batch", name, features[:count], reference)
-            for name, count in (("kept", self.e.images), ("dropped", dropped))
-        ]
-
-    def protocol(self) -> list[dict]:
-        """All at once; the published one takes 12 passes over the captions, or all images that there are."""
-        count = min(PUBLISHED_PASSES * len(self.prepared.test), self.total)
-        count = count - count % self.e.batch_size or count
-        store = self.main()
-        return [
-            self._pair("protocol", "standard", store["features"][: self.e.images], self.base),
-            self._pair("protocol", "published", store["published"][:count], self.published),
-        ]
-
-
-def study(workspace, folder: str | Path | None = None) -> list[dict]:
+def study(workspace: Workspace, folder: str | Path | None = None) -> list[dict]:
     """Frechet distances of one complete run under every protocol, as tidy rows; half a minute at demo size.
 
-    `workspace`: a Workspace; `folder`: a run of it (default: that of its settings). A row has aspect, variant,
-    images (generated), value, label (printed name with extractor) and real (what real test images get under
-    the same variant, or None). The first row of an aspect is the standard protocol. Rows of "images" have
-    parts, mean and spread: value is of the first n images, mean and sd are over disjoint parts of n images.
-    Crops, flips and resizing are those of the reference; the generated images are the same in all rows.
+    `folder`: a run of the workspace (default: that of its settings). A row has aspect, variant, images (generated),
+    value, label (printed name with extractor) and real (what real test images get under the same variant, or None).
+    The first row of an aspect is the standard protocol. Rows of "images" have parts, mean and spread: value is of the
+    first n images, mean and sd are over disjoint parts of n images. Crops, flips and resizing are those of the
+    reference; the generated images are the same in all rows.
 
     Kept in <run>/protocol-study.json, aspect by aspect: an interrupted study goes on where it was.
     """
     folder = Path(folder) if folder else workspace.run_folder
     if not is_complete(folder):
         raise RunError(f"{folder}: not trained to its last step; run `ratlip train` with the same settings")
-    its, path = _Study(workspace, folder), folder / "protocol-study.json"
-    aspects: dict[str, Callable] = {
-        name: getattr(its, name)
-        for name in ("images", "reference", "crops", "resizing", "extractor", "range", "last_batch", "protocol")
-    }
+    measured, path = _Study(workspace, folder), folder / "protocol-study.json"
+    aspects = measured.variants()
     try:
         kept = read_json(path)
-        found = kept["rows"] if kept["identity"] == its.identity else {}
+        found = kept["rows"] if kept["identity"] == measured.identity else {}
     except (OSError, ValueError, KeyError, TypeError):
         found = {}
     missing = [name for name in aspects if name not in found]
     for name in bar(missing, desc="protocol study", unit="aspect", enabled=workspace.progress and bool(missing)):
-        found[name] = aspects[name]()
-        write_json(path, {"identity": its.identity, "rows": found})
+        found[name] = measured.rows(name)
+        write_json(path, {"identity": measured.identity, "rows": found})
     for store in folder.glob("study-*"):
         shutil.rmtree(store)
     return [row for name in aspects for row in found[name]]
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")

@@ -9,9 +9,7 @@ from ratlip.studies import neighbours
 
 @pytest.fixture(scope="module")
 def scene(smoke):
-    """Training and test images of the profile smoke, and a `search(generated, real)`; returns Neighbours by
-    space.
-    """
+    """Training and test images of the profile smoke, and `search(generated, real)` -> Neighbours by space."""
     prepared, clip, size = smoke.workspace.prepared, smoke.workspace.clip, smoke.settings.model.image_size
     train = real_images(prepared.train, torch.arange(24).numpy(), size, size)
     test = real_images(prepared.test, torch.arange(48).numpy(), size, size)

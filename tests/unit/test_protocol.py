@@ -71,7 +71,7 @@ def test_images_are_nested_and_their_spread_is_over_disjoint_parts(smoke, rows):
 
 def test_the_published_row_is_the_score_of_the_published_settings(smoke, rows, tmp_path):
     """As many images as there are: 96 of 12 x 48, the last partial batch dropped."""
-    overrides = {**protocol.protocol_settings("published", 48), "evaluation.images": 96}
+    overrides = {**evaluation.protocol_settings("published", 48), "evaluation.images": 96}
     assert smoke.settings.evaluation.batch_size == 64
     scores = evaluation.evaluate(
         smoke.run,
@@ -134,7 +134,12 @@ def test_an_interrupted_study_goes_on_with_the_aspects_that_are_missing(smoke, r
     for aspect in ("resizing", "extractor", "protocol"):
         del kept["rows"][aspect]
     path.write_text(json.dumps(kept))
-    monkeypatch.setattr(protocol._Study, "crops", lambda _: pytest.fail("it was there"))
+    measured = protocol._Study.rows
+
+    def missing(its, aspect):
+        return pytest.fail("it was there") if aspect == "crops" else measured(its, aspect)
+
+    monkeypatch.setattr(protocol._Study, "rows", missing)
     assert protocol.study(smoke.workspace) == rows
     assert json.loads(path.read_text()) == json.loads(whole)
 
@@ -146,8 +151,7 @@ def test_rows_of_another_study_or_a_torn_file_are_measured_again(smoke, rows, mo
     path = smoke.run / "protocol-study.json"
     whole, measured = path.read_text(), []
     path.write_text(harm(whole))
-    for name in json.loads(whole)["rows"]:
-        monkeypatch.setattr(protocol._Study, name, lambda _, name=name: measured.append(name) or [])
+    monkeypatch.setattr(protocol._Study, "rows", lambda _, aspect: measured.append(aspect) or [])
     try:
         protocol.study(smoke.workspace)
         assert len(measured) == 8
@@ -195,9 +199,9 @@ def test_random_crops_are_squares_of_the_image_and_differ(split):
 def test_about_half_are_mirrored_and_nothing_else_happens_to_them(split):
     plain = protocol.reference_images(split, range(60), 16, 16)
     found = protocol.reference_images(split, range(60), 16, 16, flip=True)
-    mirrored = [torch.equal(a, b.flip(2)) for a, b in zip(plain, found)]
+    mirrored = [torch.equal(a, b.flip(2)) for a, b in zip(plain, found, strict=True)]
     assert 15 < sum(mirrored) < 45
-    assert all(was or torch.equal(a, b) for a, b, was in zip(plain, found, mirrored))
+    assert all(was or torch.equal(a, b) for a, b, was in zip(plain, found, mirrored, strict=True))
 
 
 def test_resizing_by_nearest_keeps_stripes_that_a_low_pass_filter_removes():

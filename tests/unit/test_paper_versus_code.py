@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ratlip.clip.pairs import caption_groups
+from ratlip import published
 from ratlip.data.batches import to_network
 from ratlip.errors import RunError, SettingsError
 from ratlip.scores.extractors import published_range
@@ -18,7 +18,7 @@ from ratlip.training import session
 from ratlip.training.generation import Run, file_names
 from ratlip.training.step import sample_latents
 
-ARMS = {
+VARIANTS = {
     "published": {"model.conditioning": "rat-official", "model.rat_scope": "mapper"},
     "rat": {},
     "cat": {"model.conditioning": "cat"},
@@ -29,7 +29,7 @@ ARMS = {
 def variants(smoke):
     """A generator of each conditioning whose affines do something."""
     made = {}
-    for name, overrides in ARMS.items():
+    for name, overrides in VARIANTS.items():
         settings = overridden(smoke.settings, {**overrides, "model.mapper_blocks": 2})
         generator = session.build_networks(settings, smoke.workspace.clip)[0].eval()
         made[name] = paper_versus_code.with_random_affines(generator, seed=1)
@@ -64,7 +64,7 @@ def test_the_last_mate_moves_image_0_most(variants, pairs):
     assert max(row["change"] for row in paper_versus_code.position_effect(variants["rat"], *pairs, batch_size=4)) < 1e-4
 
 
-def test_the_order_of_drawing_moves_no_image_to_another_place(smoke):
+def test_the_order_of_drawing_moves_no_image_to_another_position(smoke):
     run, order = Run(smoke.run, clip_folder=smoke.workspace.clip_folder), torch.randperm(10)
     straight = paper_versus_code.test_images(run, smoke.workspace.prepared, 10)
     mixed = paper_versus_code.test_images(run, smoke.workspace.prepared, 10, batch_size=3, order=order)
@@ -73,13 +73,12 @@ def test_the_order_of_drawing_moves_no_image_to_another_place(smoke):
 
 def test_compositions_are_scored_alike_for_the_paper_s_rat(smoke):
     run = Run(smoke.run, clip_folder=smoke.workspace.clip_folder)
-    workspace = smoke.workspace
-    frame = paper_versus_code.composition_scores(run, workspace.prepared, workspace.clip, workspace.judge, 12, (1, 5))
+    frame = paper_versus_code.composition_scores(smoke.workspace, run, 12, (1, 5))
     assert list(frame.index) == ["batches of 1", "batches of 5", "batches of 5, shuffled"]
     assert frame["CLIP similarity"].std() < 1e-5 and set(frame) == {"CLIP similarity", "all right"}
 
 
-def test_a_push_reaches_later_layers_of_the_paper_s_rat_alone(variants, pairs):
+def test_a_change_reaches_later_layers_of_the_paper_s_rat_alone(variants, pairs):
     rat, official = (paper_versus_code.reach(variants[name], *pairs) for name in ("rat", "published"))
     later = torch.ones_like(rat).triu(1).bool()
     assert (rat[later] > 0).all() and (rat[~later] == 0).all()
@@ -189,17 +188,8 @@ def test_the_command_line_s_default_wins():
 
 @pytest.mark.slow
 def test_a_batch_of_one_teaches_nothing_about_matching(smoke):
-    workspace = smoke.workspace
-    given = (
-        smoke.settings,
-        workspace.prepared,
-        workspace.clip,
-        workspace.sentences(),
-        torch.from_numpy(caption_groups(workspace.prepared.train)),
-    )
     one, many = (
-        [protocol.matching_learned(*given, batch_size=size, images=1200, seed=seed) for seed in (1, 2)]
-        for size in (1, 8)
+        [protocol.matching_learned(smoke.workspace, size, images=1200, seed=seed) for seed in (1, 2)] for size in (1, 8)
     )
     assert {each["same"] for each in one} == {1} and {each["same"] for each in many} == {0}
     assert np.mean([each["right"] for each in many]) > 0.08 + np.mean([each["right"] for each in one])
@@ -256,19 +246,22 @@ def test_parameters_that_get_no_gradient_are_the_dead_ones(smoke):
 
 
 def test_the_table_wants_every_row_measured():
-    frame = paper_versus_code.table({row: f"effect {row}" for row in range(1, 13)})
+    frame = paper_versus_code.differences_table({row: f"effect {row}" for row in range(1, 13)})
     assert list(frame.index) == list(range(1, 13)) and frame.loc[7, "measured effect"] == "effect 7"
     with pytest.raises(RunError, match="rows 3, 12 of the table"):
-        paper_versus_code.table({row: "" if row == 3 else "x" for row in range(1, 12)})
+        paper_versus_code.differences_table({row: "" if row == 3 else "x" for row in range(1, 12)})
 
 
-def named(column: int) -> list[tuple[str, str]]:
+def named(column: str) -> list[tuple[str, str]]:
     """Settings named in a column of the table, as (section.name, value)."""
-    return [pair for row in paper_versus_code.TABLE for pair in re.findall(r"(\w+\.\w+): ([\w-]+)", row[column])]
+    return [pair for row in published.rows() for pair in re.findall(r"(\w+\.\w+): ([\w-]+)", row[column])]
 
 
 def test_the_table_s_settings_are_those_of_the_published_profiles():
-    for column, profiles in ((2, ("cub",)), (3, ("cub-published", "demo-published"))):
+    for column, profiles in (
+        ("our default", ("cub",)),
+        ("setting to switch it back", ("cub-published", "demo-published")),
+    ):
         assert len(named(column)) >= 9
         for profile in profiles:
             content = load_settings(profile).model_dump(mode="json")

@@ -69,7 +69,9 @@ class TestMaps:
         (gradient,) = torch.autograd.grad(cosine, kept["a"])
         weights = gradient[:, -16:].mean(1, keepdim=True)
         grid = (weights * kept["a"][:, -16:]).sum(2).clamp(min=0).detach().view(6, 4, 4).numpy()
-        for expected, found in zip(grid, similarity_maps(clip, material.images, material.sentences, PAPER)):
+        for expected, found in zip(
+            grid, similarity_maps(clip, material.images, material.sentences, PAPER), strict=True
+        ):
             for size in ((4, 4), (16, 16)):  # scaled before and after
                 expected = cv2.resize(expected, size)
                 expected = (expected - expected.min()) / (np.ptp(expected) + 1e-9)
@@ -102,7 +104,7 @@ class TestMaps:
             tower = SimpleNamespace(transformer=SimpleNamespace(batch_first=first))
             clip = SimpleNamespace(grid=4, model=SimpleNamespace(visual=tower))
             given = tokens if first else tokens.transpose(0, 1)
-            assert torch.equal(grad_cam._patches(clip)(given), grid)
+            assert torch.equal(grad_cam._patches(clip, given), grid)
 
     def test_batches_and_lengths_of_sentences_change_nothing(self, smoke, material):
         clip = smoke.workspace.clip
@@ -193,7 +195,7 @@ class TestMasks:
         part = smoke.workspace.prepared.train
         numbers = [0, 7, 191]
         masks = grad_cam.real_masks(part, numbers, 16, 16)
-        for number, mask in zip(numbers, masks):
+        for number, mask in zip(numbers, masks, strict=True):
             rng = np.random.default_rng([smoke.settings.data.seed, 2, number])
             pixels, drawn = synthetic.render(part.attributes[number], 16, rng)
             np.testing.assert_array_equal(mask.numpy(), drawn)
@@ -233,11 +235,11 @@ class TestValidation:
 
     def test_shuffled_weights_are_the_same_values_elsewhere(self, smoke):
         clip = smoke.workspace.clip
-        before, stranger = clip.fingerprint, shuffled(clip)
-        assert stranger.fingerprint != before == FrozenClip(clip.model, clip.tokenizer).fingerprint
-        for a, b in zip(clip.model.visual.parameters(), stranger.model.visual.parameters(), strict=True):
+        before, other = clip.fingerprint, shuffled(clip)
+        assert other.fingerprint != before == FrozenClip(clip.model, clip.tokenizer).fingerprint
+        for a, b in zip(clip.model.visual.parameters(), other.model.visual.parameters(), strict=True):
             assert torch.equal(a.flatten().sort().values, b.flatten().sort().values)
-        assert shuffled(clip).fingerprint == stranger.fingerprint != shuffled(clip, 1).fingerprint
+        assert shuffled(clip).fingerprint == other.fingerprint != shuffled(clip, 1).fingerprint
 
     def test_the_controls(self, smoke, material, monkeypatch):
         """Maps that light the object for the right caption and nothing for another pass; blind ones fail."""
