@@ -195,7 +195,7 @@ def test_writes_what_load_clip_reads(tmp_path):
     assert again.fingerprint == clip.fingerprint and again.name == f"small CLIP {clip.fingerprint[:6]}"
     assert torch.equal(again.embed_text(["a red bar"]), clip.embed_text(["a red bar"]))
     assert again.unknown_words("a red zebra") == ["zebra"]
-    with pytest.raises(WeightsError, match=r"width=32 \(asked: 64\)"):
+    with pytest.raises(WeightsError, match=r"width 32 instead of 64"):
         load_clip(settings(width=64), tmp_path)
 
 
@@ -242,9 +242,9 @@ def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
 
 def test_a_folder_of_another_training_is_refused(tmp_path):
     train(tmp_path)
-    with pytest.raises(WeightsError, match=r"lr=0.003 \(asked: 0.001\)"):
+    with pytest.raises(WeightsError, match=r"lr 0.003 instead of 0.001"):
         train(tmp_path, lr=1e-3)
-    with pytest.raises(WeightsError, match="data="):
+    with pytest.raises(WeightsError, match="data "):
         train(tmp_path, fake(n=24))
 
 
@@ -384,7 +384,7 @@ def test_caption_embeddings_follow_data_and_weights(tmp_path):
 def test_damaged_caption_embeddings_are_made_again(tmp_path):
     prepared, clip = fake(), KnowingClip()
     good = embed_captions(clip, prepared, tmp_path, progress=False)["train"].copy()
-    path = next(tmp_path.iterdir()) / "train.npy"
+    path = next(tmp_path.glob("captions-*/train-*/embedding.npy"))
     cut, short = lambda: path.write_bytes(path.read_bytes()[:200]), lambda: np.save(path, good[:3])
     for damage in (cut, short, path.unlink):
         damage()
