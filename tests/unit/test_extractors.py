@@ -70,7 +70,7 @@ def test_torch_fidelity_finds_the_clip_by_its_key_and_gives_our_numbers(smoke, i
         cache=False,
     )
     one, two = extractor(first), extractor(second)
-    ours = metrics.quality(one["features"].numpy(), one["logits"].numpy(), two["features"].numpy())
+    ours = metrics.distances_and_diversity(one["features"].numpy(), one["logits"].numpy(), two["features"].numpy())
     for mine, its in {
         "frechet_distance": "frechet_inception_distance",
         "kernel_distance": "kernel_inception_distance_mean",

@@ -67,5 +67,5 @@ def test_one_image_has_no_covariance():
         metrics.moments(drawn(1))
     assert all(
         np.isfinite(value)
-        for value in metrics.quality(*(drawn(n, seed=n).astype(np.float32) for n in (2, 2, 3))).values()
+        for value in metrics.distances_and_diversity(*(drawn(n, seed=n).astype(np.float32) for n in (2, 2, 3))).values()
     )
