@@ -78,18 +78,16 @@ def train_small_clip(
     FrozenClip on `device`. Raises WeightsError where `folder` belongs to another training, DataError where images are
     smaller than the crop, RunError where the loss is no number.
     """
-    folder, crop, split = Path(folder), crop or image_size, prepared.train
+    folder, split, view = Path(folder), prepared.train, dict(image_size=image_size, crop=crop or image_size, flip=flip)
     trained_by = {name: getattr(settings, name) for name in TRAINED_BY}
-    identity = dict(
-        settings=trained_by, image_size=image_size, crop=crop, flip=flip, data=prepared.manifest["content_sha256"]
-    )
+    identity = dict(settings=trained_by, **view, data=prepared.manifest["content_sha256"])
     claim(folder, identity, what="a small CLIP", error=WeightsError, file="settings.json", sign="manifest.json")
     if (folder / "manifest.json").is_file():
         return load_clip(settings, folder, device)
-    if crop > prepared.manifest["resize"]:
+    if view["crop"] > (side := prepared.manifest["resize"]):
         raise DataError(
-            f"{prepared.folder}: its images have {prepared.manifest['resize']} px, too few to cut {crop} px out of "
-            "them; lower data.crop, or prepare with a larger data.resize"
+            f"{prepared.folder}: its images have {side} px, too few to cut {view['crop']} px out of them; lower "
+            "data.crop, or prepare with a larger data.resize"
         )
     vocabulary = Vocabulary.build(split.all_captions, settings.context_length)
     vocabulary.save(folder / "vocabulary.json")
@@ -100,8 +98,7 @@ def train_small_clip(
         torch.manual_seed(settings.seed)
         model = build_small_clip(**arch).to(device)
     batches = PairBatches(split, settings.batch_size, settings.seed, settings.hard_negatives)
-    crops = partial(_crops, split, crop=crop, image_size=image_size, flip=flip)
-    _fit(model, vocabulary, batches, crops, settings, folder, progress)
+    _fit(model, vocabulary, batches, partial(_crops, split, **view), settings, folder, progress)
     with atomic_path(folder / "clip.safetensors") as draft:
         save_file({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}, draft)
     made = dict(

@@ -58,11 +58,8 @@ def protocol_settings(name: str, test_images: int) -> dict:
 
 def protocol_name(evaluation: EvaluationSettings, test_images: int) -> str:
     """ "standard", "published", or "mixed" where the settings are some of each (or too few images)."""
-    for name in PROTOCOLS:
-        wanted = protocol_settings(name, test_images)
-        if all(getattr(evaluation, key.partition(".")[2]) == value for key, value in wanted.items()):
-            return name
-    return "mixed"
+    found = {f"evaluation.{key}": value for key, value in evaluation}
+    return next((name for name in PROTOCOLS if protocol_settings(name, test_images).items() <= found.items()), "mixed")
 
 
 def counted_images(evaluation: EvaluationSettings) -> int:

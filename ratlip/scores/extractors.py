@@ -97,17 +97,9 @@ def _register(key: str, layers: tuple[str, ...], network: nn.Module, read: Calla
             super().__init__(name, features_list)
             self.network = network
 
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return layers
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric: str) -> str:
-            return layers[-1] if metric == "isc" else layers[0]
-
-        @staticmethod
-        def can_be_compiled() -> bool:
-            return False
+        get_provided_features_list = staticmethod(lambda: layers)
+        get_default_feature_layer_for_metric = staticmethod(lambda metric: layers[-1 if metric == "isc" else 0])
+        can_be_compiled = staticmethod(lambda: False)
 
         def forward(self, images: Tensor) -> tuple[Tensor, ...]:
             found = dict(zip(layers, read(images.float() / 127.5 - 1), strict=True))
