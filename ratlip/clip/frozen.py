@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -38,6 +39,10 @@ class FrozenClip(nn.Module):
 
     Gradients pass through the towers to their inputs; no parameter receives one.
     """
+
+    model: Any
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model: nn.Module, tokenizer: Callable, name: str = "CLIP", normalisation: str = "standard"):
         super().__init__()

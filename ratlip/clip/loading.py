@@ -41,7 +41,9 @@ def build_small_clip(
     tokens as the image: the patches, which the GAN reads, then have to know what they show; the class token would have
     to learn first where to look.
     """
-    vision = dict(image_size=image_size, patch_size=patch_size, width=width, layers=layers, head_width=width // heads)
+    vision: dict = dict(
+        image_size=image_size, patch_size=patch_size, width=width, layers=layers, head_width=width // heads
+    )
     vision |= dict(pos_embed_type="sin_cos_2d", pool_type="avg")
     text = dict(context_length=context_length, vocab_size=vocab_size)
     return open_clip.CLIP(embed_dim, vision, text | dict(width=text_width, layers=text_layers, heads=text_heads))
@@ -100,7 +102,8 @@ def _open_clip(settings: ClipSettings) -> FrozenClip:
             "open_clip.list_models(), as ViT-B-32-quickgelu"
         )
     if settings.source == "file":
-        model, name = _model_from_file(settings.model, Path(settings.path)), Path(settings.path).name
+        path = Path(settings.path or "")
+        model, name = _model_from_file(settings.model, path), path.name
     else:
         model, name = _downloaded_model(settings.model, settings.pretrained), settings.pretrained
     try:

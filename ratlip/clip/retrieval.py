@@ -25,11 +25,11 @@ def embed_captions(
     Equal captions are embedded once, and all of them once for a data set and a CLIP: they are kept in `folder`.
     """
     data, found = prepared.manifest["content_sha256"], {}
-    identity, columns = {"data": data, "clip": clip.fingerprint}, {"embedding": ((clip.embed_dim,), "float32")}
+    identity, home = {"data": data, "clip": clip.fingerprint}, Path(folder) / f"captions-{data[:8]}-{clip.fingerprint}"
     for name, captions in (("train", prepared.train.all_captions), ("test", prepared.test.all_captions)):
         row_of = {text: row for row, text in enumerate(dict.fromkeys(captions))}
         texts = list(row_of)
-        store = Store(Path(folder) / f"captions-{data[:8]}-{clip.fingerprint}", name, identity, len(texts), columns)
+        store = Store(home, name, identity, len(texts), {"embedding": ((clip.embed_dim,), "float32")})
 
         def read(rows: np.ndarray, texts: list[str] = texts) -> dict:
             return {"embedding": clip.embed_text([texts[i] for i in rows]).cpu()}
@@ -67,10 +67,11 @@ def retrieval(
         parts.append(F.normalize(clip.embed_images(images.to(clip.mean.device)), dim=1) @ texts.T)
     similarity = torch.cat(parts).cpu()
     to_text, to_image = _ranking(similarity, right), _ranking(similarity[:, :count].T, right[:, :count].T)
-    if split.attributes is not None:
-        named = [split.attributes[i] for i in own.values()] + [distractors.attributes[i] for i in others.values()]
-        to_text |= _attributes_right(split.attributes, named, similarity)
-        to_image |= _attributes_right(named[:count], split.attributes, similarity[:, :count].T)
+    if (truth := split.attributes) is not None:
+        other = (distractors.attributes if distractors is not None else None) or []
+        named = [truth[i] for i in own.values()] + [other[i] for i in others.values()]
+        to_text |= _attributes_right(truth, named, similarity)
+        to_image |= _attributes_right(named[:count], truth, similarity[:, :count].T)
     counts = {"images": len(split), "captions": count, "distractors": len(others)}
     return {**counts, "image_to_text": to_text, "text_to_image": to_image}
 

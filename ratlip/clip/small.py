@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -78,7 +79,8 @@ def train_small_clip(
     FrozenClip on `device`. Raises WeightsError where `folder` belongs to another training, DataError where images are
     smaller than the crop, RunError where the loss is no number.
     """
-    folder, split, view = Path(folder), prepared.train, dict(image_size=image_size, crop=crop or image_size, flip=flip)
+    folder, split = Path(folder), prepared.train
+    view: dict[str, Any] = dict(image_size=image_size, crop=crop or image_size, flip=flip)
     trained_by = {name: getattr(settings, name) for name in TRAINED_BY}
     identity = dict(settings=trained_by, **view, data=prepared.manifest["content_sha256"])
     claim(folder, identity, what="a small CLIP", error=WeightsError, file="settings.json", sign="manifest.json")
@@ -116,20 +118,21 @@ def train_small_clip(
 
 
 def _fit(
-    model: CLIP, words: Vocabulary, batches: PairBatches, crops: Callable, s: ClipSettings, folder: Path, progress: bool
+    model: Any, words: Vocabulary, batches: PairBatches, crops: Callable, s: ClipSettings, folder: Path, progress: bool
 ) -> None:
     """Train `model` in place from the last checkpoint in `folder`, or from the start."""
     device, steps, optimizer = model.logit_scale.device, s.steps, _optimizer(model, s)
     mean, std = (torch.tensor(c, device=device).view(1, 3, 1, 1) for c in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
     first, log = _resume(folder, model, optimizer)
-    shown = dict(desc="small CLIP", initial=first, total=steps, unit="step", enabled=progress)
+    shown: dict[str, Any] = dict(desc="small CLIP", initial=first, total=steps, unit="step", enabled=progress)
     losses, since = [], time.perf_counter()
     for step in (steps_bar := bar(range(first, steps), **shown)):
         chosen, captions, rng = batches(step)
         images = normalise(crops(chosen, rng=rng).to(device), mean, std)
         tokens, group = words(captions).to(device), torch.from_numpy(batches.group[chosen]).to(device)
         positives = (group[:, None] == group) | (tokens[:, None] == tokens).all(-1)
-        loss = contrastive_loss(*model(images, tokens), positives)
+        image_embeddings, text_embeddings, scale = model(images, tokens)
+        loss = contrastive_loss(image_embeddings, text_embeddings, scale, positives)
         rate = learning_rate(step, steps, s.warmup, s.lr)
         for part in optimizer.param_groups:
             part["lr"] = rate
@@ -141,9 +144,10 @@ def _fit(
             model.logit_scale.clamp_(0, math.log(100))  # Radford et al. (2021), section 2.5
         losses.append(loss.detach())
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            mean_loss, scale = torch.stack(losses).mean().item(), model.logit_scale.exp().item()
+            mean_loss = torch.stack(losses).mean().item()
             speed = round(len(losses) * len(chosen) / (time.perf_counter() - since), 1)
-            log.append(dict(step=step + 1, loss=mean_loss, lr=rate, logit_scale=scale, images_per_s=speed))
+            row = dict(step=step + 1, loss=mean_loss, lr=rate, logit_scale=model.logit_scale.exp().item())
+            log.append(row | dict(images_per_s=speed))
             write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             steps_bar.set_postfix(loss=f"{mean_loss:.3f}", images_per_s=speed)
             if not math.isfinite(mean_loss):
@@ -167,11 +171,10 @@ def _crops(split: Split, chosen: np.ndarray, crop: int, image_size: int, flip: b
 
 def _optimizer(model: CLIP, settings: ClipSettings) -> torch.optim.AdamW:
     """AdamW as open_clip sets it up: no decay of biases, norms, embeddings and the temperature."""
-    decayed, plain = [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (plain if p.ndim < 2 or "embedding" in name else decayed).append(p)
-    parts = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [p for name, p in learning if p.ndim < 2 or "embedding" in name]
+    decayed = [p for name, p in learning if p.ndim >= 2 and "embedding" not in name]
+    parts: list[dict] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(parts, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
 
 

@@ -49,8 +49,8 @@ PUBLISHED_PASSES = 12  # over the test captions: the other part of the published
 def protocol_settings(name: str, test_images: int) -> dict:
     """Overrides that set a protocol by its name, e.g. {"evaluation.last_batch": "drop", ...}.
 
-    "published" as in official.md, "Training and evaluation": 12 passes over the `test_images` captions. "standard"
-    leaves the number of images to the profile; distances of different numbers do not compare.
+    "published" (differences 4, 6 and 9) also takes 12 passes over the `test_images` captions. "standard" leaves the
+    number of images to the profile; distances of different numbers do not compare.
     """
     found = {f"evaluation.{key}": value for key, value in PROTOCOLS[name].items()}
     return found | ({"evaluation.images": PUBLISHED_PASSES * test_images} if name == "published" else {})
@@ -108,7 +108,8 @@ class Instruments:
         # One normalisation for all runs, whatever each was trained with: runs are compared.
         way = e.clip_score_normalisation
         self.clips = {score: with_normalisation(each, way) for score, each in clips.items() if each is not None}
-        self.columns = {name: ((width,), "float32") for name, width in self.extractor.widths.items()}
+        widths = self.extractor.widths
+        self.columns: dict[str, tuple[tuple[int, ...], str]] = {n: ((w,), "float32") for n, w in widths.items()}
         self.columns |= {score: ((), "float32") for score in self.clips}
         self.columns |= {"judge": ((len(chance()),), "bool")} if judge is not None else {}
         self.identity = dict(
@@ -126,7 +127,8 @@ class Instruments:
         for score, clip in self.clips.items():
             found[score] = clip_similarity(embed(clip, images), clip.embed_text(captions).cpu())
         if self.judge is not None:
-            right = judge_right(self.judge, images, [self.prepared.test.attributes[i] for i in numbers])
+            truth = self.prepared.test.attributes or []
+            right = judge_right(self.judge, images, [truth[i] for i in numbers])
             found["judge"] = torch.stack([right[name] for name in chance()], dim=1)
         return found
 

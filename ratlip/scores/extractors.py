@@ -29,7 +29,7 @@ from ratlip.clip.loading import brief
 from ratlip.data.batches import to_bytes
 from ratlip.data.prepared import Prepared, Split
 from ratlip.errors import WeightsError
-from ratlip.scores.judge import Judge
+from ratlip.scores.judge import WIDTH, Judge
 from ratlip.settings import Settings
 
 CLASSES = 1000  # captions that serve as classes, at most
@@ -50,7 +50,7 @@ def fit(images: Tensor, size: int) -> Tensor:
 
 
 def published_range(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Images (B,3,H,W) in [-1,1] as the published evaluation shows them to its network (difference 6 of the scores).
+    """Images (B,3,H,W) in [-1,1] as the published evaluation shows them to its network (difference 6).
 
     Our reading of "values in about [-0.2, 0.43] instead of [-1,1]": pixels are brought to [0,1], and then taken for
     values that were already normalised with the network's mean and standard deviation (1,3,1,1). Undoing a
@@ -147,7 +147,7 @@ def judge_extractor(judge: Judge, digest: str) -> Extractor:
     """
     key = f"judge-{digest}"
     module = _register(key, ("features",), judge, lambda images: (judge.trunk(images),))
-    return Extractor("judge", key, key, module, {"features": judge.trunk[-2].out_features}, NAMES)
+    return Extractor("judge", key, key, module, {"features": WIDTH}, NAMES)
 
 
 def inception_extractor(

@@ -23,6 +23,7 @@ from ratlip.files import atomic_path, read_json, write_json
 from ratlip.progress import bar
 
 SEED = 0
+WIDTH = 96  # of the last hidden layer
 
 
 class Judge(nn.Module):
@@ -34,8 +35,8 @@ class Judge(nn.Module):
         layers: list[nn.Module] = []
         for a, b in zip(widths[:-1], widths[1:], strict=True):
             layers += [nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * side * side, 96), nn.ReLU())
-        self.heads = nn.ModuleDict({name: nn.Linear(96, len(values)) for name, values in ATTRIBUTES.items()})
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * side * side, WIDTH), nn.ReLU())
+        self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, len(values)) for name, values in ATTRIBUTES.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B,3,S,S) in [-1,1] -> one tensor of logits (B, number of values) for each attribute."""
@@ -88,7 +89,7 @@ def load_judge(
             ) from error
         return judge.eval()
     _fit(judge, prepared.train, crop, image_size, steps, progress)
-    accuracy = judge_shares(judge, real_images(test, range(len(test)), crop, image_size), test.attributes)
+    accuracy = judge_shares(judge, real_images(test, range(len(test)), crop, image_size), test.attributes or [])
     with atomic_path(weights) as draft:
         torch.save(judge.state_dict(), draft)
     write_json(note, {"identity": identity, "accuracy_on_real_test_images": accuracy})
@@ -97,12 +98,12 @@ def load_judge(
 
 def _fit(judge: Judge, split: Split, crop: int, image_size: int, steps: int, progress: bool) -> None:
     rng, generator = np.random.default_rng([SEED, 31]), torch.Generator().manual_seed(SEED)
-    images, targets = real_images(split, range(len(split)), crop, image_size), attribute_targets(split.attributes)
+    images, targets = real_images(split, range(len(split)), crop, image_size), attribute_targets(split.attributes or [])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         for layer in judge.modules():
-            if hasattr(layer, "reset_parameters"):
-                layer.reset_parameters()
+            if callable(reset := getattr(layer, "reset_parameters", None)):
+                reset()
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     judge.train()
@@ -112,7 +113,8 @@ def _fit(judge: Judge, split: Split, crop: int, image_size: int, steps: int, pro
         # Noise of varying strength: generated images are less clean than rendered ones.
         strength = 0.1 * torch.rand(len(x), 1, 1, 1, generator=generator)
         x = x + strength * torch.randn(x.shape, generator=generator)
-        loss = sum(F.cross_entropy(logits, targets[name][chosen]) for name, logits in judge(x).items())
+        losses = [F.cross_entropy(logits, targets[name][chosen]) for name, logits in judge(x).items()]
+        loss = sum(losses, start=torch.zeros(()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

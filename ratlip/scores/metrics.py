@@ -36,7 +36,7 @@ def moments(features: np.ndarray) -> Moments:
     """
     if len(features) < 2:
         raise SettingsError(f"{len(features)} image has no covariance; set evaluation.images to 2 or more")
-    count, mean, scatter = 0, 0.0, 0.0
+    count, mean, scatter = 0, np.zeros(features.shape[1]), 0.0
     for rows in blocks(features):
         n, total, own = len(rows), count + len(rows), rows.mean(axis=0)
         centred, shift = rows - own, own - mean

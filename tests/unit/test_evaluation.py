@@ -102,7 +102,7 @@ def test_scores_are_the_same_twice_and_only_the_time_may_differ(smoke):
 
 
 def test_the_batch_size_of_the_scores_does_not_change_them(smoke):
-    """48 images in batches of 7: the last partial batch is counted (official.md, row 9)."""
+    """48 images in batches of 7: the last partial batch is counted (difference 9)."""
     settings = load_settings("smoke", {"evaluation.batch_size": 7})
     other = evaluation.evaluate(
         smoke.run,

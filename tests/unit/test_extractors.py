@@ -104,7 +104,7 @@ def test_the_extractor_keeps_the_standard_normalisation(smoke, images):
 
 
 def test_the_published_range_is_the_one_that_was_measured():
-    """official.md, row 6: about [-0.2, 0.43] over the channels."""
+    """Difference 6: about [-0.2, 0.43] over the channels."""
     mean, std = (
         torch.tensor(values).view(1, 3, 1, 1) for values in (extractors.IMAGENET_MEAN, extractors.IMAGENET_STD)
     )
