@@ -41,10 +41,8 @@ def build_small_clip(
     tokens as the image: the patches, which the GAN reads, then have to know what they show; the class token would have
     to learn first where to look.
     """
-    vision: dict = dict(
-        image_size=image_size, patch_size=patch_size, width=width, layers=layers, head_width=width // heads
-    )
-    vision |= dict(pos_embed_type="sin_cos_2d", pool_type="avg")
+    vision: dict = dict(image_size=image_size, patch_size=patch_size, width=width, layers=layers)
+    vision |= dict(head_width=width // heads, pos_embed_type="sin_cos_2d", pool_type="avg")
     text = dict(context_length=context_length, vocab_size=vocab_size)
     return open_clip.CLIP(embed_dim, vision, text | dict(width=text_width, layers=text_layers, heads=text_heads))
 
@@ -67,27 +65,19 @@ def _small_clip(settings: ClipSettings, folder: Path | str | None) -> FrozenClip
     """The small CLIP that `ratlip.clip.small.train_small_clip` left in `folder`."""
     if folder is None:
         raise WeightsError("clip.source=train: name the folder in which the small CLIP was trained")
-    folder = Path(folder)
+    folder, mend = Path(folder), "remove the folder and train it again"
     if not (folder / "manifest.json").is_file():
-        raise WeightsError(
-            f"{folder}: no small CLIP was trained here to the end (manifest.json is missing); `ratlip clip` trains it, "
-            "and goes on where it was interrupted"
-        )
+        raise WeightsError(f"{folder}: no small CLIP was trained here to the end; `ratlip clip` trains it or goes on")
     try:
         manifest = read_json(folder / "manifest.json")
         trained_by, expected = manifest["settings"], manifest["fingerprint"]
         model = build_small_clip(**read_json(folder / "arch.json"))
         model.load_state_dict(load_file(folder / "clip.safetensors"), strict=True)
     except Exception as error:
-        raise WeightsError(
-            f"{folder}: the small CLIP is damaged ({brief(error)}); remove the folder and train it again"
-        ) from error
+        raise WeightsError(f"{folder}: the small CLIP is damaged ({brief(error)}); {mend}") from error
     clip = FrozenClip(model, Vocabulary.load(folder / "vocabulary.json"), normalisation=settings.normalisation)
     if clip.fingerprint != expected:
-        raise WeightsError(
-            f"{folder}: clip.safetensors is not the file that was trained (fingerprint {clip.fingerprint}, manifest "
-            f"{expected}); remove the folder and train it again"
-        )
+        raise WeightsError(f"{folder}: clip.safetensors is not the file that was trained ({clip.fingerprint}); {mend}")
     asked = {name: getattr(settings, name) for name in trained_by}
     check_identity(folder, trained_by, asked, what="a small CLIP", error=WeightsError)
     clip.name = f"small CLIP {clip.fingerprint[:6]}"
@@ -96,24 +86,23 @@ def _small_clip(settings: ClipSettings, folder: Path | str | None) -> FrozenClip
 
 def _open_clip(settings: ClipSettings) -> FrozenClip:
     """An architecture that open_clip knows by name, with weights from the network or a file."""
-    if settings.model not in open_clip.list_models():
+    name, path = settings.model, Path(settings.path or "")
+    if name not in open_clip.list_models():
         raise WeightsError(
-            f"clip.model={settings.model}: open_clip {open_clip.__version__} knows no such architecture; choose one of "
-            "open_clip.list_models(), as ViT-B-32-quickgelu"
+            f"clip.model={name}: open_clip knows no such architecture; open_clip.list_models() lists all"
         )
     if settings.source == "file":
-        path = Path(settings.path or "")
-        model, name = _model_from_file(settings.model, path), path.name
+        model, weights = _model_from_file(name, path), path.name
     else:
-        model, name = _downloaded_model(settings.model, settings.pretrained), settings.pretrained
+        model, weights = _downloaded_model(name, settings.pretrained), settings.pretrained
     try:
-        tokenizer = open_clip.get_tokenizer(settings.model)
+        tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:
         raise WeightsError(
-            f"clip.model={settings.model}: its tokenizer cannot be had ({brief(error)}); those with OpenAI's "
-            "vocabulary (ViT-B-32-quickgelu) need no download"
+            f"clip.model={name}: its tokenizer cannot be had ({brief(error)}); those with OpenAI's vocabulary "
+            "(ViT-B-32-quickgelu) need no download"
         ) from error
-    return FrozenClip(model, tokenizer, f"{settings.model}/{name}", settings.normalisation)
+    return FrozenClip(model, tokenizer, f"{name}/{weights}", settings.normalisation)
 
 
 def _downloaded_model(model: str, tag: str) -> nn.Module:
@@ -125,8 +114,7 @@ def _downloaded_model(model: str, tag: str) -> nn.Module:
     if known.get("quick_gelu", False) != open_clip.get_model_config(model).get("quick_gelu", False):
         twin = model.removesuffix("-quickgelu") if model.endswith("-quickgelu") else f"{model}-quickgelu"
         raise WeightsError(
-            f"clip.model={model}: the weights {tag} were trained with the other kind of GELU and would give wrong "
-            f"features; set clip.model: {twin}"
+            f"clip.model={model}: the weights {tag} belong to the other kind of GELU; set clip.model: {twin}"
         )
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)  # without network, the client logs some forty lines before it gives up
@@ -147,10 +135,7 @@ def _downloaded_model(model: str, tag: str) -> nn.Module:
 def _model_from_file(model: str, path: Path) -> nn.Module:
     """A local checkpoint: .safetensors, a state dict saved by torch, or an original TorchScript archive."""
     if not path.is_file():
-        raise WeightsError(
-            f"clip.path={path}: there is no such file; give the checkpoint of {model}, or use the profile demo, which "
-            "needs none"
-        )
+        raise WeightsError(f"clip.path={path}: no such file; give the checkpoint of {model}, or use the profile demo")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:

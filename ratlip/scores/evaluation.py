@@ -202,12 +202,12 @@ def evaluate(
     so there may be fewer of them: a distance falls as the number grows.
     """
     folder, root = Path(folder), Path(root) if root else Path(folder).resolve().parents[1]
-    count, its = counted_images(settings.evaluation), Instruments(settings, prepared, clip, independent, judge)
+    count, instruments = counted_images(settings.evaluation), Instruments(settings, prepared, clip, independent, judge)
     numbers = reference_numbers(prepared, count)
-    reference = reference_store(root, settings, prepared, its.extractor, numbers, progress)
-    store = _read_generated(folder, clip, its, count, progress)
-    found = its.scores(store, reference)
-    real = _real_scores(root, its, reference, count, progress)
+    reference = reference_store(root, settings, prepared, instruments.extractor, numbers, progress)
+    store = _read_generated(folder, clip, instruments, count, progress)
+    found = instruments.scores(store, reference)
+    real = _real_scores(root, instruments, reference, count, progress)
     seconds = float(np.sum(store["seconds"], dtype=np.float64))
     shutil.rmtree(store.folder)
     scores = {
@@ -216,11 +216,11 @@ def evaluate(
         "seed": settings.seed,
         "images": count,
         "protocol": protocol_name(settings.evaluation, len(prepared.test)),
-        "extractor": its.extractor.name,
+        "extractor": instruments.extractor.name,
         "reference": f"{reference.rows} training images",
         "seconds_per_image": round(seconds / count, 5),
         **found,
-        "labels": its.labels(),
+        "labels": instruments.labels(),
         "real": real,
     }
     if judge is not None:
@@ -228,9 +228,9 @@ def evaluate(
     return scores
 
 
-def _read_generated(folder: Path, clip: FrozenClip, its: Instruments, count: int, progress: bool) -> Store:
+def _read_generated(folder: Path, clip: FrozenClip, instruments: Instruments, count: int, progress: bool) -> Store:
     """Generate, read, forget, batch by batch; what was read goes to `<folder>/evaluation-<hash>`."""
-    settings, (numbers, captions) = its.settings, test_pairs(its.prepared, count)
+    settings, (numbers, captions) = instruments.settings, test_pairs(instruments.prepared, count)
     generator = load_generator(folder, settings, clip)
     latent = sample_latents(settings.seed, TEST_LATENTS, count, settings.model.latent_size)
 
@@ -240,26 +240,27 @@ def _read_generated(folder: Path, clip: FrozenClip, its: Instruments, count: int
         start = time.perf_counter()
         images = generate(generator, latent[rows], sentence, len(rows))
         seconds = (time.perf_counter() - start) / len(rows)
-        return {**its.read(images, numbers[rows], texts), "seconds": np.full(len(rows), seconds)}
+        return {**instruments.read(images, numbers[rows], texts), "seconds": np.full(len(rows), seconds)}
 
-    identity = {**its.identity, "generator": weights_digest(generator), "seed": settings.seed}
-    store = Store(folder, "evaluation", identity, count, its.columns | {"seconds": ((), "float32")})
+    identity = {**instruments.identity, "generator": weights_digest(generator), "seed": settings.seed}
+    store = Store(folder, "evaluation", identity, count, instruments.columns | {"seconds": ((), "float32")})
     return store.fill(read, settings.evaluation.batch_size, desc="evaluate", progress=progress)
 
 
-def _real_scores(root: Path, its: Instruments, reference: Store, count: int, progress: bool) -> dict:
+def _real_scores(root: Path, instruments: Instruments, reference: Store, count: int, progress: bool) -> dict:
     """The same scores of real test images, each counted once: computed once for a workspace."""
-    settings, test, count = its.settings, its.prepared.test, min(count, len(its.prepared.test))
-    crop, size, (numbers, captions) = settings.data.crop, settings.model.image_size, test_pairs(its.prepared, count)
+    settings, prepared = instruments.settings, instruments.prepared
+    crop, size, count = settings.data.crop, settings.model.image_size, min(count, len(prepared.test))
+    numbers, captions = test_pairs(prepared, count)
 
     def read(rows: np.ndarray) -> dict:
-        images = real_images(test, numbers[rows], crop, size)
-        return its.read(images, numbers[rows], [captions[i] for i in rows])
+        images = real_images(prepared.test, numbers[rows], crop, size)
+        return instruments.read(images, numbers[rows], [captions[i] for i in rows])
 
-    identity = {**its.identity, "split": "test", "crop": crop, "image_size": size}
-    store = Store(root, "features", identity, count, its.columns)
+    identity = {**instruments.identity, "split": "test", "crop": crop, "image_size": size}
+    store = Store(root, "features", identity, count, instruments.columns)
     store.fill(read, settings.evaluation.batch_size, desc="real test images", progress=progress)
     path = store.folder / f"scores-{reference.folder.name}.json"
     if not path.is_file():
-        write_json(path, {"images": count, **its.scores(store, reference)})
+        write_json(path, {"images": count, **instruments.scores(store, reference)})
     return read_json(path)
