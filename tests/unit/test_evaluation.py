@@ -250,7 +250,7 @@ def test_another_generator_does_not_take_what_was_left_behind(smoke, tmp_path, m
     expected = score(smoke, tmp_path / "home")
     other = shutil.copytree(smoke.run, tmp_path / "home" / "runs" / "other")
     checkpoint = torch.load(other / "checkpoint.pt", weights_only=True)
-    for name, tensor in checkpoint["networks"]["average"].items():
+    for _name, tensor in checkpoint["networks"]["average"].items():
         if tensor.is_floating_point():
             tensor.mul_(1.5)
     torch.save(checkpoint, other / "checkpoint.pt")

@@ -6,7 +6,6 @@ import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-import ratlip  # noqa: F401, I001  (before torch-fidelity: it makes torchvision importable, see ratlip.compat)
 from ratlip import cache
 from ratlip.errors import SettingsError
 from ratlip.scores import metrics

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-import ratlip  # noqa: F401, I001  (before open_clip: it makes torchvision importable)
 from ratlip.clip import small
 from ratlip.clip.loading import load_clip
 from ratlip.clip.pairs import PairBatches, caption_groups, neighbourhoods
@@ -26,11 +25,11 @@ class FakeSplit:
     """Coloured bars on black, 16 px: two attributes, three wordings each."""
 
     def __init__(self, n, seed, attributes=True):
-        kinds = [dict(zip(("colour", "place"), kind)) for kind in itertools.product(COLOURS, PLACES)]
+        kinds = [dict(zip(("colour", "place"), kind, strict=True)) for kind in itertools.product(COLOURS, PLACES)]
         rng = np.random.default_rng(seed)
         truth = [kinds[i % len(kinds)] for i in range(n)]
         self.pixels = rng.integers(0, 30, (n, 16, 16, 3), dtype=np.uint8)
-        for picture, kind in zip(self.pixels, truth):
+        for picture, kind in zip(self.pixels, truth, strict=True):
             picture[rng.integers(0, 4) :, PLACES[kind["place"]]] += np.array(COLOURS[kind["colour"]], np.uint8)
         self.captions = [
             [
@@ -116,7 +115,7 @@ def test_batches_depend_on_seed_and_step_only():
         (a, texts, _), (b, again, _) = one(step), other(step)
         assert a.tolist() == b.tolist() and texts == again
     assert one(0)[0].tolist() != one(1)[0].tolist() != PairBatches(split, 8, seed=4)(1)[0].tolist()
-    assert all(text in split.captions[i] for i, text in zip(*one(0)[:2]))
+    assert all(text in split.captions[i] for i, text in zip(*one(0)[:2], strict=True))
 
 
 def test_hard_negatives_differ_in_one_attribute():
@@ -125,7 +124,7 @@ def test_hard_negatives_differ_in_one_attribute():
     assert batches.origin == "attributes" and len(neighbourhoods(split)) == 2
     for step in range(5):
         chosen = batches(step)[0]
-        for first, second in zip(chosen[:12], chosen[12:]):
+        for first, second in zip(chosen[:12], chosen[12:], strict=True):
             a, b = split.attributes[first], split.attributes[second]
             assert sum(a[key] != b[key] for key in a) == 1
 
@@ -244,7 +243,7 @@ def test_a_folder_of_another_training_is_refused(tmp_path):
     train(tmp_path)
     with pytest.raises(WeightsError, match=r"lr 0.003 instead of 0.001"):
         train(tmp_path, lr=1e-3)
-    with pytest.raises(WeightsError, match="data "):
+    with pytest.raises(WeightsError, match="data 48True instead of 24True"):
         train(tmp_path, fake(n=24))
 
 
