@@ -1,11 +1,9 @@
 """Scores of a finished run, each next to what real images get, without which none of them means much.
 
-* CLIP similarity: mean cosine of image and caption embedding, by the CLIP that the generator was trained with. It
-  flatters: the generator learned to raise exactly this number. Hence also by an independent CLIP, which the generator
-  never saw.
-* Frechet and kernel distance to real training images, inception score, precision and recall (`ratlip.scores.metrics`),
-  in the features of the extractor that the settings name (`ratlip.scores.extractors`). `labels` holds the name to
-  print: FID is what Inception gives, with another extractor it is an FD and says so.
+* CLIP similarity: mean cosine of image and caption embedding, by the CLIP that the generator was trained with (it
+  flatters: the generator learned to raise exactly this number), and by an independent one that it never saw.
+* Frechet and kernel distance to real training images, inception score, precision and recall, in the features of the
+  extractor that the settings name. `labels` holds the name to print: FID is what Inception gives, others are an FD.
 * On the generated set, the share of captions whose object, colour, size, place and background a classifier trained on
   real images alone finds in the generated image (`ratlip.scores.judge`).
 
@@ -95,16 +93,11 @@ class Instruments:
     """All that is read off an image for the scores: one row of `columns` for each image, on disk."""
 
     def __init__(
-        self,
-        settings: Settings,
-        prepared: Prepared,
-        clip: FrozenClip,
-        independent: FrozenClip | None,
-        judge: Judge | None,
+        self, settings: Settings, prepared: Prepared, clip: FrozenClip, second: FrozenClip | None, judge: Judge | None
     ):
         e, self.settings, self.prepared, self.judge = settings.evaluation, settings, prepared, judge
-        self.extractor = choose_extractor(settings, prepared, clip, independent)
-        clips = {"clip_similarity": clip, "independent_similarity": independent}
+        self.extractor = choose_extractor(settings, prepared, clip, second)
+        clips = {"clip_similarity": clip, "independent_similarity": second}
         # One normalisation for all runs, whatever each was trained with: runs are compared.
         way = e.clip_score_normalisation
         self.clips = {score: with_normalisation(each, way) for score, each in clips.items() if each is not None}
