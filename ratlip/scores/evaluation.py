@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from ratlip.cache import Store, digest, weights_digest
@@ -32,7 +33,7 @@ from ratlip.networks.losses import clip_similarity
 from ratlip.scores.extractors import Extractor, choose_extractor, fit
 from ratlip.scores.judge import Judge, chance, judge_right
 from ratlip.scores.metrics import distances_and_diversity
-from ratlip.settings import EvaluationSettings, Settings
+from ratlip.settings import Settings
 from ratlip.training.generation import generate, load_generator
 from ratlip.training.step import sample_latents
 
@@ -54,15 +55,15 @@ def protocol_settings(name: str, test_images: int) -> dict:
     return found | ({"evaluation.images": PUBLISHED_PASSES * test_images} if name == "published" else {})
 
 
-def protocol_name(evaluation: EvaluationSettings, test_images: int) -> str:
+def protocol_name(evaluation: BaseModel, test_images: int) -> str:
     """ "standard", "published", or "mixed" where the settings are some of each (or too few images)."""
     found = {f"evaluation.{key}": value for key, value in evaluation}
     return next((name for name in PROTOCOLS if protocol_settings(name, test_images).items() <= found.items()), "mixed")
 
 
-def counted_images(evaluation: EvaluationSettings) -> int:
+def counted_images(settings: Settings) -> int:
     """How many images are generated: all, or those of full batches where `last_batch` is "drop", as published."""
-    e = evaluation
+    e = settings.evaluation
     count = e.images - (e.images % e.batch_size if e.last_batch == "drop" else 0)
     if not count:
         raise SettingsError(
@@ -195,7 +196,7 @@ def evaluate(
     so there may be fewer of them: a distance falls as the number grows.
     """
     folder, root = Path(folder), Path(root) if root else Path(folder).resolve().parents[1]
-    count, instruments = counted_images(settings.evaluation), Instruments(settings, prepared, clip, independent, judge)
+    count, instruments = counted_images(settings), Instruments(settings, prepared, clip, independent, judge)
     numbers = reference_numbers(prepared, count)
     reference = reference_store(root, settings, prepared, instruments.extractor, numbers, progress)
     store = _read_generated(folder, clip, instruments, count, progress)
