@@ -170,7 +170,7 @@ class Workspace:
             self.clip,
             self.judge,
             independent=self.independent,
-            home=self.root,
+            root=self.root,
             progress=self.progress,
         )
         write_json(self.run_folder / "scores.json", scores)

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import ratlip as _ratlip  # noqa: F401  (before open_clip and torch-fidelity: it makes torchvision importable)
+
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 

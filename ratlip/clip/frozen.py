@@ -1,79 +1,60 @@
-"""Frozen CLIP towers: the discriminator's eyes, the generator's bridge, the judge of the text match.
-
-Three sources of weights, one class: downloaded through open_clip ("pretrained"), a local checkpoint of an
-open_clip architecture ("file"), or the small CLIP that `ratlip.clip.small` trains on the captions
-("train").
-"""
+"""The frozen CLIP: features for the discriminator, the bridge of the generator, embeddings for loss and scores."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Callable, Sequence
+from typing import Any
 
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from ratlip.cache import weights_digest
 from ratlip.clip.vocabulary import Vocabulary
 from ratlip.errors import WeightsError
-from ratlip.fast.maps import checkpointed
-from ratlip.fast.tower import lean_tower
 
-NORMALISATIONS = ("standard", "published")
+SCALE_AND_SHIFT = {"standard": (0.5, 0.5), "published": (0.25, 0.75)}  # of pixels in [-1,1]
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor, mode: str = "standard") -> Tensor:
     """Images (B,3,H,W) in [-1,1] -> what CLIP's first layer takes; `mean`, `std` (1,3,1,1) as CLIP has them.
 
-    "standard": to [0,1], then mean and standard deviation. "published": the published code maps to [0,1]
-    twice, so pixels -1/0/1 become 0.5/0.75/1 before mean and std: half the contrast (official.md, difference
-    4).
+    "standard": to [0,1], then mean and standard deviation. "published": the published code maps to [0,1] twice, so
+    pixels -1/0/1 become 0.5/0.75/1 before mean and std: half the contrast (difference 4).
     """
-    scale, shift = (0.5, 0.5) if mode == "standard" else (0.25, 0.75)
+    scale, shift = SCALE_AND_SHIFT[mode]
     return (images * scale + shift - mean) / std
-
-
-def with_normalisation(clip: FrozenClip, normalisation: str) -> FrozenClip:
-    """The same CLIP (its weights are shared), told to normalise pixels in this way."""
-    other = copy.copy(clip)
-    other.normalisation = normalisation
-    return other
 
 
 class FrozenClip(nn.Module):
     """An open_clip CLIP with a ViT image tower that never learns and never leaves eval mode.
 
-    `model`: an open_clip `CLIP` or `CustomTextCLIP`. `tokenizer`: list of N strings -> LongTensor (N, L).
-    `name`: what figures and tables call it. `normalisation`: see `preprocess`.
+    `model`: an open_clip `CLIP` or `CustomTextCLIP`. `tokenizer`: list of N strings -> LongTensor (N,L). `name`: what
+    figures and tables call it. `normalisation`: see `normalise`. `checkpointing`: the blocks of the image tower are
+    computed again in the backward pass, not kept: less memory, more time.
 
     Gradients pass through the towers to their inputs; no parameter receives one.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Callable[[list[str]], Tensor],
-        name: str = "CLIP",
-        normalisation: str = "standard",
-    ):
+    model: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, tokenizer: Callable, name: str = "CLIP", normalisation: str = "standard"):
         super().__init__()
         visual = getattr(model, "visual", None)
         if not isinstance(visual, VisionTransformer) or visual.grid_size[0] != visual.grid_size[1]:
             raise WeightsError(
-                f"{name}: RATLIP reads patch tokens on a square grid, as open_clip's own ViT "
-                f"has them, not {type(visual).__name__}; set clip.model: ViT-B-32-quickgelu"
+                f"{name}: RATLIP reads patch tokens on a square grid, as open_clip's own ViT has them, not "
+                f"{type(visual).__name__}; set clip.model: ViT-B-32-quickgelu"
             )
-        if normalisation not in NORMALISATIONS:
-            raise ValueError(f"normalisation must be one of {NORMALISATIONS}, not {normalisation!r}")
         self.model = model.requires_grad_(False)
-        lean_tower(visual)
-        self.tokenizer = tokenizer
-        self.name = name
-        self.checkpointing = False  # of the image tower's blocks: see `ratlip.fast.options`
-        self.normalisation = normalisation
+        self.tokenizer, self.name, self.normalisation = tokenizer, name, normalisation
+        self.checkpointing = False
         self.image_size: int = visual.image_size[0]
         self.grid: int = visual.grid_size[0]
         self.width: int = visual.transformer.width
@@ -86,44 +67,38 @@ class FrozenClip(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> FrozenClip:
-        """Stay in eval mode: a frozen judge must not change with the mode of the network around it."""
+        """Stay in eval mode, whatever the mode of the network around it."""
         return super().train(False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """First 12 hex digits of the SHA-256 of all weights (name, shape, values), whatever device they are
-        on.
-        """
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:12]
+        """12 hex digits of all weights (name, shape, values), whatever device they are on."""
+        return weights_digest(self.model)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Images (B,3,S,S) in [-1,1] -> CLIP's input, S = `image_size` (else ValueError); see `normalise`."""
-        if images.shape[1:] != (3, self.image_size, self.image_size):
+        size = self.image_size
+        if images.shape[1:] != (3, size, size):
             raise ValueError(
-                f"{self.name} takes images (B,3,{self.image_size},{self.image_size}), "
-                f"not {tuple(images.shape)}: resize them first"
+                f"{self.name} takes images (B,3,{size},{size}), not {tuple(images.shape)}: resize them first"
             )
         return normalise(images, self.mean, self.std, self.normalisation)
 
     def features(self, images: Tensor, blocks: Sequence[int], embedding: bool = True) -> tuple[Tensor, Tensor | None]:
         """Patch tokens after some blocks and, unless not wanted, the image embedding, in one pass.
 
-        `images` (B,3,S,S) in [-1,1]; `blocks`: K block numbers from 0, in any order. Returns (B,K,C,g,g) in
-        the order of `blocks` (no `ln_post`), and (B,E), not normalised. Without the embedding, the blocks
-        after the last one asked for are not computed.
+        `images` (B,3,S,S) in [-1,1]; `blocks`: K block numbers from 0, in any order. Returns (B,K,C,g,g) in the order
+        of `blocks` (no `ln_post`), and (B,E), not normalised. Without the embedding, the blocks after the last one
+        asked for are not computed.
         """
         if not len(blocks) or min(blocks) < 0 or max(blocks) >= self.layers:
             raise ValueError(f"blocks must be within 0..{self.layers - 1} and not empty, not {list(blocks)}")
-        wanted = sorted(set(blocks))
-        self.model.visual.transformer.grad_checkpointing = self.checkpointing and torch.is_grad_enabled()
-        output = self.model.visual.forward_intermediates(
+        wanted, visual = sorted(set(blocks)), self.model.visual
+        visual.transformer.grad_checkpointing = self.checkpointing and torch.is_grad_enabled()
+        output = visual.forward_intermediates(
             self.preprocess(images), indices=wanted, stop_early=not embedding, intermediates_only=not embedding
         )
-        taken = dict(zip(wanted, output["image_intermediates"]))
+        taken = dict(zip(wanted, output["image_intermediates"], strict=True))
         return torch.stack([taken[block] for block in blocks], dim=1), output.get("image_features")
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -148,31 +123,35 @@ class FrozenClip(nn.Module):
         """Send a map of patch tokens through the whole image tower, with learned prompts on the way.
 
         `patches` (B,C,g,g), C = `width`; `prompts` (B,P,C): prompt i joins as the last token of block
-        `prompt_blocks[i]` and is dropped after it. Class embedding first, positional embedding, `ln_pre`, all
-        blocks; returns the patch tokens of the last block, without `ln_post`, (B,C,g,g). Source: official.md,
-        generator ("frozen CLIP").
+        `prompt_blocks[i]` and is dropped after it. Class embedding first, positional embedding, `ln_pre`, all blocks;
+        returns the patch tokens of the last block, without `ln_post`, (B,C,g,g). Source: official.md, "Generator".
         """
-        if patches.shape[1:] != (self.width, self.grid, self.grid):
+        shape, numbers = (self.width, self.grid, self.grid), list(prompt_blocks)
+        fits = patches.shape[1:] == shape and prompts.shape == (len(patches), len(numbers), self.width)
+        if not fits or len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(self.layers)):
             raise ValueError(
-                f"{self.name} bridges patches (B,{self.width},{self.grid},{self.grid}), not {tuple(patches.shape)}"
+                f"{self.name} bridges (B,{self.width},{self.grid},{self.grid}) with prompts (B,P,{self.width}) in P "
+                f"blocks of 0..{self.layers - 1}, not {tuple(patches.shape)} with {tuple(prompts.shape)} in {numbers}"
             )
-        if prompts.shape != (len(patches), len(prompt_blocks), self.width):
-            raise ValueError(
-                f"prompts must be ({len(patches)},{len(prompt_blocks)},{self.width}), not {tuple(prompts.shape)}"
-            )
-        visual = self.model.visual
+        visual, prompt_of = self.model.visual, {block: prompts[:, i : i + 1] for i, block in enumerate(numbers)}
         first = visual.class_embedding.expand(len(patches), 1, -1)
         tokens = torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
         tokens = visual.ln_pre(tokens + visual.positional_embedding)
-        prompt_of = {block: prompts[:, i : i + 1] for i, block in enumerate(prompt_blocks)}
-        if len(prompt_of) != len(prompt_blocks) or not set(prompt_of) <= set(range(self.layers)):
-            raise ValueError(
-                f"prompt_blocks must be different numbers within 0..{self.layers - 1}, not {list(prompt_blocks)}"
-            )
         for number, block in enumerate(visual.transformer.resblocks):
             if number in prompt_of:
-                tokens = torch.cat([tokens, prompt_of[number]], dim=1)
-            again = self.checkpointing and torch.is_grad_enabled()
-            tokens = checkpointed(block, tokens) if again else block(tokens)
-            tokens = tokens[:, :-1] if number in prompt_of else tokens
+                tokens = self._block(block, torch.cat([tokens, prompt_of[number]], dim=1))[:, :-1]
+            else:
+                tokens = self._block(block, tokens)
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
+
+    def _block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)
+        return block(tokens)
+
+
+def with_normalisation(clip: FrozenClip, normalisation: str) -> FrozenClip:
+    """The same CLIP (its weights are shared) that normalises pixels in this way."""
+    other = copy.copy(clip)
+    other.normalisation = normalisation
+    return other

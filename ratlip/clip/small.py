@@ -5,74 +5,49 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Any
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from numpy.random import Generator
+from open_clip import CLIP
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ratlip.cache import claim, weights_digest
 from ratlip.clip.frozen import FrozenClip, normalise
 from ratlip.clip.loading import build_small_clip, load_clip
 from ratlip.clip.pairs import PairBatches
 from ratlip.clip.vocabulary import Vocabulary
 from ratlip.data.batches import random_crop, to_network
+from ratlip.data.prepared import Prepared, Split
 from ratlip.errors import DataError, RunError, WeightsError
-from ratlip.files import atomic_path, read_json, write_json, write_text
-from ratlip.progress import bar as progress_bar
+from ratlip.files import atomic_path, write_json, write_text
+from ratlip.progress import bar
+from ratlip.settings import ClipSettings
 
-ARCHITECTURE = (
-    "patch_size",
-    "width",
-    "layers",
-    "heads",
-    "text_width",
-    "text_layers",
-    "text_heads",
-    "embed_dim",
-    "context_length",
-)
-TRAINED_BY = (
-    *ARCHITECTURE,
-    "steps",
-    "batch_size",
-    "lr",
-    "weight_decay",
-    "warmup",
-    "hard_negatives",
-    "seed",
-)  # the fields of ClipSettings on which the weights depend
+# The fields of ClipSettings on which the shape of the small CLIP depends, and those on which its weights do.
+ARCHITECTURE = "patch_size width layers heads text_width text_layers text_heads embed_dim context_length".split()
+TRAINED_BY = (*ARCHITECTURE, "steps", "batch_size", "lr", "weight_decay", "warmup", "hard_negatives", "seed")
 LOG_EVERY, CHECKPOINT_EVERY = 25, 200  # steps; a checkpoint falls on a logged step
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, positives: Tensor) -> Tensor:
-    """CLIP's symmetric cross-entropy where an image may have several right texts in the batch, and the
-    reverse.
+    """CLIP's symmetric cross-entropy where an image may have several right texts in the batch, and the reverse.
 
-    `images`, `texts` (B,E) of unit length; `positives` bool (B,B), true on the diagonal. Each row's target is
-    spread evenly over its positives: with no positives off the diagonal this is the loss of Radford et al.
-    (2021).
+    `images`, `texts` (B,E) of unit length; `positives` bool (B,B), true on the diagonal. Each row's target is spread
+    evenly over its positives: with none off the diagonal this is the loss of Radford et al. (2021).
     """
-    logits = logit_scale * images @ texts.T
-    right = positives.float()
+    logits, right = logit_scale * images @ texts.T, positives.float()
     to_text = F.cross_entropy(logits, right / right.sum(1, keepdim=True))
     to_image = F.cross_entropy(logits.T, right.T / right.T.sum(1, keepdim=True))
     return (to_text + to_image) / 2
-
-
-def _crops(split, chosen: np.ndarray, crop: int, image_size: int, flip: bool, rng: np.random.Generator) -> Tensor:
-    """Random square crops of side `crop`, half of them mirrored if `flip`, as (B,3,S,S) float32 in [-1,1] on
-    the CPU.
-    """
-    draws = rng.random((len(chosen), 3))
-    cut = [random_crop(split.image(int(i)), crop, flip, draw) for i, draw in zip(chosen, draws, strict=True)]
-    return to_network(torch.from_numpy(np.stack(cut)), image_size)
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -82,18 +57,9 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _optimizer(model: nn.Module, settings) -> torch.optim.AdamW:
-    """AdamW as open_clip sets it up: no decay of biases, norms, embeddings and the temperature."""
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    plain = [p for name, p in learning.items() if p.ndim < 2 or "embedding" in name]
-    decayed = [p for name, p in learning.items() if not (p.ndim < 2 or "embedding" in name)]
-    parts = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(parts, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
-
-
 def train_small_clip(
-    prepared,
-    settings,
+    prepared: Prepared,
+    settings: ClipSettings,
     folder: Path | str,
     device: str | torch.device = "cpu",
     *,
@@ -104,94 +70,72 @@ def train_small_clip(
 ) -> FrozenClip:
     """Train a small CLIP on `prepared.train`, go on where a training was interrupted, or load a finished one.
 
-    `settings`: `ratlip.settings.ClipSettings`. `image_size`: its input side in pixels; `crop`: side of the
-    random square cut from the stored images (default `image_size`) and resized to it; `flip`: mirror half of
-    them.
+    `image_size`: its input side in pixels; `crop`: side of the random square cut from the stored images (default
+    `image_size`) and resized to it; `flip`: mirror half of them.
 
-    Writes into `folder`: settings.json, vocabulary.json, arch.json, metrics.jsonl (loss, temperature,
-    images/s), training.pt (checkpoint, while it lasts), clip.safetensors and, last, manifest.json. On the CPU
-    the weights are a function of settings and data alone, an interruption included (with the same number of
-    threads). Returns the FrozenClip on `device`. Raises WeightsError where `folder` belongs to another
-    training, DataError where images are smaller than the crop, RunError where the loss is no number.
+    Writes into `folder`: settings.json, vocabulary.json, arch.json, metrics.jsonl (loss, temperature, images/s),
+    training.pt (checkpoint, while it lasts), clip.safetensors and, last, manifest.json. On the CPU the weights are a
+    function of settings and data alone, an interruption included (with the same number of threads). Returns the
+    FrozenClip on `device`. Raises WeightsError where `folder` belongs to another training, DataError where images are
+    smaller than the crop, RunError where the loss is no number.
     """
-    folder, crop, split = Path(folder), crop or image_size, prepared.train
-    identity = {
-        "settings": {name: getattr(settings, name) for name in TRAINED_BY},
-        "image_size": image_size,
-        "crop": crop,
-        "flip": flip,
-        "data": prepared.manifest["content_sha256"],
-    }
-    _claim(folder, identity)
+    folder, split = Path(folder), prepared.train
+    view: dict[str, Any] = dict(image_size=image_size, crop=crop or image_size, flip=flip)
+    trained_by = {name: getattr(settings, name) for name in TRAINED_BY}
+    identity = dict(settings=trained_by, **view, data=prepared.manifest["content_sha256"])
+    claim(folder, identity, what="a small CLIP", error=WeightsError, file="settings.json", sign="manifest.json")
     if (folder / "manifest.json").is_file():
         return load_clip(settings, folder, device)
-    if crop > prepared.manifest["resize"]:
+    if view["crop"] > (side := prepared.manifest["resize"]):
         raise DataError(
-            f"{prepared.folder}: its images have {prepared.manifest['resize']} px, too few to "
-            f"cut {crop} px out of them; lower data.crop, or prepare with a larger data.resize"
+            f"{prepared.folder}: its images have {side} px, too few to cut {view['crop']} px out of them; lower "
+            "data.crop, or prepare with a larger data.resize"
         )
     vocabulary = Vocabulary.build(split.all_captions, settings.context_length)
     vocabulary.save(folder / "vocabulary.json")
-    arch = {
-        "image_size": image_size,
-        **{name: getattr(settings, name) for name in ARCHITECTURE},
-        "vocab_size": len(vocabulary),
-    }
+    sizes = {name: trained_by[name] for name in ARCHITECTURE}
+    arch = dict(image_size=image_size, **sizes, vocab_size=len(vocabulary))
     write_json(folder / "arch.json", arch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = build_small_clip(**arch).to(device)
     batches = PairBatches(split, settings.batch_size, settings.seed, settings.hard_negatives)
-    crops = partial(_crops, split, crop=crop, image_size=image_size, flip=flip)
-    _fit(model, vocabulary, batches, crops, settings, folder, progress)
+    _fit(model, vocabulary, batches, partial(_crops, split, **view), settings, folder, progress)
     with atomic_path(folder / "clip.safetensors") as draft:
         save_file({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}, draft)
-    write_json(
-        folder / "manifest.json",
-        {
-            **identity,
-            "fingerprint": FrozenClip(model, vocabulary).fingerprint,
-            "hard_negatives_from": batches.origin,
-            "train_images": len(split),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "words": len(vocabulary.words),
-            "cut_captions": vocabulary.share_cut(split.all_captions),
-            "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__},
-        },
+    made = dict(
+        fingerprint=weights_digest(model),
+        hard_negatives_from=batches.origin,
+        train_images=len(split),
+        parameters=sum(p.numel() for p in model.parameters()),
+        words=len(vocabulary.words),
+        cut_captions=vocabulary.share_cut(split.all_captions),
+        versions={"torch": torch.__version__, "open_clip": open_clip.__version__},
     )
+    write_json(folder / "manifest.json", identity | made)
     (folder / "training.pt").unlink(missing_ok=True)
     return load_clip(settings, folder, device)
 
 
 def _fit(
-    model: nn.Module,
-    vocabulary: Vocabulary,
-    batches: PairBatches,
-    crops: Callable,
-    settings,
-    folder: Path,
-    progress: bool,
+    model: Any, words: Vocabulary, batches: PairBatches, crops: Callable, s: ClipSettings, folder: Path, progress: bool
 ) -> None:
     """Train `model` in place from the last checkpoint in `folder`, or from the start."""
-    device, steps = model.logit_scale.device, settings.steps
-    mean, std = (
-        torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
-    )
-    optimizer = _optimizer(model, settings)
+    device, steps, optimizer = model.logit_scale.device, s.steps, _optimizer(model, s)
+    mean, std = (torch.tensor(c, device=device).view(1, 3, 1, 1) for c in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
     first, log = _resume(folder, model, optimizer)
-    bar = progress_bar(
-        range(first, steps), desc="small CLIP", initial=first, total=steps, unit="step", enabled=progress
-    )
+    shown: dict[str, Any] = dict(desc="small CLIP", initial=first, total=steps, unit="step", enabled=progress)
     losses, since = [], time.perf_counter()
-    for step in bar:
+    for step in (steps_bar := bar(range(first, steps), **shown)):
         chosen, captions, rng = batches(step)
         images = normalise(crops(chosen, rng=rng).to(device), mean, std)
-        tokens = vocabulary(captions).to(device)
-        group = torch.from_numpy(batches.group[chosen]).to(device)
+        tokens, group = words(captions).to(device), torch.from_numpy(batches.group[chosen]).to(device)
         positives = (group[:, None] == group) | (tokens[:, None] == tokens).all(-1)
-        loss = contrastive_loss(*model(images, tokens), positives)
+        image_embeddings, text_embeddings, scale = model(images, tokens)
+        loss = contrastive_loss(image_embeddings, text_embeddings, scale, positives)
+        rate = learning_rate(step, steps, s.warmup, s.lr)
         for part in optimizer.param_groups:
-            part["lr"] = learning_rate(step, steps, settings.warmup, settings.lr)
+            part["lr"] = rate
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -200,42 +144,42 @@ def _fit(
             model.logit_scale.clamp_(0, math.log(100))  # Radford et al. (2021), section 2.5
         losses.append(loss.detach())
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            log.append(
-                {
-                    "step": step + 1,
-                    "loss": torch.stack(losses).mean().item(),
-                    "lr": part["lr"],
-                    "logit_scale": model.logit_scale.exp().item(),
-                    "images_per_s": round(len(losses) * len(chosen) / (time.perf_counter() - since), 1),
-                }
-            )
-            _report(log, folder, settings, bar)
+            mean_loss = torch.stack(losses).mean().item()
+            speed = round(len(losses) * len(chosen) / (time.perf_counter() - since), 1)
+            row = dict(step=step + 1, loss=mean_loss, lr=rate, logit_scale=model.logit_scale.exp().item())
+            log.append(row | dict(images_per_s=speed))
+            write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+            steps_bar.set_postfix(loss=f"{mean_loss:.3f}", images_per_s=speed)
+            if not math.isfinite(mean_loss):
+                raise RunError(
+                    f"{folder}: the loss of the small CLIP is {mean_loss} at step {step + 1}; lower clip.lr (now "
+                    f"{s.lr}) or raise clip.warmup (now {s.warmup})"
+                )
             if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-                _save(folder, model, optimizer, step + 1, log)
+                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, log=log)
+                with atomic_path(folder / "training.pt") as draft:
+                    torch.save(state, draft)
             losses, since = [], time.perf_counter()
 
 
-def _report(log: list[dict], folder: Path, settings, bar: tqdm) -> None:
-    """Write the metrics file, show its last row, and stop where the loss (a mean since then) is no number."""
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in log))
-    row = log[-1]
-    bar.set_postfix(loss=f"{row['loss']:.3f}", images_per_s=row["images_per_s"])
-    if not math.isfinite(row["loss"]):
-        raise RunError(
-            f"{folder}: the loss of the small CLIP is {row['loss']} at step {row['step']}; lower "
-            f"clip.lr (now {settings.lr}) or raise clip.warmup (now {settings.warmup})"
-        )
+def _crops(split: Split, chosen: np.ndarray, crop: int, image_size: int, flip: bool, rng: Generator) -> Tensor:
+    """Random squares of side `crop`, half of them mirrored if `flip`: float32 (B,3,S,S) in [-1,1] on the CPU."""
+    draws = rng.random((len(chosen), 3))
+    cut = [random_crop(split.image(int(i)), crop, flip, draw) for i, draw in zip(chosen, draws, strict=True)]
+    return to_network(torch.from_numpy(np.stack(cut)), image_size)
 
 
-def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, log: list) -> None:
-    """The log is part of it: what is logged after a checkpoint is computed again, not to appear twice."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "log": log}
-    with atomic_path(folder / "training.pt") as draft:
-        torch.save(state, draft)
+def _optimizer(model: CLIP, settings: ClipSettings) -> torch.optim.AdamW:
+    """AdamW as open_clip sets it up: no decay of biases, norms, embeddings and the temperature."""
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [p for name, p in learning if p.ndim < 2 or "embedding" in name]
+    decayed = [p for name, p in learning if p.ndim >= 2 and "embedding" not in name]
+    parts: list[dict] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(parts, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
 
 
-def _resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
-    """Load the last checkpoint, if there is one; the step to go on with and what was logged so far."""
+def _resume(folder: Path, model: CLIP, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
+    """Load the last checkpoint, if there is one: the step to go on with and what was logged until then."""
     path = folder / "training.pt"
     if not path.is_file():
         return 0, []
@@ -248,21 +192,3 @@ def _resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         raise WeightsError(
             f"{path} is damaged ({type(error).__name__}); remove it to train the small CLIP from the start"
         ) from error
-
-
-def _claim(folder: Path, identity: dict) -> None:
-    """Mark `folder` as the place of this training; refuse a folder that belongs to another one."""
-    path = folder / "settings.json"
-    if not path.is_file():
-        if (folder / "manifest.json").is_file():
-            raise WeightsError(f"{folder}: holds something else than a small CLIP; choose another folder")
-        write_json(path, identity)
-        return
-    flat = [{**found["settings"], **found} for found in (read_json(path), json.loads(json.dumps(identity)))]
-    different = [key for key in flat[1] if key != "settings" and flat[0].get(key) != flat[1][key]]
-    if different:
-        raise WeightsError(
-            f"{folder}: belongs to a small CLIP trained with "
-            + ", ".join(f"{key}={flat[0].get(key)} (asked: {flat[1][key]})" for key in different)
-            + "; choose another folder, or remove this one"
-        )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,24 +24,21 @@ def split_words(text: str) -> list[str]:
 class Vocabulary:
     """A word tokenizer: list of N strings -> LongTensor (N, `context_length`).
 
-    A row is start, words, end, padding. The end token has the largest number, because open_clip's text tower
-    reads the sentence where the number is largest. Words it has never seen become "unknown"; a longer caption
-    loses its last words, never its end token.
+    A row is start, words, end, padding. The end token has the largest number, because open_clip's text tower reads
+    the sentence where the number is largest. Words it has never seen become "unknown"; a longer caption loses its
+    last words, never its end token.
     """
 
     def __init__(self, words: Sequence[str], context_length: int):
         if context_length < 3:
             raise ValueError(f"context_length={context_length}: start, end and one word need at least 3")
-        self.words = tuple(words)
-        self.context_length = context_length
+        self.words, self.context_length = tuple(words), context_length
         self.number = {word: FIRST_WORD + i for i, word in enumerate(self.words)}
         self.end = FIRST_WORD + len(self.words)
 
     @classmethod
     def build(cls, captions: Iterable[str], context_length: int, min_count: int = 2) -> Vocabulary:
-        """The words that occur at least `min_count` times, the most frequent first (equals in alphabetic
-        order).
-        """
+        """The words that occur `min_count` times or more, the most frequent first (equals in alphabetic order)."""
         counts = Counter(word for caption in captions for word in split_words(caption))
         kept = [word for word, count in counts.items() if count >= min_count]
         return cls(sorted(kept, key=lambda word: (-counts[word], word)), context_length)
@@ -53,15 +50,13 @@ class Vocabulary:
     def __call__(self, texts: Sequence[str] | str) -> Tensor:
         texts = [texts] if isinstance(texts, str) else texts
         tokens = torch.full((len(texts), self.context_length), PAD, dtype=torch.long)
-        for row, text in zip(tokens, texts):
+        for row, text in zip(tokens, texts, strict=True):
             numbers = [self.number.get(word, UNKNOWN) for word in split_words(text)][: self.context_length - 2]
             row[: len(numbers) + 2] = torch.tensor([START, *numbers, self.end])
         return tokens
 
     def unknown(self, text: str) -> list[str]:
-        """The words of `text` that the vocabulary lacks, each once, in order: to warn that CLIP cannot read
-        them.
-        """
+        """The words of `text` that the vocabulary lacks, each once, in order."""
         return [word for word in dict.fromkeys(split_words(text)) if word not in self.number]
 
     def share_cut(self, texts: Sequence[str]) -> float:

@@ -118,3 +118,6 @@ def _plain(attention: nn.Module) -> bool:
         and attention._qkv_same_embed_dim
         and attention.bias_k is None
     )
+
+
+accelerate_tower = lean_tower

@@ -1,10 +1,9 @@
 """Feature extractors of the distances between sets of images, registered with torch-fidelity.
 
-* Inception-v3, as torch-fidelity has it, from a local file or by download: FID, KID, IS as the field means
-  them.
-* A CLIP, for where no such weights are to be had: features are image embeddings, classes (for IS) are
-  captions. What is measured with it is called FD, KD and IS *of that CLIP* in every table: it compares runs
-  that share the CLIP, and nothing else.
+* Inception-v3, as torch-fidelity has it, from a local file or by download: FID, KID, IS as the field means them.
+* A CLIP, for where no such weights are to be had: features are image embeddings, classes (for IS) are captions. What
+  is measured with it is called FD, KD and IS *of that CLIP* in every table: it compares runs that share the CLIP, and
+  nothing else.
 
 All take 8-bit images, as torch-fidelity's do: a generated image is rounded as if it were saved first.
 """
@@ -12,9 +11,9 @@ All take 8-bit images, as torch-fidelity's do: a generated image is rounded as i
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,42 +23,40 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
+from ratlip.cache import file_digest
 from ratlip.clip.frozen import FrozenClip, with_normalisation
+from ratlip.clip.loading import brief
 from ratlip.data.batches import to_bytes
+from ratlip.data.prepared import Prepared, Split
 from ratlip.errors import WeightsError
+from ratlip.scores.judge import WIDTH, Judge
+from ratlip.settings import Settings
 
 CLASSES = 1000  # captions that serve as classes, at most
 OFFICIAL_INCEPTION = "6726825d"  # first digits of the SHA-256 of torch-fidelity's weights
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NAMES = {
-    "frechet_distance": "FD",
-    "kernel_distance": "KD",
-    "kernel_distance_sd": "sd of KD",
-    "inception_score": "IS",
-    "precision": "precision",
-    "recall": "recall",
-}
+NAMES = {"frechet_distance": "FD", "kernel_distance": "KD", "kernel_distance_sd": "sd of KD", "inception_score": "IS"}
+NAMES |= {"precision": "precision", "recall": "recall"}
 INCEPTION_NAMES = NAMES | {"frechet_distance": "FID", "kernel_distance": "KID", "kernel_distance_sd": "sd of KID"}
 
 
 def fit(images: Tensor, size: int) -> Tensor:
-    """Images (B,3,S,S) in [-1,1] at another size, the way CLIP's own preprocessing resizes: bicubic with a
-    low-pass filter, clamped. Unchanged where they have that size.
+    """Images (B,3,S,S) in [-1,1] at another size, as CLIP's own preprocessing resizes: bicubic with a low-pass filter,
+    clamped. Unchanged where they have that size.
     """
-    if images.shape[-1] == size and images.shape[-2] == size:
+    if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def published_range(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Images (B,3,H,W) in [-1,1] as the published evaluation shows them to its network (official.md, row 6).
+    """Images (B,3,H,W) in [-1,1] as the published evaluation shows them to its network (difference 6).
 
-    Our reading of "values in about [-0.2, 0.43] instead of [-1,1]": pixels are brought to [0,1], and then
-    taken for values that were already normalised with the network's mean and standard deviation (1,3,1,1).
-    Undoing a normalisation that never was, pixel u in [0,1] becomes u * std + mean. With ImageNet's, and
-    2x - 1 after it, that is [-0.03, 0.43], [-0.09, 0.36] and [-0.19, 0.26] for red, green, blue: a quarter
-    of the contrast. For a CLIP the same formula with its own mean and std: its first layer then gets u
-    instead of (u - mean) / std.
+    Our reading of "values in about [-0.2, 0.43] instead of [-1,1]": pixels are brought to [0,1], and then taken for
+    values that were already normalised with the network's mean and standard deviation (1,3,1,1). Undoing a
+    normalisation that never was, pixel u in [0,1] becomes u * std + mean. With ImageNet's, and 2x - 1 after it, that is
+    [-0.03, 0.43], [-0.09, 0.36] and [-0.19, 0.26] for red, green, blue: a quarter of the contrast. For a CLIP the same
+    formula with its own mean and std: its first layer then gets u instead of (u - mean) / std.
     """
     return 2 * ((images + 1) / 2 * std + mean) - 1
 
@@ -68,9 +65,9 @@ def published_range(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 class Extractor:
     """A registered extractor, ready for use. `module(uint8 images)` is what torch-fidelity calls.
 
-    `name`: what tables print. `key`: its name in torch-fidelity's registry; it differs where weights, numeric
-    range or classes do. `features_key`: the same but for the classes, on which features do not depend.
-    `names`: printed name of each score.
+    `name`: what tables print. `key`: its name in torch-fidelity's registry; it differs where weights, numeric range or
+    classes do. `features_key`: the same but for the classes, on which features do not depend. `names`: printed name of
+    each score.
     """
 
     name: str
@@ -92,30 +89,20 @@ class Extractor:
         return f"{self.names[score]} ({self.name})"
 
 
-def _register(
-    key: str, layers: tuple[str, ...], network: nn.Module, read: Callable[[Tensor], dict[str, Tensor]]
-) -> FeatureExtractorBase:
-    """Make `network` known to torch-fidelity as `key`; `read`: images in [-1,1] -> {layer: values}."""
+def _register(key: str, layers: tuple[str, ...], network: nn.Module, read: Callable) -> FeatureExtractorBase:
+    """Make `network` known to torch-fidelity as `key`; `read`: images in [-1,1] -> the values of `layers`."""
 
     class Registered(FeatureExtractorBase):
         def __init__(self, name: str, features_list: Sequence[str], **options):
             super().__init__(name, features_list)
             self.network = network
 
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return layers
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric: str) -> str:
-            return layers[-1] if metric == "isc" else layers[0]
-
-        @staticmethod
-        def can_be_compiled() -> bool:
-            return False
+        get_provided_features_list = staticmethod(lambda: layers)
+        get_default_feature_layer_for_metric = staticmethod(lambda metric: layers[-1 if metric == "isc" else 0])
+        can_be_compiled = staticmethod(lambda: False)
 
         def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-            found = read(images.float() / 127.5 - 1)
+            found = dict(zip(layers, read(images.float() / 127.5 - 1), strict=True))
             return tuple(found[layer] for layer in self.features_list)
 
     FEATURE_EXTRACTORS_REGISTRY.pop(key, None)  # the same weights, loaded a second time
@@ -123,45 +110,44 @@ def _register(
     return Registered(key, list(layers)).eval()
 
 
-def class_captions(split, limit: int = CLASSES) -> list[str]:
+def class_captions(split: Split, limit: int = CLASSES) -> list[str]:
     """At most `limit` distinct captions, spread evenly over a split: the classes of a CLIP's IS."""
     distinct = list(dict.fromkeys(split.all_captions))
     return [distinct[i] for i in np.linspace(0, len(distinct) - 1, min(limit, len(distinct))).astype(int)]
 
 
 def clip_extractor(clip: FrozenClip, captions: Sequence[str] = (), value_range: str = "standard") -> Extractor:
-    """A CLIP as extractor: image embeddings, not normalised, and, with `captions`, its zero-shot logits
-    against them. Images of another size are resized (`fit`). The standard normalisation, whatever `clip` has.
+    """A CLIP as extractor: image embeddings, not normalised, and, with `captions`, its zero-shot logits against them.
+
+    Images of another size are resized (`fit`). The standard normalisation, whatever `clip` has.
     """
     clip = with_normalisation(clip, "standard")
-    classes = F.normalize(clip.embed_text(captions), dim=1) if captions else None
+    classes = F.normalize(clip.embed_text(captions), dim=1)
 
-    def read(images: Tensor) -> dict[str, Tensor]:
+    def read(images: Tensor) -> tuple[Tensor, ...]:
         images = fit(images, clip.image_size)
         if value_range == "published":
             images = published_range(images, clip.mean, clip.std)
         embedding = clip.embed_images(images)
-        if classes is None:
-            return {"embedding": embedding}
+        if not captions:
+            return (embedding,)
         cosine = F.normalize(embedding.float(), dim=1) @ classes.T.to(embedding.device)
-        return {"embedding": embedding, "logits": clip.model.logit_scale.exp() * cosine}
+        return embedding, clip.model.logit_scale.exp() * cosine
 
-    features_key = f"clip-{clip.fingerprint}-{value_range}"
-    classes_digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:8] if captions else "none"
-    key = f"{features_key}-{classes_digest}"
-    widths = {"features": clip.embed_dim} | ({"logits": len(captions)} if captions else {})
-    layers = ("embedding", "logits") if captions else ("embedding",)
-    module = _register(key, layers, clip, read)
+    features_key, widths = f"clip-{clip.fingerprint}-{value_range}", {"features": clip.embed_dim}
+    widths |= {"logits": len(captions)} if captions else {}
+    class_digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:8] if captions else "none"
+    module = _register(key := f"{features_key}-{class_digest}", tuple(widths), clip, read)
     return Extractor(_ranged(clip.name, value_range), key, features_key, module, widths, NAMES)
 
 
-def judge_extractor(judge: nn.Module, digest: str) -> Extractor:
-    """The last hidden layer of the judge of the generated set (`ratlip.scores.judge`): a network of another kind,
-    which was taught by attributes, not by captions. `digest`: that of its weights.
+def judge_extractor(judge: Judge, digest: str) -> Extractor:
+    """The last hidden layer of the attribute classifier: a network of another kind, which learned from attributes, not
+    from captions. `digest`: that of its weights.
     """
     key = f"judge-{digest}"
-    module = _register(key, ("trunk",), judge, lambda images: {"trunk": judge.trunk(images)})
-    return Extractor("judge", key, key, module, {"features": judge.trunk[-2].out_features}, NAMES)
+    module = _register(key, ("features",), judge, lambda images: (judge.trunk(images),))
+    return Extractor("judge", key, key, module, {"features": WIDTH}, NAMES)
 
 
 def inception_extractor(
@@ -169,29 +155,26 @@ def inception_extractor(
 ) -> Extractor:
     """torch-fidelity's Inception-v3: pool features (2048) and logits without bias (1008).
 
-    `weights`: a local file, else torch-fidelity's own are downloaded once (into torch's cache). Raises
-    WeightsError with what to do where they are missing or damaged; no pickled code is run. The published code
-    has torchvision's weights instead, so that even with `value_range` "published" its FIDs are not these.
+    `weights`: a local file, else torch-fidelity's own are downloaded once (into torch's cache). Raises WeightsError
+    with what to do where they are missing or damaged; no pickled code is run. The published code has torchvision's
+    weights instead, so that even with `value_range` "published" its FIDs are not these.
     """
-    path = Path(weights) if weights else _downloaded_inception()
+    path, own = Path(weights) if weights else _downloaded_inception(), Path(URL_INCEPTION_V3).name
     if not path.is_file():
         raise WeightsError(
-            f"evaluation.extractor_weights={path}: there is no such file; give torch-"
-            f"fidelity's {Path(URL_INCEPTION_V3).name} ({URL_INCEPTION_V3}), or set "
-            f"evaluation.extractor: clip, or use the profile demo, which needs none"
+            f"evaluation.extractor_weights={path}: there is no such file; give torch-fidelity's {own} "
+            f"({URL_INCEPTION_V3}), or set evaluation.extractor: clip, or use the profile demo, which needs none"
         )
-    layers = ("2048", "logits_unbiased")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    layers, digest = ["2048", "logits_unbiased"], file_digest(path)[:8]
     key = "inception-v3-compat" if value_range == "standard" else "inception-v3-compat-published"
     try:
         torch.load(path, map_location="cpu", weights_only=True)  # the constructor would run pickled code
         with torch.random.fork_rng(devices=[]):  # it draws weights before it reads them
-            module = FeatureExtractorInceptionV3(key, list(layers), feature_extractor_weights_path=str(path))
+            module = FeatureExtractorInceptionV3(key, layers, feature_extractor_weights_path=str(path))
     except Exception as error:  # unpickling, zip and shape errors share no base class
-        brief = " ".join(str(error).split())[:120]
         raise WeightsError(
-            f"{path}: is no intact file of torch-fidelity's Inception ({brief}); copy "
-            f"{Path(URL_INCEPTION_V3).name} again (pickled code is never run)"
+            f"{path}: is no intact file of torch-fidelity's Inception ({brief(error)[:120]}); copy {own} again "
+            "(pickled code is never run)"
         ) from error
     if value_range == "published":
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -199,16 +182,9 @@ def inception_extractor(
         module.Conv2d_1a_3x3.register_forward_pre_hook(
             lambda _, inputs: (published_range((inputs[0] * 128 + 128) / 127.5 - 1, mean, std),)
         )
-    official = digest == OFFICIAL_INCEPTION
+    official, key, widths = digest == OFFICIAL_INCEPTION, f"{key}-{digest}", {"features": 2048, "logits": 1008}
     name = _ranged("Inception-v3" if official else f"Inception-v3, other weights {digest}", value_range)
-    return Extractor(
-        name,
-        f"{key}-{digest}",
-        f"{key}-{digest}",
-        module.to(device),
-        {"features": 2048, "logits": 1008},
-        INCEPTION_NAMES if official else NAMES,
-    )
+    return Extractor(name, key, key, module.to(device), widths, INCEPTION_NAMES if official else NAMES)
 
 
 def _ranged(name: str, value_range: str) -> str:
@@ -222,28 +198,28 @@ def cached_inception() -> Path:
 
 def _downloaded_inception() -> Path:
     """The weights in torch's cache, fetched at first use and compared with their hash."""
-    path = cached_inception()
+    path, url = cached_inception(), URL_INCEPTION_V3
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=OFFICIAL_INCEPTION, progress=False)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=OFFICIAL_INCEPTION, progress=False)
         except Exception as error:  # urllib, sockets, the hash, a read-only cache
-            brief = " ".join(str(error).split())[:120]
             raise WeightsError(
-                f"Inception weights are not here and could not be downloaded: fetch {URL_INCEPTION_V3} "
-                f"where there is network, copy it here and set evaluation.extractor_weights: FILE; or use "
-                f"the profile demo, which needs no download ({type(error).__name__}: {brief})"
+                f"Inception weights are not here and could not be downloaded: fetch {url} where there is network, copy "
+                "it here and set evaluation.extractor_weights: FILE; or use the profile demo, which needs no download "
+                f"({type(error).__name__}: {brief(error)[:120]})"
             ) from error
     return path
 
 
-def choose_extractor(settings, prepared, clip: FrozenClip, independent: FrozenClip | None = None) -> Extractor:
-    """The extractor that `settings.evaluation` asks for: Inception, or the independent CLIP (the CLIP of the
-    training where the profile names no other), with test captions as classes.
+def choose_extractor(
+    settings: Settings, prepared: Prepared, clip: FrozenClip, independent: FrozenClip | None = None
+) -> Extractor:
+    """The extractor that `settings.evaluation` asks for: Inception, or the independent CLIP (the CLIP of the training
+    where the profile names no other), with test captions as classes.
     """
     e = settings.evaluation
     if e.extractor == "inception":
         return inception_extractor(e.extractor_weights, e.inception_range, clip.mean.device)
-    return clip_extractor(
-        independent if independent is not None else clip, class_captions(prepared.test), e.inception_range
-    )
+    chosen = independent if independent is not None else clip
+    return clip_extractor(chosen, class_captions(prepared.test), e.inception_range)

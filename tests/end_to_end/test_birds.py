@@ -12,6 +12,7 @@ from PIL import Image
 from ratlip.data.layout import load_names
 from ratlip.data.prepared import load_prepared
 from ratlip.settings import load_settings
+from ratlip.workspace import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.shared]
 
@@ -87,7 +88,8 @@ def test_birds_from_the_tar_to_pictures(ratlip, birds, tmp_path):
 
     status, said, err = ratlip("clip", *common)
     assert status == 0 and "on 40 test images" in said, err
-    assert np.load(next(out.glob("clip-*/captions-*/train.npy"))).shape == (600, 96)
+    assert Workspace.of(settings, out, progress=False).sentences().shape == (600, 96)
+    assert np.load(next(out.glob("clip-*/captions-*/train-*/embedding.npy"))).shape[1] == 96
 
     status, said, err = ratlip("train", *common, "--accelerator", "cpu")
     assert status == 0, err

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import ratlip  # noqa: F401, I001  (before open_clip: it makes torchvision importable)
 from ratlip.clip.frozen import FrozenClip, normalise
 from ratlip.clip.loading import build_small_clip, load_clip
 from ratlip.clip.vocabulary import PAD, START, UNKNOWN, Vocabulary
@@ -114,9 +113,9 @@ def test_gradients_reach_the_images(clip):
 def test_normalisation_maps_black_grey_white(mode, expected):
     clip = tiny(mode)
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    for pixel, value in zip((-1.0, 0.0, 1.0), expected):
+    for pixel, value in zip((-1.0, 0.0, 1.0), expected, strict=True):
         seen = clip.preprocess(torch.full((1, 3, 32, 32), pixel))[0, :, 0, 0]
-        assert seen.tolist() == pytest.approx([(value - m) / s for m, s in zip(mean, std)], abs=1e-6)
+        assert seen.tolist() == pytest.approx([(value - m) / s for m, s in zip(mean, std, strict=True)], abs=1e-6)
     assert torch.equal(normalise(images(), clip.mean, clip.std, mode), clip.preprocess(images()))
 
 

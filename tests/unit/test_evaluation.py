@@ -13,7 +13,7 @@ from ratlip.clip.frozen import FrozenClip
 from ratlip.clip.loading import build_small_clip
 from ratlip.errors import RunError, SettingsError
 from ratlip.files import read_json
-from ratlip.scores import evaluation
+from ratlip.scores import evaluation, metrics
 from ratlip.settings import load_settings
 from ratlip.training import generation, session, step
 
@@ -29,7 +29,7 @@ def score(smoke, home, overrides=(), judge=True, **options):
         smoke.workspace.prepared,
         smoke.workspace.clip,
         smoke.workspace.judge if judge else None,
-        home=home,
+        root=home,
         progress=False,
         **options,
     )
@@ -51,21 +51,21 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     """|m1 - m2|^2 + sum (s1 - s2)^2 where the covariances are diagonal."""
     a = gaussian([0.0, 1.0, 2.0], np.diag([1.0, 4.0, 9.0]))
     b = gaussian([1.0, 1.0, 0.0], np.diag([4.0, 4.0, 1.0]), seed=1)
-    assert evaluation.frechet_distance(a, b) == pytest.approx((1 + 0 + 4) + (1 + 0 + 4), rel=1e-6)
+    assert metrics.frechet_distance(a, b) == pytest.approx((1 + 0 + 4) + (1 + 0 + 4), rel=1e-6)
 
 
 def test_frechet_distance_of_correlated_gaussians_is_the_closed_form():
     one, two = np.array([[2.0, 1.0], [1.0, 2.0]]), np.array([[3.0, -1.0], [-1.0, 1.0]])
     eigenvalues = np.linalg.eigvals(one @ two)
     expected = 4.0 + np.trace(one) + np.trace(two) - 2 * np.sqrt(eigenvalues).sum()
-    distance = evaluation.frechet_distance(gaussian([0.0, 0.0], one), gaussian([2.0, 0.0], two, seed=1))
+    distance = metrics.frechet_distance(gaussian([0.0, 0.0], one), gaussian([2.0, 0.0], two, seed=1))
     assert distance == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_of_equal_sets_is_nothing_and_it_is_symmetric():
     a, b = torch.randn(300, 16), 2 * torch.randn(200, 16) + 1
-    assert evaluation.frechet_distance(a, a.flip(0)) == pytest.approx(0, abs=1e-6)
-    assert evaluation.frechet_distance(a, b) == pytest.approx(evaluation.frechet_distance(b, a))
+    assert metrics.frechet_distance(a, a.flip(0)) == pytest.approx(0, abs=1e-6)
+    assert metrics.frechet_distance(a, b) == pytest.approx(metrics.frechet_distance(b, a))
 
 
 def test_the_scores_of_a_run_stand_beside_those_of_real_images(smoke):
@@ -102,7 +102,7 @@ def test_scores_are_the_same_twice_and_only_the_time_may_differ(smoke):
 
 
 def test_the_batch_size_of_the_scores_does_not_change_them(smoke):
-    """48 images in batches of 7: the last partial batch is counted (official.md, row 9)."""
+    """48 images in batches of 7: the last partial batch is counted (difference 9)."""
     settings = load_settings("smoke", {"evaluation.batch_size": 7})
     other = evaluation.evaluate(
         smoke.run,
@@ -250,7 +250,7 @@ def test_another_generator_does_not_take_what_was_left_behind(smoke, tmp_path, m
     expected = score(smoke, tmp_path / "home")
     other = shutil.copytree(smoke.run, tmp_path / "home" / "runs" / "other")
     checkpoint = torch.load(other / "checkpoint.pt", weights_only=True)
-    for name, tensor in checkpoint["networks"]["average"].items():
+    for _name, tensor in checkpoint["networks"]["average"].items():
         if tensor.is_floating_point():
             tensor.mul_(1.5)
     torch.save(checkpoint, other / "checkpoint.pt")
@@ -266,7 +266,7 @@ def test_another_generator_does_not_take_what_was_left_behind(smoke, tmp_path, m
         smoke.workspace.clip,
         smoke.workspace.judge,
         independent=smoke.workspace.independent,
-        home=tmp_path / "home",
+        root=tmp_path / "home",
         progress=False,
     )
     assert changed["frechet_distance"] != expected["frechet_distance"]

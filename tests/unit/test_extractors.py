@@ -10,7 +10,6 @@ import torch_fidelity
 from torch.utils.data import Dataset
 from torch_fidelity import feature_extractor_inceptionv3 as tf_inception
 
-import ratlip  # noqa: F401, I001  (before torch-fidelity: it makes torchvision importable, see ratlip.compat)
 from ratlip.errors import WeightsError
 from ratlip.scores import extractors, metrics
 from ratlip.settings import load_settings
@@ -70,7 +69,7 @@ def test_torch_fidelity_finds_the_clip_by_its_key_and_gives_our_numbers(smoke, i
         cache=False,
     )
     one, two = extractor(first), extractor(second)
-    ours = metrics.quality(one["features"].numpy(), one["logits"].numpy(), two["features"].numpy())
+    ours = metrics.distances_and_diversity(one["features"].numpy(), one["logits"].numpy(), two["features"].numpy())
     for mine, its in {
         "frechet_distance": "frechet_inception_distance",
         "kernel_distance": "kernel_inception_distance_mean",
@@ -104,7 +103,7 @@ def test_the_extractor_keeps_the_standard_normalisation(smoke, images):
 
 
 def test_the_published_range_is_the_one_that_was_measured():
-    """official.md, row 6: about [-0.2, 0.43] over the channels."""
+    """Difference 6: about [-0.2, 0.43] over the channels."""
     mean, std = (
         torch.tensor(values).view(1, 3, 1, 1) for values in (extractors.IMAGENET_MEAN, extractors.IMAGENET_STD)
     )
@@ -168,7 +167,7 @@ def test_inception_from_a_local_file_gives_torch_fidelitys_features(weights, ima
         verbose=False,
         feature_extractor_weights_path=str(weights),
     )(extractors.to_bytes(images[:3]))
-    for mine, its in zip(("features", "logits"), theirs):
+    for mine, its in zip(("features", "logits"), theirs, strict=True):
         np.testing.assert_array_equal(found[mine].numpy(), its.numpy())
     assert found["features"].shape == (3, 2048) and found["features"].std() > 0
     assert ours.label("frechet_distance").startswith("FD (Inception-v3, other weights ")  # it is not FID
@@ -180,7 +179,9 @@ def test_inception_in_the_published_range_sees_less_contrast(weights, images):
     extractor.module.Conv2d_1a_3x3.conv.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
     ends = torch.cat([torch.full((1, 3, 16, 16), value) for value in (-1.0, 1.0)])
     extractor(ends)
-    expected = [[2 * m - 1, 2 * (m + s) - 1] for m, s in zip(extractors.IMAGENET_MEAN, extractors.IMAGENET_STD)]
+    expected = [
+        [2 * m - 1, 2 * (m + s) - 1] for m, s in zip(extractors.IMAGENET_MEAN, extractors.IMAGENET_STD, strict=True)
+    ]
     torch.testing.assert_close(seen["x"].mean(dim=(2, 3)).T, torch.tensor(expected), atol=1e-5, rtol=0)
 
 

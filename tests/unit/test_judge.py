@@ -41,7 +41,7 @@ def test_it_does_not_find_what_is_not_there(workspace):
     others = attributes[7:] + attributes[:7]
     wrong = judge_right(workspace.judge, images, others)
     for name, hits in wrong.items():
-        same = torch.tensor([a[name] == b[name] for a, b in zip(attributes, others)])
+        same = torch.tensor([a[name] == b[name] for a, b in zip(attributes, others, strict=True)])
         assert hits[~same].float().mean() < 0.25, name
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ratlip.data.batches import real_images
 from ratlip.errors import RunError
-from ratlip.scores import evaluation, extractors
+from ratlip.scores import evaluation, extractors, metrics
 from ratlip.settings import load_settings
 from ratlip.studies import protocol
 from ratlip.training import generation
@@ -63,7 +63,7 @@ def test_images_are_nested_and_their_spread_is_over_disjoint_parts(smoke, rows):
     extractor = extractors.clip_extractor(workspace.independent)
     features = extractor(generation.generate(generator, latent, sentence))["features"]
     reference = extractor(real_images(workspace.prepared.train, range(192), 16, 16))["features"]
-    parts = [evaluation.frechet_distance(part, reference) for part in features.split(24)]
+    parts = [metrics.frechet_distance(part, reference) for part in features.split(24)]
     assert found[0]["value"] == pytest.approx(parts[0], rel=1e-3)
     assert found[0]["mean"] == pytest.approx(np.mean(parts), rel=1e-3)
     assert found[0]["spread"] == pytest.approx(np.std(parts, ddof=1), rel=2e-2)
@@ -79,7 +79,7 @@ def test_the_published_row_is_the_score_of_the_published_settings(smoke, rows, t
         smoke.workspace.prepared,
         smoke.workspace.clip,
         independent=smoke.workspace.independent,
-        home=tmp_path,
+        root=tmp_path,
         progress=False,
     )
     row = of(rows, "protocol")[1]
@@ -96,7 +96,7 @@ def test_the_published_range_alone_is_the_score_of_that_setting(smoke, rows, tmp
         smoke.workspace.prepared,
         smoke.workspace.clip,
         independent=smoke.workspace.independent,
-        home=tmp_path,
+        root=tmp_path,
         progress=False,
     )
     row = of(rows, "numeric range")[1]

@@ -6,7 +6,6 @@ import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-import ratlip  # noqa: F401, I001  (before torch-fidelity: it makes torchvision importable, see ratlip.compat)
 from ratlip import cache
 from ratlip.errors import SettingsError
 from ratlip.scores import metrics
@@ -67,5 +66,5 @@ def test_one_image_has_no_covariance():
         metrics.moments(drawn(1))
     assert all(
         np.isfinite(value)
-        for value in metrics.quality(*(drawn(n, seed=n).astype(np.float32) for n in (2, 2, 3))).values()
+        for value in metrics.distances_and_diversity(*(drawn(n, seed=n).astype(np.float32) for n in (2, 2, 3))).values()
     )
