@@ -2,7 +2,6 @@
 
     python -m ratlip.report.notebooks run notebooks/03_train.ipynb --out out.ipynb -p profile smoke
     python -m ratlip.report.notebooks refresh     stored outputs: from reports/demo/notebooks/ back into notebooks/
-    python -m ratlip.report.notebooks smoke       references of the tests: makes tests/notebooks/smoke/
 
 Everything a notebook writes goes below the repository root (outputs/<profile>, or $RATLIP_OUTPUTS/<profile>),
 from whatever folder it was started.
@@ -25,8 +24,7 @@ from typing import Any
 import yaml
 
 from ratlip.errors import RatlipError, RunError
-from ratlip.files import outputs_folder, repository, shown, write_text
-from ratlip.settings import load_settings
+from ratlip.files import repository, shown, write_text
 
 STORY = (
     "01_prepare_data",
@@ -69,7 +67,8 @@ def execute(notebook: str | Path, out: str | Path, parameters: dict[str, Any], t
     failed.unlink(missing_ok=True)
     hide = _private(parameters)
     start = time.monotonic()
-    say = (lambda text: print(f"{notebook.stem:<22}{text}", flush=True)) if talk else (lambda text: None)
+    name = out.parent.name if out.parent.parent.name == "runs" else notebook.stem  # of a grid, the run's
+    say = (lambda text: print(f"{name:<22} {text}", flush=True)) if talk else (lambda text: None)
     say("started")
     with tempfile.TemporaryDirectory(prefix="ratlip-") as folder:
         draft = Path(folder) / notebook.name
@@ -257,32 +256,6 @@ def refresh(profile: str = "demo") -> list[Path]:
     return list(fresh)
 
 
-def smoke_references() -> list[Path]:
-    """Execute the story on the profile smoke, from nothing, into tests/notebooks/smoke/, for nbval."""
-    folder, before = repository() / "tests" / "notebooks" / "smoke", os.environ.get("RATLIP_OUTPUTS")
-    made = []
-    with tempfile.TemporaryDirectory(prefix="ratlip-smoke-") as outputs:
-        os.environ["RATLIP_OUTPUTS"] = outputs
-        try:
-            for name in STORY:
-                if name == "04_ablation":
-                    smoke_runs()
-                source = repository() / "notebooks" / f"{name}.ipynb"
-                made.append(execute(source, folder / f"{name}.ipynb", {"profile": "smoke"}))
-        finally:
-            os.environ.pop("RATLIP_OUTPUTS") if before is None else os.environ.update(RATLIP_OUTPUTS=before)
-    return made
-
-
-def smoke_runs() -> None:
-    """The grid of the profile smoke, without a notebook for each run: what notebooks 04 to 08 then find."""
-    from ratlip.studies import grid
-    from ratlip.workspace import Workspace
-
-    workspace = Workspace.of(load_settings("smoke"), outputs_folder("smoke"), progress=False)
-    grid.complete(workspace, door="library")
-
-
 def main() -> None:
     """Entry point of `python -m ratlip.report.notebooks`."""
     parser = argparse.ArgumentParser(
@@ -298,15 +271,13 @@ def main() -> None:
     commands.add_parser("refresh", help="store the outputs of reports/<profile>/").add_argument(
         "--profile", default="demo"
     )
-    commands.add_parser("smoke", help="make the references of the tests")
     chosen = parser.parse_args()
     try:
         if chosen.command == "run":
             given = {name: yaml.safe_load(value) for name, value in chosen.parameters if value not in ("", "None")}
             execute(chosen.notebook, chosen.out, given)
         else:
-            made = refresh(chosen.profile) if chosen.command == "refresh" else smoke_references()
-            print(*map(shown, made), sep="\n")
+            print(*map(shown, refresh(chosen.profile)), sep="\n")
     except RatlipError as error:
         sys.exit(f"ratlip: {error}")
 

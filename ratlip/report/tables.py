@@ -143,7 +143,7 @@ def measured_rows(workspace, group: str) -> pd.DataFrame:
             "images": int(frame.images.min()),
             "extractor": _extractor(first, column),
         }
-        for label, row in compare.summary(frame, column).iterrows():
+        for label, row in compare.mean_and_sd(frame, column).iterrows():
             steps = int(frame.steps[frame.label == label].iloc[0])
             rows.append(
                 {
@@ -207,7 +207,9 @@ def measured_table(workspace, group: str) -> Table:
             "seeds": str(first.seeds or NONE),
             "steps": f"{first.steps:,}" if first.steps else NONE,
         }
-        view.append(about | {heads[row.score]: spread(row["mean"], row["sd"]) for _, row in part.iterrows()})
+        view.append(
+            about | {heads[row.score]: compare.plus_minus(row["mean"], row["sd"]) for _, row in part.iterrows()}
+        )
     notes = [
         f"Extractors: {'; '.join(f'[{i}] {name}' for i, name in enumerate(extractors, 1))}.",
         "Mean ± standard deviation over seeds. Scores of different extractors cannot be compared, nor these "
@@ -253,7 +255,7 @@ def side_by_side(
             "model": row["model"],
             "data": row["data"],
             "score": row["label"].split(" (")[0],
-            "value": spread(row["mean"], row["sd"]),
+            "value": compare.plus_minus(row["mean"], row["sd"]),
             "extractor": row["extractor"],
             "images": str(int(row["images"])),
             "seeds": str(int(row["seeds"])),
@@ -275,9 +277,7 @@ def study_table(rows: Sequence[dict], model: str) -> Table:
     """The rows of `ratlip.studies.protocol.study`, made from a run of `model`, as a table."""
 
     def digits(value) -> str:
-        return (
-            NONE if value is None else f"{value:.{int(np.clip(2 - np.floor(np.log10(max(abs(value), 1e-9))), 0, 3))}f}"
-        )
+        return NONE if value is None else f"{value:.{compare.decimals(value, figures=3, most=3)}f}"
 
     data = pd.DataFrame(rows)
     data.insert(0, "whose", MINE)
@@ -303,17 +303,6 @@ def study_table(rows: Sequence[dict], model: str) -> Table:
         "Distances of different scores (extractors, ranges) have different units.",
     ]
     return Table("protocol_study", f"One generator ({model}), measured here in {len(rows)} ways", data, view, notes)
-
-
-def spread(mean: float, sd: float) -> str:
-    """`8.1 ± 0.4`: as many decimals as the standard deviation's first figure has, two at most (three where the
-    mean is below 0.1); the mean alone, with two figures, where there is no standard deviation.
-    """
-    if mean is None or not np.isfinite(mean):
-        return NONE
-    size = sd if np.isfinite(sd) and sd > 0 else abs(mean) / 10
-    places = int(np.clip(-np.floor(np.log10(size)) if size else 2, 0, 2 if abs(mean) >= 0.1 else 3))
-    return f"{mean:.{places}f}" + (f" ± {sd:.{places}f}" if np.isfinite(sd) else "")
 
 
 # -------------------------------------------------------------------------------------------------- writers

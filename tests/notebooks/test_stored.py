@@ -94,4 +94,4 @@ class TestStory:
         assert notebooks.injected(reference) == {"profile": "smoke"}
         expected = [(cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in nbformat.read(path, 4).cells]
         found = [(cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in notebooks.own_cells(reference)]
-        assert found == expected, "run `python -m ratlip.report.notebooks smoke` and look at what changed"
+        assert found == expected, "run `ratlip notebook smoke` and look at what changed"

@@ -123,23 +123,6 @@ class TestSideBySide:
         assert len(table.view) == 20 and set(table.view["whose"]) == {"published by the authors"}
 
 
-@pytest.mark.parametrize(
-    "mean, sd, shown",
-    [
-        (0.5512, 0.0712, "0.55 ± 0.07"),
-        (12.34, 4.56, "12 ± 5"),
-        (123.4, 45.6, "123 ± 46"),
-        (0.0123, 0.0012, "0.012 ± 0.001"),
-        (0.5, np.nan, "0.50"),
-        (0.0, 0.0, "0.00 ± 0.00"),
-        (np.nan, np.nan, "-"),
-        (None, np.nan, "-"),
-    ],
-)
-def test_spread(mean, sd, shown):
-    assert tables.spread(mean, sd) == shown
-
-
 class TestWriters:
     NASTY = tables.Table(
         "t_1",
