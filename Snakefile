@@ -9,8 +9,8 @@
 # waits for are `ancient`. `params.given` holds paths, hence it is a function of `output`, which Snakemake does not
 # keep. A changed function of ratlip/ starts nothing: SNAKEFLAGS=--forceall runs all once more.
 #
-# A job's warnings and errors go to its file in outputs/<profile>/logs/, its own lines (started, once a minute how
-# far it is, done) to the terminal too; where it fails, so does the end of the log.
+# On the terminal a job says that it started, once a minute how far it is, and that it is done; all else goes to its
+# file in outputs/<profile>/logs/, whose end is shown where it fails.
 #
 # `snakemake --lint` asks for a conda environment or a container in each rule: `make env` is the environment.
 import os
@@ -42,9 +42,9 @@ LOG = f"{PLAN.outputs}/logs"
 MADE = f"{PLAN.outputs}/made"
 # Threads that wait spin, and beside any other busy program that costs up to ten times the time: let them sleep.
 EXECUTE = """
-    rm -f {log}; export OMP_NUM_THREADS={threads} OMP_WAIT_POLICY=PASSIVE
+    export OMP_NUM_THREADS={threads} OMP_WAIT_POLICY=PASSIVE
     python -m ratlip.cli notebook run notebooks/{params.notebook}.ipynb --out {output.executed} {params.given} \
-        2>> {log} | tee -a {log} || {{ tail -n 40 {log} >&2; exit 1; }}
+        2> {log} || {{ tail -n 40 {log} >&2; exit 1; }}
 """
 GIVEN = lambda wildcards, output: PLAN.parameters[output.executed]
 

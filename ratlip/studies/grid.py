@@ -52,7 +52,7 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        """The run folder's name."""
+        """Of the run folder."""
         return self.settings.run_name
 
     def folder(self, root: Path) -> Path:

@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from ratlip.cache import digest
 from ratlip.files import outputs_folder, repository, shown
@@ -55,41 +56,31 @@ def plan(profile: str, data: str | None = None) -> Plan:
     names["03_train"] = [name for name in runs if name == s.run_name]  # where it is in the grid, it is not made twice
     executed = {name: f"{report}/notebooks/{name}.ipynb" for name in STORY}
     executed |= {name: shown(folder / "runs" / name / "03_train.ipynb") for name in runs}
-    depends = {name: digest([content, _text(name)]) for name, content in contents(s, names).items()}
-    scores, code = scoring(s), _text("03_train", code_only=True)
-    depends |= {name: digest([run.settings.run_hash, scores, code]) for name, run in runs.items()}
+    reads = {name: [executed[run] for run in names.get(name, [])] for name in STORY}
     given = {name: {"profile": profile, "report": report} for name in STORY}
     given["01_prepare_data"]["data"] = data or ""
     given |= {name: grid.parameters(run, folder) for name, run in runs.items()}
-    return Plan(
-        report,
-        shown(folder),
-        executed,
-        list(runs),
-        {name: [executed[run] for run in names.get(name, [])] for name in STORY},
-        depends,
-        {executed[name]: _for_shell(content) for name, content in given.items()},
-    )
+    words = {executed[name]: _for_shell(content) for name, content in given.items()}
+    return Plan(report, shown(folder), executed, list(runs), reads, _depends(s, runs, names), words)
 
 
-def scoring(s: Settings) -> dict[str, Any]:
-    """The settings that decide a run's scores, but not its weights."""
-    e = s.evaluation.model_dump(mode="json", exclude={"study", "grid_captions", "grid_images"})
-    return {**e, "independent": s.independent_hash}
-
-
-def contents(s: Settings, runs: dict[str, list[str]]) -> dict[str, list]:
-    """What each notebook's result depends on, besides its text; `runs`: the names of those that it reads."""
+def _depends(s: Settings, runs: dict[str, grid.Experiment], names: dict[str, list[str]]) -> dict[str, str]:
+    """Digests of what the result of each notebook and each run depends on; `names`: the runs that a notebook reads."""
     e = s.evaluation.model_dump(mode="json")
     without_study = {key: value for key, value in e.items() if key != "study"}
+    # what decides a run's scores, but not its weights
+    scores = {key: value for key, value in without_study.items() if key not in ("grid_captions", "grid_images")}
+    scores["independent"] = s.independent_hash
     clip = [s.clip_hash, s.clip.normalisation, s.independent_hash, s.judge_hash, s.model.feature_blocks]
-    return {
+    contents = {name: [names[name], scores] for name in READS} | {
         "01_prepare_data": [s.data.model_dump(mode="json"), s.model.image_size],
         "02_prepare_clip": clip,
         "03_train": [s.run_hash, s.independent_hash, without_study],
-        **{name: [runs[name], scoring(s)] for name in READS},
-        "08_figures_and_tables": [runs["08_figures_and_tables"], scoring(s), s.run_hash, e],
+        "08_figures_and_tables": [names["08_figures_and_tables"], scores, s.run_hash, e],
     }
+    code = _text("03_train", code_only=True)
+    notebooks = {name: digest([contents[name], _text(name)]) for name in STORY}
+    return notebooks | {name: digest([run.settings.run_hash, scores, code]) for name, run in runs.items()}
 
 
 def _text(name: str, code_only: bool = False) -> list[str]:
@@ -106,19 +97,13 @@ def _for_shell(parameters: dict[str, Any]) -> str:
 
 def smoke_references() -> list[Path]:
     """Execute the story on the profile smoke, from nothing, into tests/notebooks/smoke/, for nbval."""
-    made, before = [], os.environ.get("RATLIP_OUTPUTS")
-    with tempfile.TemporaryDirectory(prefix="ratlip-smoke-") as outputs:
-        os.environ["RATLIP_OUTPUTS"] = outputs
-        try:
-            for name in STORY:
-                if name == "04_ablation":
-                    smoke_runs()
-                source, out = (
-                    repository() / folder / f"{name}.ipynb" for folder in ("notebooks", "tests/notebooks/smoke")
-                )
-                made.append(execute(source, out, {"profile": "smoke"}))
-        finally:
-            os.environ.pop("RATLIP_OUTPUTS") if before is None else os.environ.update(RATLIP_OUTPUTS=before)
+    folder, made = repository() / "tests/notebooks/smoke", []
+    with tempfile.TemporaryDirectory(prefix="ratlip-") as outputs, patch.dict(os.environ, RATLIP_OUTPUTS=outputs):
+        for name in STORY:
+            if name == "04_ablation":
+                smoke_runs()
+            source = repository() / "notebooks" / f"{name}.ipynb"
+            made.append(execute(source, folder / source.name, {"profile": "smoke"}))
     return made
 
 
