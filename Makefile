@@ -20,8 +20,10 @@ help:  ## show this list
 	@echo "  PROFILE=$(PROFILE) DATA=$(DATA) CORES=$(CORES) PYTHON=$(PYTHON) REQUIREMENTS=$(REQUIREMENTS)"
 
 reproduce: env  ## run every notebook of PROFILE (data in DATA, generated if none) and write reports/PROFILE
-	@$(IN_VENV) .venv/bin/python -m snakemake --cores $(CORES) --rerun-incomplete --quiet all $(SNAKEFLAGS) \
-		--config profile="$(PROFILE)" data="$(DATA)"
+	@$(IN_VENV) .venv/bin/python -m snakemake --cores $(CORES) --rerun-incomplete --rerun-triggers mtime params \
+		--quiet all $(SNAKEFLAGS) --config profile="$(PROFILE)" data="$(DATA)"
+	@name="$(PROFILE)"; name="$${name##*/}"; page="reports/$${name%.*}/index.html"; test ! -f "$$page" || \
+		echo "Up to date: $$page. Open it; the notebooks with their answers are its links, or \`make lab\`."
 
 test: env  ## run the whole test suite (TESTFLAGS are pytest's options)
 	@$(IN_VENV) OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(TESTFLAGS)
@@ -32,6 +34,6 @@ lab: env  ## open the notebooks in JupyterLab
 env:  ## make .venv from REQUIREMENTS, or do nothing where it is up to date
 	@sh env/venv.sh "$(PYTHON)" "$(REQUIREMENTS)"
 
-clean:  ## remove .venv and caches; outputs/ and reports/ stay
-	rm -rf .venv .venv.log .snakemake .pytest_cache .ruff_cache build *.egg-info
+clean:  ## remove .venv and caches; outputs/, reports/ and .snakemake/, which knows what they were made of, stay
+	rm -rf .venv .venv.log .pytest_cache .ruff_cache build *.egg-info
 	find ratlip tests notebooks env \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

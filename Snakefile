@@ -2,9 +2,17 @@
 #
 # Data and CLIPs are made once, with all cores; then every run of the grid (ratlip/studies/grid.py) is 03_train
 # executed with other parameters, one thread each, as many side by side as there are cores; then notebooks 04 to
-# 08 read the run folders, and one page links everything. What a result depends on (its settings, and the text of
-# its notebook) is written to outputs/<profile>/depends/, and where that changes it is made again, and nothing
-# else. A changed function of ratlip/ starts nothing: SNAKEFLAGS=--forceall runs all once more.
+# 08 read the run folders, and one page links everything.
+#
+# What a result depends on (its settings, and the text of its notebook) is digested in `params.depends`. Snakemake
+# keeps the digest in .snakemake/ and makes again what has another one, and nothing else: files that a rule only
+# waits for are `ancient`. `params.given` holds paths, hence it is a function of `output`, which Snakemake does not
+# keep. A changed function of ratlip/ starts nothing: SNAKEFLAGS=--forceall runs all once more.
+#
+# On the terminal a job says that it started, once a minute how far it is, and that it is done; all else goes to its
+# file in outputs/<profile>/logs/, whose end is shown where it fails.
+#
+# `snakemake --lint` asks for a conda environment or a container in each rule: `make env` is the environment.
 import os
 import shlex
 import sys
@@ -12,117 +20,103 @@ from pathlib import Path
 
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+# Jobs find this Python and this ratlip first.
+for name, first in {"PYTHONPATH": ROOT, "PATH": Path(sys.executable).parent}.items():
+    os.environ[name] = os.pathsep.join(filter(None, [str(first), os.environ.get(name)]))
 
-from ratlip.studies import workflow as ratlip_workflow
 from ratlip.errors import RatlipError
+from ratlip.studies.workflow import plan
 
 PROFILE = config.get("profile") or "demo"
 DATA = str(Path(config["data"]).expanduser().absolute()) if config.get("data") else ""
 try:
-    PLAN = ratlip_workflow.plan(PROFILE, DATA)
+    PLAN = plan(PROFILE, DATA)
 except RatlipError as error:
     print(f"ratlip: {error}", file=sys.stderr, flush=True)
     os._exit(2)  # nothing is open yet, and Snakemake would wrap the sentence in a traceback
 
-REPORT = f"reports/{PLAN.settings.profile}"
-PAGE = f"{REPORT}/index.html"
-TARGETS = PLAN.targets(REPORT)
-EXECUTED = {PLAN.executed(name): name for name in PLAN.runs}
-PYTHON = shlex.quote(sys.executable)
+PAGE = f"{PLAN.report}/index.html"
+LOG = f"{PLAN.outputs}/logs"
+# What the first notebooks leave in outputs/ is more than their executed form in reports/, which may have come with
+# git: an empty file in outputs/ says that it was made here.
+MADE = f"{PLAN.outputs}/made"
 # Threads that wait spin, and beside any other busy program that costs up to ten times the time: let them sleep.
-RUN = f"OMP_NUM_THREADS={{threads}} OMP_WAIT_POLICY=PASSIVE {PYTHON} -m ratlip.report.notebooks run"
-IN_REPORT = f"-p profile {shlex.quote(PROFILE)} -p report {REPORT}"
+EXECUTE = """
+    export OMP_NUM_THREADS={threads} OMP_WAIT_POLICY=PASSIVE
+    python -m ratlip.cli notebook run notebooks/{params.notebook}.ipynb --out {output.executed} {params.given} \
+        2> {log} || {{ tail -n 40 {log} >&2; exit 1; }}
+"""
+GIVEN = lambda wildcards, output: PLAN.parameters[output.executed]
 
 
-def depends(name):
-    """What the rule of a notebook waits for: its own dependencies, and the runs that it reads."""
-    return [PLAN.notebooks[name], *[PLAN.executed(run) for run in PLAN.groups.get(name, [])]]
+localrules:
+    all,
 
 
 rule all:
-    input:
-        PAGE,
+    input: PAGE
 
 
 rule prepare_data:
-    params: notebook="notebooks/01_prepare_data.ipynb"
-    input: depends("01_prepare_data")
-    output: TARGETS["01_prepare_data"]
-    threads: workflow.cores
-    shell: RUN + f" {{params.notebook}} --out {{output}} {IN_REPORT} -p data {shlex.quote(DATA)}"
+    output: executed=PLAN.executed["01_prepare_data"], made=touch(f"{MADE}/01_prepare_data")
+    log: f"{LOG}/01_prepare_data.log"
+    params: notebook="01_prepare_data", depends=PLAN.depends["01_prepare_data"], given=GIVEN
+    threads: 64  # or as many as there are
+    shell: EXECUTE
 
 
 rule prepare_clip:
-    params: notebook="notebooks/02_prepare_clip.ipynb"
-    input: depends("02_prepare_clip"), TARGETS["01_prepare_data"]
-    output: TARGETS["02_prepare_clip"]
-    threads: workflow.cores
-    shell: RUN + f" {{params.notebook}} --out {{output}} {IN_REPORT}"
+    input: ancient(f"{MADE}/01_prepare_data")
+    output: executed=PLAN.executed["02_prepare_clip"], made=touch(f"{MADE}/02_prepare_clip")
+    log: f"{LOG}/02_prepare_clip.log"
+    params: notebook="02_prepare_clip", depends=PLAN.depends["02_prepare_clip"], given=GIVEN
+    threads: 64
+    shell: EXECUTE
 
 
 rule train:
-    params: notebook="notebooks/03_train.ipynb"
-    input: depends("03_train"), TARGETS["02_prepare_clip"]
-    output: TARGETS["03_train"]
+    input: ancient(f"{MADE}/02_prepare_clip"), PLAN.reads["03_train"]
+    output: executed=PLAN.executed["03_train"], made=touch(f"{MADE}/03_train")
+    log: f"{LOG}/03_train.log"
+    params: notebook="03_train", depends=PLAN.depends["03_train"], given=GIVEN
     priority: 2  # the longest of the single-thread jobs, so that it does not end alone
-    shell: RUN + f" {{params.notebook}} --out {{output}} {IN_REPORT}"
+    shell: EXECUTE
 
 
 # One run of the grid. Its folder's name holds the hash of its settings, so what stands in it is never out of date.
 rule run:
-    params: notebook="notebooks/03_train.ipynb", given=lambda wildcards, output: PLAN.parameters[EXECUTED[str(output)]]
-    input: lambda wildcards: PLAN.runs[wildcards.run], TARGETS["02_prepare_clip"]
-    output: PLAN.executed("{run}")
+    input: ancient(f"{MADE}/02_prepare_clip")
+    output: executed=f"{PLAN.outputs}/runs/{{run}}/03_train.ipynb"
+    log: f"{LOG}/{{run}}.log"
+    params: notebook="03_train", depends=lambda wildcards: PLAN.depends[wildcards.run], given=GIVEN
     wildcard_constraints: run="|".join(PLAN.runs)
     priority: 1
-    shell: RUN + " {params.notebook} --out {output} {params.given}"
+    shell: EXECUTE
 
 
-rule ablation:
-    input: depends("04_ablation")
-    output: TARGETS["04_ablation"]
-    shell: RUN + f" notebooks/04_ablation.ipynb --out {{output}} {IN_REPORT}"
+for name in ("04_ablation", "05_hidden_size_sweep", "06_grad_cam", "07_paper_versus_code"):
 
-
-rule hidden_size_sweep:
-    input: depends("05_hidden_size_sweep")
-    output: TARGETS["05_hidden_size_sweep"]
-    shell: RUN + f" notebooks/05_hidden_size_sweep.ipynb --out {{output}} {IN_REPORT}"
-
-
-rule grad_cam:
-    input: depends("06_grad_cam")
-    output: TARGETS["06_grad_cam"]
-    shell: RUN + f" notebooks/06_grad_cam.ipynb --out {{output}} {IN_REPORT}"
-
-
-rule paper_versus_code:
-    input: depends("07_paper_versus_code")
-    output: TARGETS["07_paper_versus_code"]
-    shell: RUN + f" notebooks/07_paper_versus_code.ipynb --out {{output}} {IN_REPORT}"
+    rule:
+        name: name[3:]
+        input: PLAN.reads[name]
+        output: executed=PLAN.executed[name]
+        log: f"{LOG}/{name}.log"
+        params: notebook=name, depends=PLAN.depends[name], given=GIVEN
+        shell: EXECUTE
 
 
 rule figures_and_tables:
-    input: depends("08_figures_and_tables"), TARGETS["03_train"]
-    output: TARGETS["08_figures_and_tables"]
+    input: PLAN.reads["08_figures_and_tables"], f"{MADE}/03_train"
+    output: executed=PLAN.executed["08_figures_and_tables"]
+    log: f"{LOG}/08_figures_and_tables.log"
+    params: notebook="08_figures_and_tables", depends=PLAN.depends["08_figures_and_tables"], given=GIVEN
     priority: 1
-    shell: RUN + f" notebooks/08_figures_and_tables.ipynb --out {{output}} {IN_REPORT}"
+    shell: EXECUTE
 
 
 rule report:
-    input: list(TARGETS.values())
+    input: [PLAN.executed[name] for name in PLAN.reads]
     output: PAGE
-    shell: f"{PYTHON} -m ratlip.report.page --profile {shlex.quote(PROFILE)}"
-
-
-onsuccess:
-    print("Done.", ratlip_workflow.closing(ROOT / REPORT), sep="\n")
-
-
-# With nothing to do, Snakemake says nothing at all.
-if getattr(workflow, "is_main_process", True) and ratlip_workflow.up_to_date(
-    {**TARGETS, "page": PAGE, **{name: PLAN.executed(name) for name in PLAN.runs}},
-    {**PLAN.notebooks, "page": PLAN.notebooks["08_figures_and_tables"], **PLAN.runs},
-):
-    print(f"{REPORT} is up to date.", ratlip_workflow.closing(ROOT / REPORT), sep="\n")
+    log: f"{LOG}/report.log"
+    params: given=lambda wildcards, output: shlex.quote(PROFILE)
+    shell: "python -m ratlip.cli report --profile {params.given} > {log} 2>&1 || {{ tail -n 40 {log} >&2; exit 1; }}"

@@ -3,54 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Iterable
 
 import numpy as np
 import pandas as pd
 
-
-def plain(label: str) -> str:
-    """A score's label without the fingerprint of a CLIP: "FD (small CLIP ab12cd)" -> "FD (small CLIP)"."""
-    return re.sub(r" [0-9a-f]{6}\b", "", label)
-
-
-def summary(frame: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Mean, standard deviation over seeds (NaN for one) and number of runs of each variant, in the given order."""
-    return frame.groupby("label", sort=False)[column].agg(mean="mean", sd="std", n="count")
-
-
-def table(frame: pd.DataFrame, scores: dict[str, tuple[str, bool]]) -> pd.DataFrame:
-    """Mean ± standard deviation over seeds as text: one row a variant, one column a score of `quality`."""
-    columns = {}
-    for column, (name, _) in scores.items():
-        found = summary(frame, column)
-        digits = decimals(*found["mean"])
-        columns[name] = {
-            label: f"{row['mean']:.{digits}f}" + (f" ± {row['sd']:.{digits}f}" if row["n"] > 1 else "")
-            for label, row in found.iterrows()
-        }
-    return pd.DataFrame(columns)
-
-
-def decimals(*values: float, figures: int = 2, most: int = 2) -> int:
-    """Decimals (0 to `most`) that show the largest of `values` with so many figures: more would be another machine's."""
-    largest = max((abs(value) for value in values if np.isfinite(value)), default=0)
-    return int(np.clip(figures - 1 - np.floor(np.log10(largest)), 0, most)) if largest else most
-
-
-def plus_minus(mean: float | None, sd: float) -> str:
-    """`8.1 ± 0.4`: as many decimals as the standard deviation's first figure has, two at most (three where the
-    mean is below 0.1); the mean alone, with two figures, where there is no standard deviation; `-` without a mean.
-    """
-    if mean is None or not np.isfinite(mean):
-        return "-"
-    size = sd if np.isfinite(sd) and sd > 0 else abs(mean) / 10
-    digits = decimals(size, figures=1, most=2 if abs(mean) >= 0.1 else 3) if size else 2
-    return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if np.isfinite(sd) else "")
-
-
-mean_and_sd = summary
+# The scores by which variants are compared: column -> (label, higher is better). The training CLIP's similarity is
+# not among them: the generator was trained to raise it.
+COMPARED = {
+    "judge_all": ("all attributes right", True),
+    "frechet_distance": ("Fréchet distance", False),
+    "independent_similarity": ("similarity, independent CLIP", True),
+}
 
 
 @dataclass(frozen=True)
@@ -72,12 +37,10 @@ class Difference:
         return f"{self.mean:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
 
 
-def half_interval(values) -> float:
-    """Half the width of the 95 % t interval of the mean of `values` (n,); infinite for one value."""
-    from scipy import stats  # half a second that a run of 03_train need not wait for
-
-    n = len(values)
-    return float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else np.inf
+def score_columns(frame: pd.DataFrame, names: dict[str, str] | None = None) -> dict[str, tuple[str, bool]]:
+    """Those of `COMPARED` that all runs have: column -> (label, from `names` where it has one; higher is better)."""
+    there = [column for column in COMPARED if column in frame and frame[column].notna().all()]
+    return {column: ((names or {}).get(column, COMPARED[column][0]), COMPARED[column][1]) for column in there}
 
 
 def paired(frame: pd.DataFrame, a: str, b: str, column: str, higher_is_better: bool = True) -> Difference:
@@ -90,34 +53,22 @@ def paired(frame: pd.DataFrame, a: str, b: str, column: str, higher_is_better: b
     if a not in wide or b not in wide:
         raise ValueError(f"no runs of {a if a not in wide else b!r}; there are {', '.join(wide.columns)}")
     differences = (wide[a] - wide[b]).dropna().to_numpy()
-    n, mean = len(differences), float(np.mean(differences))
-    reach = half_interval(differences)
-    better = mean if higher_is_better else -mean
-    decided = abs(mean) > reach
-    verdict = ("supported" if better > 0 else "contradicted") if decided else "undecided"
-    return Difference(mean, mean - reach, mean + reach, n, verdict)
+    mean, reach = float(np.mean(differences)), half_interval(differences)
+    said = "supported" if (mean > 0) == higher_is_better else "contradicted"
+    return Difference(mean, mean - reach, mean + reach, len(differences), said if abs(mean) > reach else "undecided")
 
 
-def quality(frame: pd.DataFrame, names: dict[str, str] | None = None) -> dict[str, tuple[str, bool]]:
-    """The scores by which variants are compared, as far as the runs have them: column -> (label, higher is better).
+def half_interval(values) -> float:
+    """Half the width of the 95 % t interval of the mean of `values` (n,); infinite for one value."""
+    from scipy import stats  # half a second that a run of 03_train need not wait for
 
-    The training CLIP's similarity is not among them: the generator was trained to raise it.
-    """
-    every = {
-        "judge_all": ("all attributes right", True),
-        "frechet_distance": ("Fréchet distance", False),
-        "independent_similarity": ("similarity, independent CLIP", True),
-    }
-    return {
-        column: ((names or {}).get(column, label), up)
-        for column, (label, up) in every.items()
-        if column in frame and frame[column].notna().all()
-    }
+    n = len(values)
+    return float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else np.inf
 
 
-def compare(frame: pd.DataFrame, a: str, b: str) -> dict[str, Difference]:
-    """The paired difference a - b in every score of `quality`."""
-    return {column: paired(frame, a, b, column, up) for column, (_, up) in quality(frame).items()}
+def compare_variants(frame: pd.DataFrame, a: str, b: str) -> dict[str, Difference]:
+    """The paired difference a - b in every score of `score_columns`."""
+    return {column: paired(frame, a, b, column, up) for column, (_, up) in score_columns(frame).items()}
 
 
 def verdict(differences: Iterable[Difference]) -> str:
@@ -127,3 +78,46 @@ def verdict(differences: Iterable[Difference]) -> str:
     """
     said = {each.verdict for each in differences} - {"undecided"}
     return said.pop() if len(said) == 1 else "undecided"
+
+
+# ------------------------------------------------------------------------------------------------ in print
+
+
+def plain_label(label: str) -> str:
+    """A score's label without the fingerprint of a CLIP: "FD (small CLIP ab12cd)" -> "FD (small CLIP)"."""
+    return re.sub(r" [0-9a-f]{6}\b", "", label)
+
+
+def mean_and_sd(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Mean, standard deviation over seeds (NaN for one) and number of runs of each variant, in the given order."""
+    return frame.groupby("label", sort=False)[column].agg(mean="mean", sd="std", n="count")
+
+
+def format_table(frame: pd.DataFrame, scores: dict[str, tuple[str, bool]]) -> pd.DataFrame:
+    """Mean ± standard deviation over seeds as text: one row a variant, one column a score of `score_columns`."""
+    columns = {}
+    for column, (name, _) in scores.items():
+        found = mean_and_sd(frame, column)
+        digits = decimals(*found["mean"])
+        columns[name] = {
+            label: f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if n > 1 else "")
+            for label, mean, sd, n in found.itertuples()
+        }
+    return pd.DataFrame(columns)
+
+
+def decimals(*values: float, figures: int = 2, most: int = 2) -> int:
+    """Decimals (0 to `most`) that show `figures` figures of the largest value: more would be another machine's."""
+    largest = max((abs(value) for value in values if np.isfinite(value)), default=0)
+    return int(np.clip(figures - 1 - np.floor(np.log10(largest)), 0, most)) if largest else most
+
+
+def plus_minus(mean: float | None, sd: float) -> str:
+    """`8.1 ± 0.4`: as many decimals as the standard deviation's first figure has, two at most (three where the mean is
+    below 0.1); the mean alone, with two figures, where there is no standard deviation; "-" where there is no mean.
+    """
+    if mean is None or not np.isfinite(mean):
+        return "-"
+    first = sd if np.isfinite(sd) and sd > 0 else abs(mean) / 10 or 0.01
+    digits = decimals(first, figures=1, most=2 if abs(mean) >= 0.1 else 3)
+    return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if np.isfinite(sd) else "")

@@ -1,70 +1,72 @@
 """The grid of runs behind notebooks 04 to 08: which variants and seeds, what is missing, what came out.
 
-    python -m ratlip.studies.grid --profile demo            the plan, and what of it is done
-    python -m ratlip.studies.grid --profile demo --run      trains what is missing, and goes on where it stopped
-    python -m ratlip.studies.grid --profile birds-small --run --minutes 25     stops cleanly when the time is used
-
-A run is `notebooks/03_train` executed by papermill with other parameters; its folder is named by its settings'
-hash, so that a run which several notebooks read is made once. Nothing here trains: a run folder is complete,
-resumable, or missing.
+A run is `notebooks/03_train` executed by papermill with other parameters; its folder is named by its settings' hash,
+so that a run which several notebooks read is made once. A campaign is a YAML file that names parts of the grid, for a
+machine that is lent for minutes. Nothing here trains: a run folder is complete, resumable, or missing.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
+import math
+import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import yaml
 
-from ratlip.errors import RatlipError, RunError
-from ratlip.files import outputs_folder, read_json, repository, write_text
+from ratlip import published
+from ratlip.cache import file_digest
+from ratlip.errors import RunError, SettingsError
+from ratlip.files import outputs_folder, read_json, repository, write_json, write_text
 from ratlip.progress import bar
+from ratlip.report import notebooks
 from ratlip.settings import Settings, lay, load_settings, profile_names
-from ratlip.studies.compare import plain
+from ratlip.studies.compare import plain_label
+
+if TYPE_CHECKING:
+    from ratlip.training.generation import Run
+    from ratlip.workspace import Workspace
 
 GROUPS = ("ablation", "sweep", "versus")
 CAT = {"model.conditioning": "cat"}
 RAT = {"model.conditioning": "rat", "model.rat_scope": "generator"}
 OFFICIAL = {"model.conditioning": "rat-official", "model.rat_scope": "mapper"}
 ATTENTION, NONE = {"model.attention": "shuffle"}, {"model.attention": "none"}
-PUBLISHED = {
-    **OFFICIAL,
-    **ATTENTION,
-    "clip.normalisation": "published",
-    "model.unused_shortcuts": True,
-    "training.real_resize": "nearest",
-    "training.mismatch": "published",
-    "training.resume": "published",
-}
+PUBLISHED = {**published.overrides("model", "clip", "training"), **ATTENTION}
+COLLECTED = ("config.yaml", "identity.json", "metrics.jsonl", "provenance.json", "scores.json")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run of the grid: the variant's `label`, the `seed`, all `settings`, and what sets the variant apart."""
+    """One run of the grid: the variant's `label`, the `group` it was planned for, the `seed`, and all `settings`."""
 
     label: str
     group: str
     seed: int
     settings: Settings
-    overrides: dict[str, Any] = field(hash=False)
 
     @property
     def name(self) -> str:
-        """The run folder's name."""
+        """Of the run folder."""
         return self.settings.run_name
 
     def folder(self, root: Path) -> Path:
-        """Its place below a workspace's root."""
+        """Its folder below a workspace's root."""
         return Path(root) / "runs" / self.name
 
     def complete(self, root: Path) -> bool:
         """Whether it is trained to its last step and scored."""
         return all((self.folder(root) / name).is_file() for name in ("provenance.json", "scores.json"))
+
+    def state(self, root: Path) -> str:
+        """Whether it is "done", "begun" (goes on from a checkpoint) or "missing"."""
+        begun = (self.folder(root) / "checkpoint.pt").is_file()
+        return "done" if self.complete(root) else "begun" if begun else "missing"
 
 
 # ------------------------------------------------------------------------------------------------ the plan
@@ -73,9 +75,9 @@ class Experiment:
 def variants(settings: Settings, group: str) -> dict[str, dict[str, Any]]:
     """The variants of a group: label -> what each lays over the profile. Raises ValueError for another group.
 
-    ablation: conditioning x attention, and RAT in the mapper alone (paper, ablations). sweep: the LSTM's
-    hidden size h, 0 meaning none (CAT). versus: the published form, all differences switched back at once,
-    and one of them alone, against the corrected form.
+    ablation: conditioning x attention, and RAT in the mapper alone (paper, ablations). sweep: the LSTM's hidden size h,
+    0 meaning none (CAT). versus: the published form, all differences switched back at once, and one of them alone,
+    against the corrected form.
     """
     if group == "ablation":
         return {
@@ -88,10 +90,8 @@ def variants(settings: Settings, group: str) -> dict[str, dict[str, Any]]:
             "published RAT + SA": {**OFFICIAL, **ATTENTION},
         }
     if group == "sweep":
-        return {
-            f"h = {h}": {**(RAT if h else CAT), **ATTENTION, "model.hidden_size": h}
-            for h in settings.experiments.hidden_sizes
-        }
+        sizes = settings.experiments.hidden_sizes
+        return {f"h = {h}": {**(RAT if h else CAT), **ATTENTION, "model.hidden_size": h} for h in sizes}
     if group == "versus":
         return {
             "corrected": {**RAT, **ATTENTION},
@@ -107,14 +107,12 @@ def plan(settings: Settings, *groups: str) -> list[Experiment]:
     Several groups may hold the same run; it is then in the list once for each of them.
     """
     e, runs = settings.experiments, []
+    budget = {} if e.steps is None else {"training.steps": e.steps}
     for group in groups or GROUPS:
-        seeds = e.versus_seeds if group == "versus" else e.seeds
-        for seed in range(seeds):
+        for seed in range(e.versus_seeds if group == "versus" else e.seeds):
             for label, overrides in variants(settings, group).items():
-                laid = dict(overrides)
-                if e.steps is not None:
-                    laid["training.steps"] = e.steps
-                runs.append(Experiment(label, group, seed, overridden(settings, {**laid, "seed": seed}), laid))
+                laid = overridden(settings, {**overrides, **budget, "seed": seed})
+                runs.append(Experiment(label, group, seed, laid))
     return runs
 
 
@@ -135,116 +133,211 @@ def parameters(run: Experiment, root: Path) -> dict[str, Any]:
     """What papermill gives to 03_train for this run: the profile, the seed, and all that differs from it."""
     profile = run.settings.profile
     if profile not in profile_names():  # a reader's own profile: its settings go along as a file
-        profile = Path(root) / "depends" / "runs" / f"{run.name}.yaml"
+        profile = str(Path(root) / "profiles" / f"{run.name}.yaml")
         write_text(profile, run.settings.to_yaml())
-    base, wanted = _flat(load_settings(profile)), _flat(run.settings)
+    base, wanted = (_dotted(s.model_dump(mode="json"), depth=1) for s in (load_settings(profile), run.settings))
     different = {key: value for key, value in wanted.items() if base.get(key) != value and key != "seed"}
-    return {"profile": str(profile), "seed": run.seed, "settings": different}
+    return {"profile": profile, "seed": run.seed, "settings": different}
 
 
-def _flat(settings: Settings) -> dict[str, Any]:
+def _dotted(content: dict, depth: float = math.inf, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted names; `depth` dots at most."""
     flat = {}
-    for key, value in settings.model_dump(mode="json").items():
-        flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
+    for key, value in content.items():
+        inner = isinstance(value, dict) and depth
+        flat |= _dotted(value, depth - 1, f"{prefix}{key}.") if inner else {prefix + key: value}
     return flat
 
 
 # --------------------------------------------------------------------------------------------- doing it
 
 
-def complete(workspace, *groups: str, door: str = "papermill", minutes: float | None = None) -> list[Experiment]:
+def complete(
+    workspace: Workspace, *groups: str, runner: str = "papermill", minutes: float | None = None
+) -> list[Experiment]:
     """Train and score what is missing of the groups' runs; returns at once where nothing is.
 
-    `workspace`: a `Workspace`. `door`: "papermill" executes 03_train for each run and keeps the notebook in the
-    run's folder; "library" calls what that notebook calls. After `minutes` the run at work saves a checkpoint
-    and no further one starts: the runs that are still missing are returned, for another sitting.
+    `runner`: "papermill" executes 03_train for each run and keeps the notebook in the run's folder; "library" calls
+    what that notebook calls. After `minutes` the run at work saves a checkpoint and no further one starts: the runs
+    that are still missing are returned, for another call.
     """
-    runs = unique(plan(workspace.settings, *groups))
-    return train_missing(workspace, runs, door, None if minutes is None else time.monotonic() + 60 * minutes)
+    return train_missing(workspace, unique(plan(workspace.settings, *groups)), runner, _end(minutes))
 
 
-def train_missing(
-    workspace, runs: list[Experiment], door: str = "papermill", end: float | None = None, data: str | None = None
-) -> list[Experiment]:
-    """Train and score what is missing of `runs` until `end`, a `time.monotonic()`; what is missing then.
+def _end(minutes: float | None) -> float:
+    return math.inf if minutes is None else time.monotonic() + 60 * minutes
 
-    `data`: the dataset's root, where the data are not prepared yet.
-    """
+
+def train_missing(workspace: Workspace, runs: list[Experiment], runner: str, end: float = math.inf) -> list[Experiment]:
+    """Train and score what is missing of `runs` until `end`, a `time.monotonic()`; what is missing then."""
     missing = [run for run in runs if not run.complete(workspace.root)]
-    if not missing or (end is not None and time.monotonic() >= end):
+    if not missing or time.monotonic() >= end:
         return missing
-    if data:
-        workspace.prepare(data)
-    _ = (
-        workspace.prepared,
-        workspace.clip,
-        workspace.judge,
-        workspace.independent,
-    )  # made once, before any run asks for them
+    _ = workspace.prepared, workspace.clip, workspace.judge, workspace.independent  # made once, before the runs
     for run in bar(missing, desc="runs", unit="run", enabled=workspace.progress):
-        if end is not None and time.monotonic() >= end:
+        if time.monotonic() >= end:
             break
-        execute(run, workspace, door, end)
+        execute(run, workspace, runner, end)
     return [run for run in runs if not run.complete(workspace.root)]
 
 
-def execute(run: Experiment, workspace, door: str = "papermill", end: float | None = None) -> Path:
-    """Train and score one run; its folder. `end`: a `time.monotonic()` at which it saves and stops."""
-    from ratlip.report import notebooks
-    from ratlip.workspace import Workspace
-
+def execute(run: Experiment, workspace: Workspace, runner: str = "papermill", end: float = math.inf) -> Path:
+    """Train and score one run; its folder. `end`: a `time.monotonic()` at which it saves a checkpoint and stops."""
     folder = run.folder(workspace.root)
-    if door == "library" or end is not None:
-        own = Workspace.of(run.settings, workspace.root, progress=workspace.progress)
-        own.__dict__.update({name: getattr(workspace, name) for name in ("prepared", "judge", "independent")})
-        if own.settings.clip.normalisation == workspace.settings.clip.normalisation:
-            own.__dict__["clip"] = workspace.clip
+    if runner == "library" or end < math.inf:  # a notebook cannot be stopped within its training
+        own = _workspace(run.settings, workspace.root, workspace.progress)
+        shared = ["prepared", "judge", "independent"]
+        if run.settings.clip.normalisation == workspace.settings.clip.normalisation:
+            shared.append("clip")
+        own.__dict__.update({name: getattr(workspace, name) for name in shared})
         own.train(end=end)
         if not (folder / "provenance.json").is_file():
             return folder
-        if door == "library":
+        if runner == "library":
             own.evaluate()
             return folder
     given = {**parameters(run, workspace.root), "outputs": str(workspace.root)}
-    source = repository() / "notebooks" / "03_train.ipynb"
-    notebooks.execute(source, folder / "03_train.ipynb", given, talk=False)
+    notebooks.execute(repository() / "notebooks/03_train.ipynb", folder / "03_train.ipynb", given, talk=False)
+    return folder
+
+
+def _workspace(settings: Settings, root: Path, progress: bool) -> Workspace:
+    from ratlip.workspace import Workspace  # 2.4 s that the planning of `make reproduce` need not wait for
+
+    return Workspace.of(settings, root, progress)
+
+
+# ---------------------------------------------------------------------------------------------- a campaign
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One line of a campaign: a profile, a group, optionally some `variants` of it, `settings` over the profile."""
+
+    profile: str
+    group: str
+    variants: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def runs(self) -> list[Experiment]:
+        """Its runs, seed by seed."""
+        every = plan(load_settings(self.profile, self.settings), self.group)
+        return [run for run in every if not self.variants or run.label in self.variants]
+
+    def workspace(self, root: Path | None = None, progress: bool = True) -> Workspace:
+        """The workspace of its profile: in the folder `root`, or in outputs/ of the repository."""
+        s = load_settings(self.profile, self.settings)
+        return _workspace(s, Path(root) / s.profile if root else outputs_folder(s.profile), progress)
+
+
+def read_campaign(path: str | Path) -> list[Stage]:
+    """The stages of a campaign file. SettingsError names the file, the stage and what is wrong with it."""
+    path = Path(path)
+    if not path.is_file():
+        raise SettingsError(f"{path}: there is no such campaign file; env/gpu/birds.yaml is one")
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: not readable as YAML: {error}") from None
+    stages = content.get("stages") if isinstance(content, dict) else None
+    if not isinstance(stages, list) or not stages:
+        raise SettingsError(f"{path}: should hold `stages`, a list of one part of the grid each")
+    return [_stage(f"{path}: stage {number}", each) for number, each in enumerate(stages, start=1)]
+
+
+def _stage(where: str, content: Any) -> Stage:
+    known = {"profile", "group", "variants", "settings"}
+    if not isinstance(content, dict) or not {"profile", "group"} <= set(content) <= known:
+        raise SettingsError(f"{where}: should name profile and group, and may name variants and settings")
+    profile, group = content["profile"], content["group"]
+    if group not in GROUPS:
+        raise SettingsError(f"{where}: group={group!r}: one of {', '.join(GROUPS)}")
+    stage = Stage(profile, group, tuple(content.get("variants") or ()), dict(content.get("settings") or {}))
+    there = variants(load_settings(profile, stage.settings), group)
+    if unknown := [variant for variant in stage.variants if variant not in there]:
+        raise SettingsError(f"{where}: no variants {', '.join(unknown)}; {group} has {', '.join(there)}")
+    return stage
+
+
+def carry_out(
+    stages: list[Stage],
+    root: Path | None = None,
+    data: str | None = None,
+    minutes: float | None = None,
+    progress: bool = True,
+) -> list[Experiment]:
+    """Train and score what is missing, stage by stage; the runs that are still missing when the time is used.
+
+    `root`: a folder for all profiles' outputs; outputs/ in the repository where None.
+    """
+    end, left = _end(minutes), []
+    for stage in stages:
+        workspace = stage.workspace(root, progress)
+        if data and time.monotonic() < end:
+            workspace.prepare(data)
+        left += train_missing(workspace, stage.runs(), "library", end)
+    return left
+
+
+def collect(stages: list[Stage], folder: str | Path, root: Path | None = None, weights: bool = False) -> Path:
+    """Copy what the runs found into `folder`/<profile>/<run>/, and the machine's description beside them.
+
+    Scores, losses, settings, the last sample grid (generated images alone) and the checkpoint's SHA-256; the checkpoint
+    itself only with `weights`.
+    """
+    from ratlip.provenance import describe  # brings torch, as the workspace does
+
+    folder = Path(folder)
+    for stage in stages:
+        home = stage.workspace(root).root
+        for run in stage.runs():
+            source, target = run.folder(home), folder / home.name / run.name
+            checkpoint = source / "checkpoint.pt"
+            if not checkpoint.is_file():
+                continue
+            target.mkdir(parents=True, exist_ok=True)
+            wanted = [path for name in COLLECTED if (path := source / name).is_file()]
+            wanted += sorted((source / "samples").glob("step-*.png"))[-1:]
+            for path in [*wanted, checkpoint] if weights else wanted:
+                shutil.copy(path, target / path.name)
+            about = {"label": run.label, "bytes": checkpoint.stat().st_size, "sha256": file_digest(checkpoint)}
+            write_json(target / "checkpoint.json", about)
+    write_json(folder / "machine.json", describe())
     return folder
 
 
 # ------------------------------------------------------------------------------------------ what came out
 
 
-def results(workspace, group: str) -> pd.DataFrame:
+def results(workspace: Workspace, group: str) -> pd.DataFrame:
     """One row a run of the group: label, seed, run, hidden_size, steps, every number of its scores, its cost.
 
-    Numbers of scores.json are named with dots ("judge.object", "real.frechet_distance"). RunError names the
-    runs that are missing.
+    Numbers of scores.json are named with dots ("judge.object", "real.frechet_distance"). RunError names the runs that
+    are missing.
     """
-    runs = plan(workspace.settings, group)
-    missing = [run for run in runs if not run.complete(workspace.root)]
+    runs, profile = plan(workspace.settings, group), workspace.settings.profile
+    missing = [run.name for run in runs if not run.complete(workspace.root)]
     if missing:
-        names = ", ".join(run.name for run in missing[:4]) + (" ..." if len(missing) > 4 else "")
+        names = ", ".join(missing[:4]) + (" ..." if len(missing) > 4 else "")
         raise RunError(
             f"{workspace.root / 'runs'}: {len(missing)} of {len(runs)} runs are missing ({names}); "
-            f"`make reproduce PROFILE={workspace.settings.profile}` makes them, or "
-            f"`python -m ratlip.studies.grid --profile {workspace.settings.profile} --run`"
+            f"`make reproduce PROFILE={profile}` makes them, or `ratlip grid --profile {profile} --run`"
         )
     return found(workspace, group)
 
 
-def found(workspace, group: str) -> pd.DataFrame:
+def found(workspace: Workspace, group: str) -> pd.DataFrame:
     """As `results`, of those runs of the group that are there; no row where none is."""
     order = list(variants(workspace.settings, group))
     runs = [run for run in plan(workspace.settings, group) if run.complete(workspace.root)]
     runs.sort(key=lambda run: (order.index(run.label), run.seed))
-    return pd.DataFrame([row(run, workspace.root) for run in runs])
+    return pd.DataFrame([_row(run, workspace.root) for run in runs])
 
 
-def row(run: Experiment, root: Path) -> dict[str, Any]:
+def _row(run: Experiment, root: Path) -> dict[str, Any]:
     """A complete run as one flat dict: what it is, every number of its scores, and its cost."""
-    folder = run.folder(root)
-    provenance, scores = read_json(folder / "provenance.json"), read_json(folder / "scores.json")
-    numbers = {key: value for key, value in _numbers(scores).items() if key not in ("seed", "images")}
+    provenance, scores = (read_json(run.folder(root) / name) for name in ("provenance.json", "scores.json"))
+    numbers = {key: value for key, value in _dotted(scores).items() if type(value) in (int, float)}
     return {
         "label": run.label,
         "seed": run.seed,
@@ -252,90 +345,37 @@ def row(run: Experiment, root: Path) -> dict[str, Any]:
         "hidden_size": run.settings.model.hidden_size,
         "steps": provenance["steps"],
         "images": scores["images"],
-        **numbers,
+        **{key: value for key, value in numbers.items() if key not in ("seed", "images")},
         "generator_parameters": provenance.get("generator_parameters"),
         "training_seconds": provenance["training_seconds"],
         "peak_memory_mib": provenance.get("peak_memory_mib"),
     }
 
 
-def _numbers(content: dict, prefix: str = "") -> dict[str, float]:
-    flat = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            flat |= _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            flat[prefix + key] = value
-    return flat
-
-
-def score_names(workspace, group: str = "ablation") -> dict[str, str]:
+def score_names(workspace: Workspace, group: str = "ablation") -> dict[str, str]:
     """What each score is called in print, with the extractor it depends on: column -> label.
 
     Without the fingerprint of a CLIP that was trained here, which is another one on another processor.
     """
     run = next(run for run in plan(workspace.settings, group) if run.complete(workspace.root))
     labels = read_json(run.folder(workspace.root) / "scores.json").get("labels", {})
-    return {column: plain(label) for column, label in labels.items()}
+    return {column: plain_label(label) for column, label in labels.items()}
 
 
-def open_run(workspace, run):
-    """The `generation.Run` of an Experiment, of a row of `results`, or of a run's name."""
-    from ratlip.training import generation
-
-    name = getattr(run, "name", None) if isinstance(run, Experiment) else getattr(run, "run", run)
-    clip_folder = workspace.clip_folder if workspace.settings.clip.source == "train" else None
-    return generation.Run(workspace.root / "runs" / str(name), clip_folder=clip_folder)
-
-
-def training_log(workspace, run) -> pd.DataFrame:
-    """The rows of a run's metrics.jsonl: step, seconds, and every term of both losses."""
+def _folder(workspace: Workspace, run: Any) -> Path:
     name = run.name if isinstance(run, Experiment) else getattr(run, "run", run)
-    lines = (workspace.root / "runs" / str(name) / "metrics.jsonl").read_text().splitlines()
+    return workspace.root / "runs" / str(name)
+
+
+def open_run(workspace: Workspace, run: Any) -> Run:
+    """The `generation.Run` of an Experiment, of a row of `results`, or of a run's name."""
+    from ratlip.training.generation import Run  # brings torch, as the workspace does
+
+    clip_folder = workspace.clip_folder if workspace.settings.clip.source == "train" else None
+    return Run(_folder(workspace, run), clip_folder=clip_folder)
+
+
+def training_log(workspace: Workspace, run: Any) -> pd.DataFrame:
+    """The rows of a run's metrics.jsonl: step, seconds, and every term of both losses."""
+    lines = (_folder(workspace, run) / "metrics.jsonl").read_text().splitlines()
     return pd.DataFrame([json.loads(line) for line in lines])
-
-
-# ------------------------------------------------------------------------------------------------ by hand
-
-
-def main() -> None:
-    """Entry point of `python -m ratlip.studies.grid`."""
-    from ratlip.settings import read_overrides
-    from ratlip.workspace import Workspace
-
-    parser = argparse.ArgumentParser(
-        prog="python -m ratlip.studies.grid", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--profile", "-p", default="demo")
-    parser.add_argument("--data", help="root of the dataset (not for demo, smoke)")
-    parser.add_argument("--out", help="where everything goes [outputs/<profile>]")
-    parser.add_argument("--group", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--set", "-s", action="append", metavar="KEY=VALUE", default=[])
-    parser.add_argument("--run", action="store_true", help="train what is missing")
-    parser.add_argument("--minutes", type=float, help="stop cleanly after so many minutes")
-    parser.add_argument("--door", choices=("papermill", "library"), default="papermill")
-    chosen = parser.parse_args()
-    try:
-        settings = load_settings(chosen.profile, read_overrides(chosen.set))
-        workspace = Workspace.of(settings, outputs_folder(settings.profile, chosen.out))
-        if chosen.run:
-            workspace.prepare(chosen.data)
-            complete(workspace, *chosen.group, door=chosen.door, minutes=chosen.minutes)
-        runs = unique(plan(settings, *chosen.group))
-        for run in runs:
-            state = (
-                "done"
-                if run.complete(workspace.root)
-                else "begun"
-                if (run.folder(workspace.root) / "checkpoint.pt").is_file()
-                else "missing"
-            )
-            print(f"{state:<8} {run.label:<24} seed {run.seed}  {run.name}")
-        left = sum(not run.complete(workspace.root) for run in runs)
-        print(f"{len(runs) - left} of {len(runs)} runs done")
-    except RatlipError as error:
-        sys.exit(f"ratlip: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -133,18 +133,15 @@ class TestPlan:
     def changed(self, tmp_path, monkeypatch):
         """Which notebooks a change of a profile makes run again."""
         monkeypatch.setenv("RATLIP_OUTPUTS", str(tmp_path / "outputs"))
-        profile = tmp_path / "mine.yaml"
+        profile, before = tmp_path / "mine.yaml", {}
 
         def after(text: str) -> list[str]:
             profile.write_text("extends: smoke\n" + text)
-            plan = workflow.plan(str(profile))
-            files = {**plan.notebooks, **{f"run {name}": path for name, path in plan.runs.items()}}
-            new = [name for name, path in files.items() if path.stat().st_mtime_ns != 1]
-            for path in files.values():
-                os.utime(path, ns=(1, 1))
-            return ["runs" if name.startswith("run ") else name for name in new if name in plan.notebooks] + [
-                "runs" for _ in range(any(name.startswith("run ") for name in new))
-            ]
+            now = workflow.plan(str(profile)).depends
+            new = [name for name, digest in now.items() if before.get(name) != digest]
+            before.update(now)
+            runs = ["runs"] if any(name not in notebooks.STORY for name in new) else []
+            return [name for name in new if name in notebooks.STORY] + runs
 
         return after
 

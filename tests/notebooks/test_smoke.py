@@ -39,7 +39,7 @@ def nbval(*arguments: str, cwd: Path, outputs: Path) -> subprocess.CompletedProc
 @pytest.fixture(scope="module")
 def runs(outputs) -> None:
     """The grid of runs, which notebooks 04 to 08 read."""
-    code = "from ratlip import notebooks; notebooks.smoke_runs()"
+    code = "from ratlip.studies import workflow; workflow.smoke_runs()"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment(RATLIP_OUTPUTS=str(outputs)))
 
 

@@ -1,16 +1,14 @@
-"""The grid of runs: which variants, which are missing, how they are compared, and that a sitting can end."""
+"""The grid of runs: which variants, which are missing, that a run can be stopped, and campaigns."""
 
 import json
-import math
 import time
+from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 
-from ratlip.errors import RunError
+from ratlip.errors import RunError, SettingsError
 from ratlip.settings import load_settings
-from ratlip.studies import compare, grid
+from ratlip.studies import grid
 from ratlip.workspace import Workspace
 
 
@@ -50,7 +48,7 @@ class TestPlan:
         short = grid.plan(load_settings("cub", {"experiments.steps": 7}), "sweep")
         assert {(run.settings.training.steps, run.settings.training.epochs) for run in short} == {(7, None)}
 
-    def test_the_published_arm_is_the_published_profile(self):
+    def test_the_published_variant_is_the_published_profile(self):
         run = next(run for run in grid.plan(load_settings("demo"), "versus") if run.label == "published")
         profile = load_settings("demo-published", {"training.steps": run.settings.training.steps})
         changed = run.settings.model_dump(exclude={"profile", "summary", "evaluation", "training"})
@@ -76,62 +74,6 @@ class TestPlan:
             grid.variants(settings, "sweeep")
 
 
-def frame(**variants) -> pd.DataFrame:
-    return pd.DataFrame(
-        [
-            {"label": label, "seed": seed, "score": value}
-            for label, values in variants.items()
-            for seed, value in enumerate(values)
-        ]
-    )
-
-
-class TestDifferences:
-    def test_the_interval_is_students(self):
-        found = compare.paired(frame(a=[3.0, 5.0, 4.0], b=[1.0, 2.0, 3.0]), "a", "b", "score")
-        # differences 2, 3, 1: mean 2, s = 1, t(0.975, 2) = 4.3027
-        assert found.mean == pytest.approx(2) and found.high - found.mean == pytest.approx(4.3027 / math.sqrt(3), 1e-4)
-        assert found.verdict == "undecided" and found.n == 3
-
-    def test_verdicts_follow_the_direction_of_the_score(self):
-        table = frame(a=[3.0, 3.1, 3.2], b=[1.0, 1.1, 1.21])
-        assert compare.paired(table, "a", "b", "score").verdict == "supported"
-        assert compare.paired(table, "b", "a", "score").verdict == "contradicted"
-        assert compare.paired(table, "a", "b", "score", higher_is_better=False).verdict == "contradicted"
-
-    def test_pairs_are_made_by_seed(self):
-        table = frame(a=[1.0, 9.0], b=[0.0, 8.0])
-        assert compare.paired(table.sample(frac=1, random_state=1), "a", "b", "score").verdict == "supported"
-
-    def test_one_seed_decides_nothing(self):
-        found = compare.paired(frame(a=[9.0], b=[1.0]), "a", "b", "score")
-        assert found.verdict == "undecided" and found.low == -math.inf
-
-    def test_a_seed_that_one_arm_lacks_is_left_out(self):
-        assert compare.paired(frame(a=[1.0, 2.0, 3.0], b=[1.0, 2.0]), "a", "b", "score").n == 2
-
-    def test_a_missing_arm_is_named(self):
-        with pytest.raises(ValueError, match="no runs of 'c'; there are a, b"):
-            compare.paired(frame(a=[1.0], b=[1.0]), "c", "a", "score")
-
-    def test_several_scores_together(self):
-        def said(*verdicts):
-            return compare.verdict([compare.Difference(0, 0, 0, 2, each) for each in verdicts])
-
-        assert said("undecided", "supported") == "supported"
-        assert said("contradicted", "undecided") == "contradicted"
-        assert said("supported", "contradicted") == said("undecided") == said() == "undecided"
-
-    def test_the_training_clip_does_not_judge(self):
-        columns = {
-            "judge_all": [1.0],
-            "frechet_distance": [2.0],
-            "clip_similarity": [0.9],
-            "independent_similarity": [np.nan],
-        }
-        assert list(compare.quality(pd.DataFrame(columns))) == ["judge_all", "frechet_distance"]
-
-
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     grid = {"experiments.seeds": 1, "experiments.hidden_sizes": [0, 4], "experiments.steps": 2}
@@ -144,10 +86,10 @@ class TestRuns:
             grid.results(workspace, "sweep")
 
     def test_the_grid_is_made_once_and_read(self, workspace):
-        assert grid.complete(workspace, "sweep", door="library") == []
+        assert grid.complete(workspace, "sweep", runner="library") == []
         before = {path: path.stat().st_mtime_ns for path in workspace.root.glob("runs/*/*")}
         start = time.monotonic()
-        grid.complete(workspace, "sweep", door="library")
+        grid.complete(workspace, "sweep", runner="library")
         assert time.monotonic() - start < 1
         assert before == {path: path.stat().st_mtime_ns for path in workspace.root.glob("runs/*/*")}
         table = grid.results(workspace, "sweep")
@@ -158,10 +100,10 @@ class TestRuns:
         assert opened.settings.model.hidden_size == 4
         assert len(grid.training_log(workspace, table["run"][0])) >= 1
 
-    def test_a_sitting_that_ends_is_gone_on_with(self, workspace):
+    def test_a_run_that_was_stopped_is_gone_on_with(self, workspace):
         done = grid.plan(workspace.settings, "sweep")[1]
         longer = grid.overridden(done.settings, {"training.steps": 6})
-        run = grid.Experiment("h = 4", "sweep", 0, longer, {})
+        run = grid.Experiment("h = 4", "sweep", 0, longer)
         folder = grid.execute(run, workspace, "library", end=time.monotonic())
         assert not run.complete(workspace.root) and (folder / "checkpoint.pt").is_file()
         grid.execute(run, workspace, "library")
@@ -170,21 +112,74 @@ class TestRuns:
         assert steps == sorted(set(steps)) and steps[-1] == 6
 
     def test_no_run_begins_when_the_time_is_used(self, workspace):
-        left = grid.complete(workspace, "versus", door="library", minutes=0)
+        left = grid.complete(workspace, "versus", runner="library", minutes=0)
         assert {run.label for run in left} == {"corrected", "published", "published normalisation"}
 
 
+# A campaign stops when its time is used, goes on where it stopped, and its results can be copied.
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = """
+stages:
+  - profile: smoke
+    group: ablation
+    variants: [CAT + SA, RAT + SA]
+    settings: {experiments.steps: 3, experiments.seeds: 1}
+  - profile: smoke
+    group: sweep
+    settings: {experiments.steps: 3, experiments.seeds: 1, experiments.hidden_sizes: [0, 4]}
+"""
+
+
+@pytest.fixture
+def campaign(tmp_path):
+    path = tmp_path / "campaign.yaml"
+    path.write_text(STAGES)
+    return path
+
+
+def test_the_campaign_of_the_repository_can_be_read():
+    stages = grid.read_campaign(ROOT / "env/gpu/birds.yaml")
+    assert [stage.profile for stage in stages] == ["birds-128", "birds-small"]
+    first = [run.label for run in stages[0].runs()][:4]
+    assert sorted(first) == ["CAT + SA", "RAT", "RAT + SA", "published RAT + SA"]  # seed 0 of every variant first
+    assert {run.settings.model.image_size for run in stages[0].runs()} == {128}
+
+
+def test_it_stops_goes_on_and_brings_home(campaign, tmp_path):
+    stages = grid.read_campaign(campaign)
+    left = grid.carry_out(stages, tmp_path / "out", minutes=0, progress=False)
+    assert len(left) == 4 and not (tmp_path / "out").exists()
+    assert grid.carry_out(stages, tmp_path / "out", progress=False) == []
+    home = grid.collect(stages, tmp_path / "home", tmp_path / "out")
+    runs = sorted(path.name for path in (home / "smoke").iterdir())
+    assert len(runs) == 3  # CAT + SA and h = 0 are one run
+    for run in runs:
+        there = {path.name for path in (home / "smoke" / run).iterdir()}
+        assert {"scores.json", "metrics.jsonl", "provenance.json", "checkpoint.json", "step-000003.png"} <= there
+        assert "checkpoint.pt" not in there
+        assert len(json.loads((home / "smoke" / run / "checkpoint.json").read_text())["sha256"]) == 64
+    assert "commit" in json.loads((home / "machine.json").read_text())
+
+
 @pytest.mark.parametrize(
-    "values, digits",
+    "text, said",
     [
-        ((0.26, 0.3), 2),
-        ((8.06,), 1),
-        ((-4.3, 0.1), 1),
-        ((128.0, 3.0), 0),
-        ((0.001,), 2),
-        ((0.0,), 2),
-        ((math.inf, 2.0), 1),
+        ("stages: []", "should hold `stages`"),
+        ("stages: [{profile: smoke}]", "stage 1: should name profile and group"),
+        ("stages: [{profile: smoke, group: ablatoin}]", "group='ablatoin': one of ablation"),
+        (
+            "stages: [{profile: smoke, group: sweep, variants: [h = 5]}]",
+            "no variants h = 5; sweep has h = 0, h = 4, h = 8",
+        ),
+        ("stages: [{profile: smoke, group: sweep, steps: 3}]", "stage 1: should name profile and group"),
+        ("stages: {", "not readable as YAML"),
     ],
 )
-def test_two_digits_are_shown(values, digits):
-    assert compare.decimals(*values) == digits
+def test_a_wrong_file_is_explained(tmp_path, text, said):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match="wrong.yaml") as caught:
+        grid.read_campaign(path)
+    assert said in str(caught.value)
+    with pytest.raises(SettingsError, match="no such campaign file"):
+        grid.read_campaign(tmp_path / "none.yaml")
