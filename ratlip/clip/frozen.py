@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ratlip.clip.vocabulary import Vocabulary
 from ratlip.errors import WeightsError
 from ratlip.fast.maps import checkpointed
-from ratlip.fast.tower import lean_tower
 
 NORMALISATIONS = ("standard", "published")
 
@@ -69,7 +68,6 @@ class FrozenClip(nn.Module):
         if normalisation not in NORMALISATIONS:
             raise ValueError(f"normalisation must be one of {NORMALISATIONS}, not {normalisation!r}")
         self.model = model.requires_grad_(False)
-        lean_tower(visual)
         self.tokenizer = tokenizer
         self.name = name
         self.checkpointing = False  # of the image tower's blocks: see `ratlip.fast.options`

@@ -16,6 +16,7 @@ from torch import nn
 from ratlip.clip.frozen import FrozenClip
 from ratlip.clip.vocabulary import Vocabulary
 from ratlip.errors import WeightsError
+from ratlip.fast.tower import accelerate_tower
 from ratlip.files import read_json
 
 
@@ -97,7 +98,9 @@ def _load(settings, folder: Path | str | None) -> FrozenClip:
             f"clip.model={settings.model}: its tokenizer cannot be had ({_brief(error)}); "
             f"those with OpenAI's vocabulary (ViT-B-32-quickgelu) need no download"
         ) from error
-    return FrozenClip(model, tokenizer, f"{settings.model}/{name}", settings.normalisation)
+    clip = FrozenClip(model, tokenizer, f"{settings.model}/{name}", settings.normalisation)
+    accelerate_tower(model.visual)
+    return clip
 
 
 def _downloaded_model(model: str, tag: str) -> nn.Module:
@@ -215,5 +218,6 @@ def load_small_clip(folder: Path | str, settings=None) -> FrozenClip:
                 f"{folder}: the small CLIP was trained with {', '.join(different)}; choose "
                 f"another folder, or the settings it was trained with"
             )
+    accelerate_tower(model.visual)
     clip.name = f"small CLIP {clip.fingerprint[:6]}"
     return clip

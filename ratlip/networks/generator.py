@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ratlip.fast.maps import checkpointed
 from ratlip.networks.affine import ConditionalAffine, OfficialRecurrentAffine, Recurrence
-from ratlip.networks.attention import Conv3x3, ConvShuffle
+from ratlip.networks.attention import ConvShuffle
 
 CONDITIONINGS = ("cat", "rat", "rat-official")
 SCOPES = ("mapper", "generator")
@@ -37,8 +36,8 @@ class Fuse(nn.Module):
     def forward(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
         """x (B,C,H,W), two conditions (B,D) -> (B,C,H,W)."""
         first, second = conditions
-        x = F.leaky_relu(self.affine0(x, first), 0.2, inplace=True)
-        return F.leaky_relu(self.affine1(x, second), 0.2, inplace=True)
+        x = F.leaky_relu(self.affine0(x, first), 0.2)
+        return F.leaky_relu(self.affine1(x, second), 0.2)
 
 
 class FusionBlock(nn.Module):
@@ -72,14 +71,9 @@ class SynthesisBlock(nn.Module):
 
     def forward(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
         """x (B,C_in,s,s), four conditions (B,D) -> (B,C_out,size,size)."""
-        # Resizing by nearest only copies positions, and neither the first fuse nor the 1x1 shortcut mixes
-        # them: made before the resizing, they give the same numbers from a quarter of the positions.
-        h = self.conv1(self.fuse1(x, conditions[:2]), self.size)
-        h = self.conv2(self.fuse2(h, conditions[2:]))
-        return self._resize(self.shortcut(x)) + h
-
-    def _resize(self, x: Tensor) -> Tensor:
-        return x if x.shape[-1] == self.size else F.interpolate(x, size=(self.size, self.size))
+        x = F.interpolate(x, size=(self.size, self.size))
+        h = self.conv1(self.fuse1(x, conditions[:2]))
+        return self.shortcut(x) + self.conv2(self.fuse2(h, conditions[2:]))
 
 
 class Mapper(nn.Module):
@@ -111,11 +105,11 @@ class Mapper(nn.Module):
         self.prompts = nn.Linear(condition_size, len(self.prompt_blocks) * clip.width)
         self.from_clip = nn.Conv2d(clip.width, out_channels, 5, padding=2)
 
-    def forward(self, code: Tensor, condition: Tensor, conditions: Sequence[Tensor]) -> Tensor:
-        """code (B,C,g,g), condition (B,D), one of `conditions` for each affine -> (B,C_out,g,g)."""
+    def forward(self, code: Tensor, condition: Tensor, conditions: Sequence[Sequence[Tensor]]) -> Tensor:
+        """code (B,C,g,g), condition (B,D), four `conditions` (B,D) for each block -> (B,C_out,g,g)."""
         x = code
-        for i, block in enumerate(self.fusion_blocks):
-            x = block(x, conditions[AFFINES * i : AFFINES * (i + 1)])
+        for block, four in zip(self.fusion_blocks, conditions, strict=True):
+            x = block(x, four)
         x = self.to_clip(x)
         prompts = self.prompts(condition).view(len(x), len(self.prompt_blocks), x.shape[1])
         mapped = self._clip.value.bridge(x, prompts, self.prompt_blocks)
@@ -162,7 +156,6 @@ class Generator(nn.Module):
         _check("attention", attention, ATTENTIONS)
         if hidden_size == 0:
             conditioning = "cat"
-        self.checkpointing = False  # of synthesis blocks: see `ratlip.fast.options`
         self.latent_size = latent_size
         self.code_shape = (code_channels, clip.grid, clip.grid)
         condition_size = latent_size + clip.embed_dim
@@ -175,7 +168,7 @@ class Generator(nn.Module):
         conv = {
             "shuffle": partial(ConvShuffle, groups=attention_groups),
             "norm": partial(ConvShuffle, groups=0),
-            "none": Conv3x3,
+            "none": partial(nn.Conv2d, kernel_size=3, padding=1),
         }[attention]
 
         sizes = synthesis_sizes(clip.grid, image_size or clip.image_size)
@@ -207,25 +200,24 @@ class Generator(nn.Module):
             )
 
     def forward(self, latent: Tensor, sentence: Tensor) -> Tensor:
-        """noise (B,Z) standard normal, sentence (B,E) raw CLIP text embedding -> images (B,3,S,S).
+        """latent (B,Z) standard normal, sentence (B,E) raw CLIP text embedding -> images (B,3,S,S).
 
         The images are meant for [-1,1] but not limited to it (no tanh, as published): clamp to show them.
         """
         condition = torch.cat((latent, sentence), dim=1)
         conditions = self._conditions(latent, sentence, condition)
-        mapped = AFFINES * len(self.mapper.fusion_blocks)
+        mapped = len(self.mapper.fusion_blocks)
         x = self.mapper(self.code(latent).unflatten(1, self.code_shape), condition, conditions[:mapped])
-        for i, block in enumerate(self.synthesis_blocks):
-            start = mapped + AFFINES * i
-            four = conditions[start : start + AFFINES]
-            x = checkpointed(block, x, four) if self.checkpointing and torch.is_grad_enabled() else block(x, four)
+        for block, four in zip(self.synthesis_blocks, conditions[mapped:], strict=True):
+            x = block(x, four)
         return self.to_rgb(F.leaky_relu(x, 0.2))
 
-    def _conditions(self, latent: Tensor, sentence: Tensor, condition: Tensor) -> list[Tensor]:
-        """The condition of every affine, in the order of use: the states of the LSTM as far as it reaches."""
+    def _conditions(self, latent: Tensor, sentence: Tensor, condition: Tensor) -> list[list[Tensor]]:
+        """Four conditions for each block, in the order of use: the states of the LSTM as far as it reaches."""
         states = self.recurrence(latent, sentence) if self.recurrence else []
-        affines = AFFINES * (len(self.mapper.fusion_blocks) + len(self.synthesis_blocks))
-        return states + [condition] * (affines - len(states))
+        blocks = len(self.mapper.fusion_blocks) + len(self.synthesis_blocks)
+        states += [condition] * (AFFINES * blocks - len(states))
+        return [states[i : i + AFFINES] for i in range(0, len(states), AFFINES)]
 
 
 def synthesis_sizes(grid: int, image_size: int) -> list[int]:

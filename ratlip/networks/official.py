@@ -48,7 +48,7 @@ GENERATOR_NAMES = (
     (r"^synthesis_blocks\.", "GBlocks."),
     (r"\.attention\.norm\.", ".se.gn."),
     (r"\.attention\.channel_", ".se.c"),
-    (r"\.attention\.place_", ".se.s"),
+    (r"\.attention\.spatial_", ".se.s"),
     (r"\.norm\.", ".bn."),
     (r"\.lstm\.", ".rnn."),
     (r"\.(gamma|beta)\.", r".fc_\1."),

@@ -108,7 +108,7 @@ def _conv(conv: nn.Module, x: Tensor) -> Tensor:
     channel, place = x.unflatten(1, (a.groups, -1)).flatten(0, 1).chunk(2, dim=1)
     mean = channel.mean(dim=(2, 3), keepdim=True)
     channel = channel * torch.sigmoid(a.channel_weight * mean + a.channel_bias)
-    place = place * torch.sigmoid(a.place_weight * a.norm(place) + a.place_bias)
+    place = place * torch.sigmoid(a.spatial_weight * a.norm(place) + a.spatial_bias)
     return F.channel_shuffle(torch.cat((channel, place), dim=1).view_as(x), 2)
 
 

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from ratlip.clip.frozen import FrozenClip
 from ratlip.clip.pairs import caption_groups
 from ratlip.errors import RunError, SettingsError
-from ratlip.fast import options
+from ratlip.fast import accelerate, options
 from ratlip.fast.memory import keep_freed_memory
 from ratlip.files import atomic_path
 from ratlip.networks import Discriminator, Generator
@@ -56,6 +56,7 @@ def build_networks(settings: Settings, clip: FrozenClip) -> tuple[Generator, Dis
         unused_shortcuts=m.unused_shortcuts,
         gate=m.gate,
     )
+    accelerate(generator, discriminator)
     return generator, discriminator
 
 
