@@ -1,9 +1,9 @@
 """The speed forms: the same networks and the same numbers up to rounding, in less time and memory.
 
-One call each: `accelerate(generator, discriminator)` for the networks, `tower.accelerate_tower(visual)` for CLIP's image
-tower. Each plain class has a subclass here with another `forward` and the same parameters, and these calls only change
-the class of the modules: keys, checkpoints and copies stay as they are. Beside it lie memory on a CPU (`memory`), and
-what a training may choose to trade (`options`).
+One call each: `accelerate(generator, discriminator)` for the networks, `tower.accelerate_tower(visual)` for CLIP's
+image tower. Each plain class has a subclass here with another `forward` and the same parameters, and these calls only
+change the class of the modules: keys, checkpoints and copies stay as they are. Beside it lie memory on a CPU
+(`memory`), and what a training may choose to trade (`options`).
 """
 
 from torch import nn

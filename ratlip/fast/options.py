@@ -10,7 +10,6 @@ CLIP at its first visit only. The results differ from the default's by rounding 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
 from typing import TYPE_CHECKING
 
 import torch

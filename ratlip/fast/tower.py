@@ -94,10 +94,7 @@ def accelerate_tower(visual: nn.Module, on: bool = True) -> None:
 
 def _usual(attention: nn.MultiheadAttention) -> bool:
     return (
-        attention.batch_first
-        and not attention.dropout
-        and attention._qkv_same_embed_dim
-        and attention.bias_k is None
+        attention.batch_first and not attention.dropout and attention._qkv_same_embed_dim and attention.bias_k is None
     )
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ratlip.report.tables import MINE, NONE, Table
 from ratlip.studies import grid
-from ratlip.studies.bench_parts import synchronise
+from ratlip.studies.bench import synchronise
 from ratlip.training.generation import best_device
 from ratlip.training.step import sample_latents
 
