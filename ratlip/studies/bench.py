@@ -1,7 +1,7 @@
 """How fast training and generation are, in their plain and their fast form, on the machine at hand.
 
 The plain form computes everything that the published step computes, as it is written down: the networks of
-`ratlip.networks`, CLIP as open_clip has it, and the plain order of work (`PlainStep`). The fast form is what runs:
+`ratlip.networks`, CLIP as open_clip has it, and the plain order of work (`plain_step`). The fast form is what runs:
 `ratlip.fast` and `training.step`. Both are timed in turn, on generated shapes and with random weights, which change no
 time. Times belong to one machine: tests assert that both forms compute the same (tests/unit/test_bench.py).
 
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,76 +40,23 @@ from ratlip.clip.frozen import FrozenClip
 from ratlip.clip.loading import build_small_clip
 from ratlip.clip.small import ARCHITECTURE
 from ratlip.clip.vocabulary import Vocabulary
-from ratlip.data.batches import Batches, to_network
+from ratlip.data.batches import Batches
 from ratlip.fast import accelerate
 from ratlip.fast.memory import LARGEST, keep_freed_memory, return_freed_memory
 from ratlip.fast.tower import accelerate_tower, frozen_linear
 from ratlip.files import write_json
-from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss, clip_similarity, hinge, ma_gp
+from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss
 from ratlip.progress import bar
 from ratlip.provenance import describe
 from ratlip.scores.evaluation import embed
 from ratlip.settings import load_settings
+from ratlip.studies.plain_step import PlainStep
 from ratlip.training import loop, session, step
-from ratlip.training.step import mismatch, sample_latents, training_step
+from ratlip.training.step import sample_latents, training_step
 from ratlip.workspace import Workspace
 
 FORMS = ("plain", "fast")
 OPTIONS = ("checkpointing", "compile", "channels_last", "cached_features")  # of the fast form alone
-
-
-class PlainStep:
-    """What `training.step.training_step` does, in the plain order of work: the oracle of tests and benchmark.
-
-    The text encoder is called, all of CLIP's blocks for real and generated images, gradients flow down to the real
-    image, D works through real, mismatched and generated pairs in three passes, its weights stay in the graph of G's
-    step, and Adam takes one operation after the other (`foreach`). `captions`: all training captions.
-    """
-
-    def __init__(self, run: session.Session, captions: Sequence[str]):
-        t, networks = run.settings.training, run.networks
-        self.run, self.captions = run, captions
-        self.optimisers = {
-            name: torch.optim.Adam(networks[name].parameters(), lr, betas=t.betas, foreach=True)
-            for name, lr in (("generator", t.lr_g), ("discriminator", t.lr_d))
-        }
-
-    def __call__(self, batch: dict[str, Tensor]) -> tuple[DiscriminatorLoss, GeneratorLoss]:
-        run, clip, seed = self.run, self.run.clip, self.run.settings.seed
-        t, m = run.settings.training, run.settings.model
-        generator, discriminator = run.networks["generator"], run.networks["discriminator"]
-        real = to_network(batch["images"].to(run.device), m.image_size, t.real_resize).requires_grad_()
-        sentence = clip.embed_text([self.captions[i] for i in batch["caption"].tolist()])
-        latent = sample_latents(seed, run.draw, len(real), m.latent_size, run.rank).to(run.device)
-        numbers = batch["caption"].to(run.device)
-        mismatched = mismatch(numbers, run.sentences, run.groups, t.mismatch, seed, run.draw, run.rank)
-
-        with run.fabric.autocast():
-            real_features, _ = clip.features(real, m.feature_blocks)
-            fake_features, fake_embedding = clip.features(generator(latent, sentence), m.feature_blocks)
-        real_features, sentence = real_features.float(), sentence.requires_grad_()
-        real_logits = discriminator(real_features, sentence)
-        loss_real = hinge(real_logits, real=True)
-        loss_mismatch = hinge(discriminator(real_features, mismatched), real=False)
-        loss_fake = hinge(discriminator(fake_features.detach().float(), sentence), real=False)
-        penalty = ma_gp(real_logits, real_features, sentence, t.penalty_weight, t.penalty_power)
-        total = loss_real + (loss_fake + loss_mismatch) / 2 + penalty
-        self.optimisers["discriminator"].zero_grad()
-        total.backward()
-        self.optimisers["discriminator"].step()
-
-        with run.fabric.autocast():
-            logit = discriminator(fake_features, sentence).mean()
-            similarity = clip_similarity(fake_embedding, sentence).mean()
-        loss = -logit - t.similarity_weight * similarity
-        self.optimisers["generator"].zero_grad()
-        loss.backward()
-        self.optimisers["generator"].step()
-        if "average" in run.networks:
-            run.networks["average"].update_parameters(generator)
-        run.step += 1
-        losses = DiscriminatorLoss(loss_real, loss_mismatch, loss_fake, penalty, total)
-        return losses, GeneratorLoss(logit, similarity, loss)
 
 
 @dataclass
@@ -230,35 +177,32 @@ OWN_FORMULAS = {  # by name: what PyTorch's counter does not know
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations of products, convolutions and attention, in all and by the labels of `record_function`.
+    """Counts operations of products, convolutions and attention by the labels of `record_function`, in all at "".
 
-    By PyTorch's formulas where it has one. Its own `FlopCounterMode` also watches modules, and for that refuses a
-    gradient taken within a step, as the penalty takes one; the profiler's `with_flops` knows no backward pass.
+    One multiplication and addition: 2. By PyTorch's formulas where it has one; its own `FlopCounterMode` refuses a
+    gradient taken within a step, as the penalty takes one, and the profiler's `with_flops` knows no backward pass.
     """
 
     def __init__(self):
         super().__init__()
-        self.counts, self._labels = Counter(), []
+        self.counts, self._labels = Counter(), [""]
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        packet = operation._overloadpacket
+        result, packet = operation(*args, **(kwargs or {})), operation._overloadpacket
         if packet.__name__ == "_record_function_enter_new":
             self._labels.append(args[0])
         elif packet.__name__ == "_record_function_exit":
             self._labels.pop()
         elif packet.__name__ in OWN_FORMULAS:
-            self._add(OWN_FORMULAS[packet.__name__](*args))
+            self.counts.update(dict.fromkeys(self._labels, OWN_FORMULAS[packet.__name__](*args)))
         elif packet in flop_registry:
-            self._add(flop_registry[packet](*args, **(kwargs or {}), out_val=result))
+            operations = flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+            self.counts.update(dict.fromkeys(self._labels, operations))
         return result
-
-    def _add(self, operations: int) -> None:
-        self.counts.update(dict.fromkeys(("", *self._labels), operations))
 
 
 def count_operations(work: Callable[[], object]) -> Counter:
-    """Floating-point operations of `work()` by label, in all at ""; one multiplication and addition: 2."""
+    """Floating-point operations of `work()`: see `Operations`."""
     with Operations() as counter:
         work()
     return counter.counts
@@ -273,7 +217,7 @@ def matrix_rate(device: torch.device, size: int = 2048, repeats: int = 7) -> flo
 
 def parts(worlds: dict[str, World], iterations: int) -> dict:
     """Median seconds and the operations of each labelled part of the fast step, and the machine's matrix rate."""
-    here, device = worlds["fast"], worlds["fast"].run.device
+    here, device, seconds = worlds["fast"], worlds["fast"].run.device, defaultdict(list)
     here.memory()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own remarks on stderr
 
@@ -284,19 +228,16 @@ def parts(worlds: dict[str, World], iterations: int) -> dict:
             yield
             synchronise(device)
 
-    seconds: dict[str, list[float]] = {}
     with patch.object(step, "record_function", label):
         for i in range(iterations + 1):
             with torch_profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
                 here.step()
             for event in found.key_averages() if i else ():
                 if event.is_user_annotation and not event.key.startswith("Optimizer."):
-                    seconds.setdefault(event.key, []).append(event.cpu_time_total / 1e6)
+                    seconds[event.key].append(event.cpu_time_total / 1e6)
     counted = {form: count_operations(each.step) for form, each in worlds.items()}
-    rows = [
-        {"part": name, "seconds": statistics.median(values), "operations": counted["fast"][name]}
-        for name, values in seconds.items()
-    ]
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rows = [{"part": name, "seconds": s, "operations": counted["fast"][name]} for name, s in medians.items()]
     operations = {form: counts[""] for form, counts in counted.items()}
     return {"rows": rows, "matrix_rate": matrix_rate(device), "step_operations": operations}
 
@@ -314,53 +255,42 @@ def growth(profile: str, folder: str | Path, iterations: int, accelerator: str =
     rows = []
     for name, value, images, overrides in cases:
         here = world(profile, images, Path(folder) / f"{name}-{value}", overrides, accelerator)
-        here.memory()
-        here.step()
-        seconds = spread([clock(here.step, here.run.device) for _ in range(iterations)])
         weights = sum(p.numel() for p in here.run.networks["generator"].parameters())
-        row = {"changes": name, "value": value, "batch": images, "seconds": seconds}
+        row = {"changes": name, "value": value, "batch": images, "seconds": steps(here, iterations)}
         rows.append(row | {"generator_parameters": weights})
     return rows
 
 
-def waiting(here: World, steps: int, workers: int) -> dict:
+def steps(here: World, iterations: int) -> dict[str, float]:
+    """Seconds of a step, after one unmeasured."""
+    here.memory()
+    here.step()
+    return spread([clock(here.step, here.run.device) for _ in range(iterations)])
+
+
+def waiting(here: World, count: int, workers: int) -> dict:
     """Share of a training loop's time spent waiting for data, with loader processes as in training."""
     here.memory()
-    numbers = range(here.run.step, here.run.step + steps + 1)
-    pinned = here.run.device.type == "cuda"
+    run, waited, total = here.run, 0.0, 0.0
+    numbers, pinned = range(run.step, run.step + count + 1), run.device.type == "cuda"
     source = iter(DataLoader(here.batches, None, sampler=numbers, num_workers=workers, pin_memory=pinned))
-    training_step(here.run, next(source))  # the processes start
-    waited = total = 0.0
-    for _ in range(steps):
+    training_step(run, next(source))  # the processes start
+    for _ in range(count):
         start = time.perf_counter()
         batch = next(source)
         waited += time.perf_counter() - start
-        training_step(here.run, batch)
-        synchronise(here.run.device)
-        total += time.perf_counter() - start
-    return {"workers": workers, "steps": steps, "share_waiting": waited / total}
+        total += time.perf_counter() - start + clock(lambda batch=batch: training_step(run, batch), run.device)
+    return {"workers": workers, "steps": count, "share_waiting": waited / total}
 
 
 def alone_in_process(
-    profile: str,
-    form: str,
-    *,
-    batch: int = 4,
-    iterations: int = 5,
-    threads: int | None = None,
-    precision: str = "32-true",
-    accelerator: str = "auto",
-    overrides: dict | None = None,
+    profile, form, *, batch=4, iterations=5, threads=None, precision="32-true", accelerator="auto", overrides=None
 ) -> dict:
     """Steps of one form in this process: their seconds, and the most memory it held before and with them (MiB)."""
     torch.set_num_threads(threads or torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
-        overrides = {"training.precision": precision, **(overrides or {})}
-        here = world(profile, batch, folder, overrides, accelerator, form)
-        before = loop.peak_memory_mib(here.run.device)
-        here.memory()
-        here.step()
-        seconds = spread([clock(here.step, here.run.device) for _ in range(iterations)])
+        here = world(profile, batch, folder, {"training.precision": precision, **(overrides or {})}, accelerator, form)
+        before, seconds = loop.peak_memory_mib(here.run.device), steps(here, iterations)
         return {"seconds": seconds, "peak_mib": loop.peak_memory_mib(here.run.device), "peak_before_mib": before}
 
 
