@@ -99,10 +99,10 @@ class _ResizedConv(Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         large = F.interpolate(x, size=ctx.size)
-        large, weight, bias = _conv_backward(grad, large, weight, ctx.needs_input_grad[:3])
-        if large is not None:
-            large = torch.ops.aten.upsample_nearest2d_backward(large, ctx.size, x.shape)
-        return large, weight, bias, None
+        of_large, of_weight, of_bias = _conv_backward(grad, large, weight, ctx.needs_input_grad[:3])
+        if of_large is not None:
+            of_large = torch.ops.aten.upsample_nearest2d_backward(of_large, ctx.size, x.shape)
+        return of_large, of_weight, of_bias, None
 
 
 def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted) -> tuple[Tensor | None, ...]:

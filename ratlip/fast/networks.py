@@ -21,12 +21,8 @@ class FastAffine(ConditionalAffine):
         return torch.addcmul(beta[:, :, None, None], gamma[:, :, None, None], x)
 
 
-class FastOfficialAffine(OfficialRecurrentAffine):
-    """As `FastAffine`, with the state of the layer's LSTM as the condition."""
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        _, (state, _) = self.lstm(condition[None])
-        return FastAffine.forward(self, x, state[0])
+class FastOfficialAffine(OfficialRecurrentAffine, FastAffine):
+    """The same for the affine with an LSTM of its own, whose `super().forward` is `FastAffine`'s here."""
 
 
 class FastRecurrence(Recurrence):
@@ -110,8 +106,9 @@ class FastResidualBlock(ResidualBlock):
     """Each gate in one pass over the map."""
 
     def forward(self, x: Tensor, feature: Tensor | None = None) -> Tensor:
-        h = torch.addcmul(self.shortcut(x) if self.mixes else x, self.gamma, self.residual(x))
-        return h if feature is None else torch.addcmul(h, self.beta, feature)
+        shortcut = self.shortcut(x) if self.mixes and self.shortcut is not None else x
+        h = torch.addcmul(shortcut, self.gamma, self.residual(x))
+        return h if feature is None or self.beta is None else torch.addcmul(h, self.beta, feature)
 
 
 class FastDiscriminator(Discriminator):

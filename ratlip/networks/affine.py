@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 def _scale_or_shift(condition_size: int, channels: int, start: float) -> nn.Sequential:
     """linear -> ReLU -> linear whose output is `start` whatever the condition, until it is trained."""
-    mlp = nn.Sequential(nn.Linear(condition_size, channels), nn.ReLU(), nn.Linear(channels, channels))
-    nn.init.zeros_(mlp[-1].weight)
-    nn.init.constant_(mlp[-1].bias, start)
-    return mlp
+    first, last = nn.Linear(condition_size, channels), nn.Linear(channels, channels)
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, start)
+    return nn.Sequential(first, nn.ReLU(), last)
 
 
 class ConditionalAffine(nn.Module):

@@ -29,9 +29,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, feature: Tensor | None = None) -> Tensor:
         """x (B,C_in,g,g), feature (B,C_out,g,g) for blocks that take one -> (B,C_out,g,g)."""
-        shortcut = self.shortcut(x) if self.mixes else x
+        shortcut = self.shortcut(x) if self.mixes and self.shortcut is not None else x
         h = shortcut + self.gamma * self.residual(x)
-        return h if feature is None else h + self.beta * feature
+        return h if feature is None or self.beta is None else h + self.beta * feature
 
 
 class Discriminator(nn.Module):

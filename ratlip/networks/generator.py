@@ -6,8 +6,11 @@ Source: official.md "Generator" for the layers, paper Method 1 to 3 for the recu
 the bridge through CLIP. Sizes follow from the CLIP model's grid and from the image size.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,9 @@ from torch.nn import functional as F
 
 from ratlip.networks.affine import ConditionalAffine, OfficialRecurrentAffine, Recurrence
 from ratlip.networks.attention import ConvShuffle
+
+if TYPE_CHECKING:
+    from ratlip.clip.frozen import FrozenClip
 
 CONDITIONINGS = ("cat", "rat", "rat-official")
 SCOPES = ("mapper", "generator")
@@ -85,22 +91,19 @@ class Mapper(nn.Module):
 
     def __init__(
         self,
-        clip,
-        *,
+        clip: FrozenClip,
+        fusion_blocks: Sequence[FusionBlock],
         channels: int,
         out_channels: int,
-        blocks: int,
         condition_size: int,
         prompt_blocks: Sequence[int],
         scale: float,
-        affine: AffineFactory,
-        conv: ConvFactory,
     ):
         super().__init__()
         self._clip = _Aside(clip)
         self.prompt_blocks = tuple(prompt_blocks)
         self.scale = scale
-        self.fusion_blocks = nn.ModuleList(FusionBlock(channels, affine, conv) for _ in range(blocks))
+        self.fusion_blocks = nn.ModuleList(fusion_blocks)
         self.to_clip = nn.Conv2d(channels, clip.width, 5, padding=2)
         self.prompts = nn.Linear(condition_size, len(self.prompt_blocks) * clip.width)
         self.from_clip = nn.Conv2d(clip.width, out_channels, 5, padding=2)
@@ -135,7 +138,7 @@ class Generator(nn.Module):
 
     def __init__(
         self,
-        clip,
+        clip: FrozenClip,
         *,
         image_size: int | None = None,
         conditioning: str = "rat",
@@ -151,52 +154,45 @@ class Generator(nn.Module):
         bridge_scale: float = 0.1,
     ):
         super().__init__()
-        _check("conditioning", conditioning, CONDITIONINGS)
-        _check("rat_scope", rat_scope, SCOPES)
-        _check("attention", attention, ATTENTIONS)
+        given = {"conditioning": conditioning, "rat_scope": rat_scope, "attention": attention}
+        for (name, value), choices in zip(given.items(), (CONDITIONINGS, SCOPES, ATTENTIONS), strict=True):
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}")
         if hidden_size == 0:
             conditioning = "cat"
         self.latent_size = latent_size
         self.code_shape = (code_channels, clip.grid, clip.grid)
         condition_size = latent_size + clip.embed_dim
         cat = partial(ConditionalAffine, condition_size)
-        recurrent = {
+        affines: dict[str, AffineFactory] = {
             "cat": cat,
             "rat": partial(ConditionalAffine, hidden_size),
             "rat-official": partial(OfficialRecurrentAffine, condition_size, hidden_size),
-        }[conditioning]
-        conv = {
+        }
+        convs: dict[str, ConvFactory] = {
             "shuffle": partial(ConvShuffle, groups=attention_groups),
             "norm": partial(ConvShuffle, groups=0),
             "none": partial(nn.Conv2d, kernel_size=3, padding=1),
-        }[attention]
+        }
+        recurrent, conv = affines[conditioning], convs[attention]
 
         sizes = synthesis_sizes(clip.grid, image_size or clip.image_size)
         widths = synthesis_channels(base_channels, len(sizes))
         self.code = nn.Linear(latent_size, code_channels * clip.grid**2)
-        self.mapper = Mapper(
-            clip,
-            channels=code_channels,
-            out_channels=widths[0],
-            blocks=mapper_blocks,
-            condition_size=condition_size,
-            prompt_blocks=prompt_blocks,
-            scale=bridge_scale,
-            affine=recurrent,
-            conv=conv,
-        )
+        blocks = [FusionBlock(code_channels, recurrent, conv) for _ in range(mapper_blocks)]
+        self.mapper = Mapper(clip, blocks, code_channels, widths[0], condition_size, prompt_blocks, bridge_scale)
         affine = recurrent if rat_scope == "generator" else cat
         self.synthesis_blocks = nn.ModuleList(
-            SynthesisBlock(*channels, size, affine, conv)
-            for *channels, size in zip(widths[:-1], widths[1:], sizes, strict=True)
+            SynthesisBlock(before, after, size, affine, conv)
+            for before, after, size in zip(widths[:-1], widths[1:], sizes, strict=True)
         )
         self.to_rgb = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
-        self.recurrence = None
+        self.recurrence: Recurrence | None = None
         if conditioning == "rat":
-            blocks = mapper_blocks + (len(sizes) if rat_scope == "generator" else 0)
+            steps = AFFINES * (mapper_blocks + (len(sizes) if rat_scope == "generator" else 0))
             self.recurrence = Recurrence(
-                sentence_size=clip.embed_dim, latent_size=latent_size, hidden_size=hidden_size, steps=AFFINES * blocks
+                sentence_size=clip.embed_dim, latent_size=latent_size, hidden_size=hidden_size, steps=steps
             )
 
     def forward(self, latent: Tensor, sentence: Tensor) -> Tensor:
@@ -242,15 +238,10 @@ def synthesis_channels(base: int, blocks: int) -> list[int]:
 
 
 class _Aside:
-    """Holds a module so that its owner does not register it; copies of the owner share it."""
+    """Holds a CLIP so that its owner does not register it; copies of the owner share it."""
 
-    def __init__(self, value):
+    def __init__(self, value: FrozenClip):
         self.value = value
 
-    def __deepcopy__(self, memo) -> "_Aside":
+    def __deepcopy__(self, memo) -> _Aside:
         return self
-
-
-def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}")

@@ -14,6 +14,7 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -27,7 +28,9 @@ from ratlip.files import atomic_path
 from ratlip.networks import Discriminator, Generator
 
 FEATURE_BLOCKS = (1, 4, 8)
-GENERATORS = {  # what sets the two published generators apart; all other settings are the defaults
+GENERATORS: dict[
+    str, dict[str, Any]
+] = {  # what sets the two published generators apart; all other settings are the defaults
     "RATLIP": dict(conditioning="rat-official", rat_scope="mapper", hidden_size=64, attention="shuffle"),
     "GALIP": dict(conditioning="cat", attention="none"),
 }
@@ -82,7 +85,7 @@ class PublishedNetworks:
     clip_names: tuple[str, ...] | None = None
     rest: dict = field(default_factory=dict)
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images (B,3,S,S) in [-1,1] -> patch features (B,3,768,7,7) after blocks 1, 4, 8, embedding (B,512).
 
         Other sizes than 224 are resized by nearest, without anti-aliasing, as published (difference 5).
@@ -118,11 +121,13 @@ def load_checkpoint(source: str | os.PathLike | dict, clip: nn.Module) -> Publis
     model = {part: {k.removeprefix("module."): v for k, v in s.items()} for part, s in checkpoint["model"].items()}
     clip = _published_clip(clip)
     tower = {key: model["netG"].pop(key) for key in list(model["netG"]) if key.startswith(CLIP_PREFIX)}
-    kind, sizes = _kind(model["netG"], clip), {"grid": clip.grid, "clip_width": clip.width}
+    kind = _kind(model["netG"], clip)
     with torch.device("meta"):  # shapes only: the checkpoint brings the values
         generator, judge = Generator(clip, **GENERATORS[kind]).eval(), None
         if {"netD", "netC"} & set(model):
-            judge = Discriminator(**sizes, sentence_size=clip.embed_dim, unused_shortcuts=True).eval()
+            judge = Discriminator(
+                grid=clip.grid, clip_width=clip.width, sentence_size=clip.embed_dim, unused_shortcuts=True
+            ).eval()
     rest = {key: value for key, value in checkpoint.items() if key != "model"}
     networks = PublishedNetworks(kind, clip, generator, judge, tuple(model), tuple(tower), rest)
 
@@ -238,7 +243,7 @@ def _kind(state: dict[str, Tensor], clip: FrozenClip) -> str:
 
 def _published_tensors(networks: PublishedNetworks) -> dict[str, dict[str, Tensor]]:
     """Our tensors by part and published key, for the parts that the networks have."""
-    tensors = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
     for network in (networks.generator, networks.judge):
         if network is not None:
             state = network.state_dict()

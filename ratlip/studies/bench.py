@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import open_clip
@@ -144,7 +145,7 @@ def compare(
     for _ in bar(range(iterations + 1), desc=name, unit="round", enabled=progress):
         for form, here in worlds.items():
             here.memory(drawing)
-            seconds[form].append(clock(lambda here=here: work(here), here.run.device))
+            seconds[form].append(clock(partial(work, here), here.run.device))
     plain, fast = (values[1:] for values in seconds.values())
     ratio = [one / other for one, other in zip(plain, fast, strict=True)]
     return {"plain": spread(plain), "fast": spread(fast), "ratio": spread(ratio), "iterations": iterations}
@@ -183,9 +184,9 @@ class Operations(TorchDispatchMode):
     gradient taken within a step, as the penalty takes one, and the profiler's `with_flops` knows no backward pass.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.counts, self._labels = Counter(), [""]
+        self.counts, self._labels = Counter[str](), [""]
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result, packet = operation(*args, **(kwargs or {})), operation._overloadpacket
@@ -211,7 +212,7 @@ def count_operations(work: Callable[[], object]) -> Counter:
 def matrix_rate(device: torch.device, size: int = 2048, repeats: int = 7) -> float:
     """Floating-point operations a second of a large float32 product, the best of the ways there are."""
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
-    ways: list[Callable[[], Tensor]] = [lambda: a @ b, lambda: frozen_linear(a, b, None)]
+    ways = (partial(torch.matmul, a, b), partial(frozen_linear, a, b, None))
     return 2 * size**3 / min(clock(way, device) for way in ways for _ in range(repeats))
 
 
@@ -246,7 +247,7 @@ def growth(profile: str, folder: str | Path, iterations: int, accelerator: str =
     """How the fast step's time grows with the batch, the image's side and the LSTM's size, one at a time."""
     settings = load_settings(profile)
     side, batch = settings.model.image_size, settings.training.batch_size
-    cases = [("batch", size, size, {}) for size in (batch // 2, batch, 2 * batch)]
+    cases: list[tuple[str, int, int, dict]] = [("batch", size, size, {}) for size in (batch // 2, batch, 2 * batch)]
     if settings.clip.source == "train":  # another CLIP's grid is fixed
         keys = ("model.image_size", "data.crop", "data.resize")
         sides = sorted({max(16, side // 2), side, 2 * side})
@@ -279,7 +280,7 @@ def waiting(here: World, count: int, workers: int) -> dict:
         start = time.perf_counter()
         batch = next(source)
         waited += time.perf_counter() - start
-        total += time.perf_counter() - start + clock(lambda batch=batch: training_step(run, batch), run.device)
+        total += time.perf_counter() - start + clock(partial(training_step, run, batch), run.device)
     return {"workers": workers, "steps": count, "share_waiting": waited / total}
 
 
@@ -331,7 +332,9 @@ def run(
     torch.set_num_threads(threads or torch.get_num_threads())
     settings, options = dict(overrides or {}), {"accelerator": accelerator}
     sizes = {"batch": batch, "iterations": iterations, "threads": torch.get_num_threads()}
-    found = {"memory": memory(profile, settings, **sizes, precision=precision, **options)} if with_memory else {}
+    found: dict[str, Any] = (
+        {"memory": memory(profile, settings, **sizes, precision=precision, **options)} if with_memory else {}
+    )
     with tempfile.TemporaryDirectory() as folder:
         overlaid = {"training.precision": precision, **settings}
         worlds = {form: world(profile, batch, Path(folder) / form, overlaid, form=form, **options) for form in FORMS}
@@ -392,7 +395,7 @@ def report(found: dict) -> str:
     share = f"{wait['share_waiting']:.1%} of the loop with {wait['workers']} loader processes"
     lines.append(f"{'all parts':38s}{total:8.3f}   waiting for data: {share}")
     for row in found.get("scaling", []):
-        s, case = row["seconds"], f"{row['changes']} {row['value']}"
+        s = row["seconds"]
         times = f"{s['median']:.3f} s a step ({s['low']:.3f} to {s['high']:.3f}), batch {row['batch']}"
-        lines.append(f"{case}: {times}")
+        lines.append(f"{row['changes']} {row['value']}: {times}")
     return "\n".join(lines)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 def total_steps(settings: Settings, images: int) -> int:
     """The budget in steps, whichever way the settings give it."""
     t = settings.training
-    return t.steps if t.steps is not None else t.epochs * -(-images // t.batch_size)
+    return t.steps if t.steps is not None else (t.epochs or 0) * -(-images // t.batch_size)
 
 
 def is_complete(folder: str | Path) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_fabric import Fabric
@@ -45,8 +46,8 @@ def build_networks(settings: Settings, clip: FrozenClip) -> tuple[Generator, Dis
         )
     torch.manual_seed(settings.seed)
     generator = Generator(clip, **{name: getattr(m, name) for name in OF_GENERATOR})
-    sizes = {"grid": clip.grid, "clip_width": clip.width, "sentence_size": clip.embed_dim}
-    discriminator = Discriminator(**sizes, **{name: getattr(m, name) for name in OF_DISCRIMINATOR})
+    sizes = {name: getattr(m, name) for name in OF_DISCRIMINATOR}
+    discriminator = Discriminator(grid=clip.grid, clip_width=clip.width, sentence_size=clip.embed_dim, **sizes)
     accelerate(generator, discriminator)
     return generator, discriminator
 
@@ -66,7 +67,7 @@ def kept_bytes(settings: Settings) -> int:
 def averaged(generator: Generator, decay: float) -> AveragedModel:
     """Exponential moving average of the generator's weights, whose decay warms up as (1 + n) / (10 + n)."""
 
-    def update(averages: list[Tensor], news: list[Tensor], updates: Tensor) -> None:
+    def update(averages: Sequence[Tensor], news: Sequence[Tensor], updates: Tensor | int) -> None:
         n = float(updates)  # all tensors at once: on a GPU, reading `updates` waits for it
         torch._foreach_lerp_(averages, news, 1 - min(decay, (1 + n) / (10 + n)))
 
@@ -92,7 +93,7 @@ class Session:
         self.groups = torch.from_numpy(caption_groups(prepared.train)).to(self.device)
         t = settings.training
         generator, discriminator = build_networks(settings, self.clip)
-        self.networks: dict[str, nn.Module] = {"generator": generator, "discriminator": discriminator}
+        self.networks: dict[str, Any] = {"generator": generator, "discriminator": discriminator}
         if t.ema:
             self.networks["average"] = averaged(generator, t.ema).to(self.device)
         options.apply(t, generator, discriminator, self.clip)

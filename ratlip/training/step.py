@@ -45,7 +45,8 @@ class Critic(nn.Module):
 
         In mixed precision the arguments come in 16 bits; the penalty's sum of squares needs 32.
         """
-        loss = discriminator_loss(self.discriminator, *(each.float() for each in arguments), *self.penalty)
+        real, fake, sentence, mismatched = (each.float() for each in arguments)
+        loss = discriminator_loss(self.discriminator, real, fake, sentence, mismatched, *self.penalty)
         return loss.real, loss.mismatch, loss.fake, loss.penalty, loss.total
 
 
