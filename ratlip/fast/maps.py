@@ -192,12 +192,13 @@ def checkpointed(block: nn.Module, *arguments, forward: Callable | None = None):
 @contextmanager
 def _norms_at_rest(module: nn.Module) -> Iterator[None]:
     """Batch norm's running averages do not move: a forward pass that is repeated is not a new one."""
-    norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm, _, _ in norms:
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.get_buffer("num_batches_tracked").clone()) for norm in norms]
+    for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, momentum, count in norms:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+            norm.get_buffer("num_batches_tracked").copy_(count)

@@ -30,10 +30,10 @@ def apply(settings: TrainingSettings, generator: Generator, discriminator: Discr
         part.checkpointing = settings.checkpointing
     if settings.channels_last:
         for network in (generator, discriminator):
-            network.to(memory_format=torch.channels_last)
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if settings.compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-        for module in (generator, *clip.model.visual.transformer.resblocks):
+        for module in (generator, *clip.model.get_submodule("visual.transformer.resblocks").children()):
             module.compile()
 
 

@@ -7,6 +7,7 @@ matrix library at hand is not made for the processor, products go to oneDNN, whi
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip.transformer import ResidualAttentionBlock
@@ -69,7 +70,7 @@ class FrozenLinear(nn.Linear):
 class FrozenAttention(nn.MultiheadAttention):
     """Self-attention (batch first, without dropout) whose weights never learn."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # the arguments that open_clip gives
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """query, key, value: the same tokens (B,L,C) -> (B,L,C)."""
@@ -83,11 +84,11 @@ class FrozenAttention(nn.MultiheadAttention):
 
 def accelerate_tower(visual: nn.Module, on: bool = True) -> None:
     """Give attention and linear layers of an image tower's blocks their fast form, in place; `on=False`: the plain."""
-    for block in visual.transformer.resblocks:
-        attention = block.attn if type(block) is ResidualAttentionBlock else None
+    for block in visual.get_submodule("transformer.resblocks").children():
+        attention: Any = getattr(block, "attn", None) if type(block) is ResidualAttentionBlock else None
         if type(attention) in (nn.MultiheadAttention, FrozenAttention) and _usual(attention):
             attention.__class__ = FrozenAttention if on else nn.MultiheadAttention
-            for layer in block.mlp:
+            for layer in block.get_submodule("mlp").children():
                 if type(layer) in (nn.Linear, FrozenLinear):
                     layer.__class__ = FrozenLinear if on else nn.Linear
 

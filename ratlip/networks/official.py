@@ -99,7 +99,8 @@ class PublishedNetworks:
 
         Raises WeightsError where the checkpoint had no netD or no netC.
         """
-        if absent := sorted({"netD", "netC"}.difference(self.parts if self.judge else ())):
+        absent = sorted({"netD", "netC"}.difference(self.parts if self.judge else ()))
+        if absent or self.judge is None:
             raise WeightsError(
                 f"the checkpoint has no {' and no '.join(absent)}: "
                 "load one that holds both to judge images, this one only generates"
@@ -139,7 +140,9 @@ def load_checkpoint(source: str | os.PathLike | dict, clip: nn.Module) -> Publis
             f"{name} is not a {kind} checkpoint for this CLIP; {len(problems)} entries do not fit (use an unmodified "
             "published checkpoint, and the CLIP it was trained with):\n  " + "\n  ".join(problems)
         )
-    for network in filter(None, (generator, judge)):  # values in float32; those of absent parts stay undefined
+    for network in (
+        (generator, judge) if judge else (generator,)
+    ):  # values in float32; those of absent parts stay undefined
         names = published_names(network, kind).items()
         state = {ours: model[part][key] for ours, (part, key) in names if part in model}
         network.to_empty(device=clip.mean.device).load_state_dict(state, strict=False)
@@ -154,7 +157,7 @@ def save_checkpoint(networks: PublishedNetworks, path: str | os.PathLike) -> Non
     """
     parts = _published_tensors(networks).items()
     model = {part: {key: t.detach().cpu().clone() for key, t in tensors.items()} for part, tensors in parts}
-    tower = networks.clip.model.visual.state_dict()
+    tower = networks.clip.model.get_submodule("visual").state_dict()
     names = [CLIP_PREFIX + key for key in tower] if networks.clip_names is None else networks.clip_names
     model["netG"] |= {name: tower[_tower_name(name)].cpu().clone() for name in names}
     with atomic_path(path) as draft:
@@ -220,7 +223,7 @@ def _published_clip(clip: nn.Module) -> FrozenClip:
             f"the published networks see through CLIP ViT-B/32 {CLIP_SIZES}, this CLIP has "
             f"{sizes}: pass open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai')"
         )
-    if not any(isinstance(module, QuickGELU) for module in model.visual.modules()):
+    if not any(isinstance(module, QuickGELU) for module in model.get_submodule("visual").modules()):
         warnings.warn(
             "the published networks see through OpenAI's CLIP, whose activation is QuickGELU; this "
             "CLIP has another one and gives other images: use 'ViT-B-32-quickgelu'",
@@ -272,7 +275,7 @@ def _problems(expected: dict[str, dict[str, Tensor]], model: dict[str, dict[str,
 
 def _clip_problems(tower: dict[str, Tensor], clip: FrozenClip) -> list[str]:
     """Every entry of the checkpoint's CLIP tower that is not in ours or not the same there, a line each."""
-    ours = clip.model.visual.state_dict()
+    ours = clip.model.get_submodule("visual").state_dict()
     problems = []
     for key, tensor in tower.items():
         other = ours.get(_tower_name(key))

@@ -332,9 +332,9 @@ def run(
     torch.set_num_threads(threads or torch.get_num_threads())
     settings, options = dict(overrides or {}), {"accelerator": accelerator}
     sizes = {"batch": batch, "iterations": iterations, "threads": torch.get_num_threads()}
-    found: dict[str, Any] = (
-        {"memory": memory(profile, settings, **sizes, precision=precision, **options)} if with_memory else {}
-    )
+    found: dict[str, Any] = {}
+    if with_memory:
+        found["memory"] = memory(profile, settings, **sizes, precision=precision, **options)
     with tempfile.TemporaryDirectory() as folder:
         overlaid = {"training.precision": precision, **settings}
         worlds = {form: world(profile, batch, Path(folder) / form, overlaid, form=form, **options) for form in FORMS}
@@ -395,7 +395,6 @@ def report(found: dict) -> str:
     share = f"{wait['share_waiting']:.1%} of the loop with {wait['workers']} loader processes"
     lines.append(f"{'all parts':38s}{total:8.3f}   waiting for data: {share}")
     for row in found.get("scaling", []):
-        s = row["seconds"]
-        times = f"{s['median']:.3f} s a step ({s['low']:.3f} to {s['high']:.3f}), batch {row['batch']}"
-        lines.append(f"{row['changes']} {row['value']}: {times}")
+        s, case = row["seconds"], f"{row['changes']} {row['value']}"
+        lines.append(f"{case}: {s['median']:.3f} s a step ({s['low']:.3f} to {s['high']:.3f}), batch {row['batch']}")
     return "\n".join(lines)

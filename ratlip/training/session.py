@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from ratlip.training.step import Critic
 if TYPE_CHECKING:
     from ratlip.data.prepared import Prepared
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
 OF_GENERATOR = (  # settings of the section model that are arguments of the same name
     *("image_size", "conditioning", "rat_scope", "hidden_size", "attention", "attention_groups", "latent_size"),
     *("base_channels", "code_channels", "mapper_blocks", "prompt_blocks", "bridge_scale"),
@@ -67,7 +67,7 @@ def kept_bytes(settings: Settings) -> int:
 def averaged(generator: Generator, decay: float) -> AveragedModel:
     """Exponential moving average of the generator's weights, whose decay warms up as (1 + n) / (10 + n)."""
 
-    def update(averages: Sequence[Tensor], news: Sequence[Tensor], updates: Tensor | int) -> None:
+    def update(averages: Tensors, news: Tensors, updates: Tensor | int) -> None:
         n = float(updates)  # all tensors at once: on a GPU, reading `updates` waits for it
         torch._foreach_lerp_(averages, news, 1 - min(decay, (1 + n) / (10 + n)))
 

@@ -221,7 +221,9 @@ def test_shuffle_attention_in_few_passes(groups):
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
     upstream = torch.randn_like(mine)
     wanted = (x, *attention.parameters())
-    for one, other in zip(torch.autograd.grad(mine, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream)):
+    for one, other in zip(
+        torch.autograd.grad(mine, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
@@ -280,7 +282,8 @@ def test_second_order_gradients_of_the_penalty_against_finite_differences():
         return ma_gp(network(f, s), f, s, power=2.0)
 
     names = [name for name, _ in discriminator.named_parameters()]
-    grads = dict(zip(names, torch.autograd.grad(penalty(discriminator), discriminator.parameters(), allow_unused=True)))
+    found = torch.autograd.grad(penalty(discriminator), discriminator.parameters(), allow_unused=True)
+    grads = dict(zip(names, found, strict=True))
     step = 1e-6
     for name in ("logit.0.weight", "main.gamma", "blocks.0.beta", "blocks.1.residual.0.weight"):
         direction = torch.randn(dict(discriminator.named_parameters())[name].shape).double()
