@@ -5,7 +5,7 @@ for the backward pass what is small instead of what is quickly made again. They 
 can be differentiated once. Under autocast, and while a graph is traced, callers use PyTorch's operations.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -47,19 +47,13 @@ def phase_kernels(weight: Tensor) -> Tensor:
     above once and its own twice; an odd row's are its own twice and the one below once. So two of the three
     weights always meet the same number and can be added up beforehand: 4 products instead of 9.
     """
-    rows = (
-        (weight[:, :, :1], weight[:, :, 1:].sum(2, keepdim=True)),
-        (weight[:, :, :2].sum(2, keepdim=True), weight[:, :, 2:]),
-    )
-    rows = [torch.cat(pair, dim=2) for pair in rows]
-    columns = [
-        [
-            torch.cat((row[..., :1], row[..., 1:].sum(3, keepdim=True)), dim=3),
-            torch.cat((row[..., :2].sum(3, keepdim=True), row[..., 2:]), dim=3),
-        ]
-        for row in rows
-    ]
-    return torch.cat([columns[i][j] for i, j in PHASES])
+    return torch.cat([kernels for rows in _folded(weight, 2) for kernels in _folded(rows, 3)])
+
+
+def _folded(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Three weights along `dim` as the two that an even and an odd position's kernel need."""
+    even = torch.cat((weight.narrow(dim, 0, 1), weight.narrow(dim, 1, 2).sum(dim, keepdim=True)), dim)
+    return even, torch.cat((weight.narrow(dim, 0, 2).sum(dim, keepdim=True), weight.narrow(dim, 2, 1)), dim)
 
 
 class _Phases(Function):
@@ -97,27 +91,24 @@ class _ResizedConv(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.size = size
-        return F.conv2d(F.interpolate(x, size=(size, size)), weight, bias, padding=1)
+        ctx.size = size, size
+        return F.conv2d(F.interpolate(x, size=ctx.size), weight, bias, padding=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        large = F.interpolate(x, size=(ctx.size, ctx.size))
-        large, weight, bias = _conv_backward(grad, large, weight, ctx.needs_input_grad[:3])
-        small = (
-            None if large is None else torch.ops.aten.upsample_nearest2d_backward(large, [ctx.size, ctx.size], x.shape)
-        )
-        return small, weight, bias, None
+        large = F.interpolate(x, size=ctx.size)
+        of_large, of_weight, of_bias = _conv_backward(grad, large, weight, ctx.needs_input_grad[:3])
+        if of_large is not None:
+            of_large = torch.ops.aten.upsample_nearest2d_backward(of_large, ctx.size, x.shape)
+        return of_large, of_weight, of_bias, None
 
 
 def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted) -> tuple[Tensor | None, ...]:
     """Gradients of a convolution with stride 1 and padding 1 for its input, weight and bias, as far as wanted."""
-    wanted = [*wanted, False][:3]
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
-    )
+    wanted, one = [*wanted, False][:3], [1, 1]
+    return torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], one, one, one, False, [0, 0], 1, wanted)
 
 
 class Moments(Function):
@@ -148,28 +139,28 @@ class ShuffledGates(Function):
     @staticmethod
     def forward(ctx, x: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         ctx.save_for_backward(x, gate, scale, shift)
-        channel, place = x.unbind(2)
+        channel, spatial = x.unbind(2)
         y = x.new_empty(x.shape[0], x[0, :, :, :, 0, 0].numel(), *x.shape[4:])
-        to_channel, to_place = _shuffled(y, x).unbind(3)
+        to_channel, to_spatial = _shuffled(y, x).unbind(3)
         torch.mul(_halves(channel), _halves(gate), out=to_channel)
-        torch.mul(_halves(place), _halves(torch.addcmul(shift, scale, place).sigmoid_()), out=to_place)
+        torch.mul(_halves(spatial), _halves(torch.addcmul(shift, scale, spatial).sigmoid_()), out=to_spatial)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, gate, scale, shift = ctx.saved_tensors
-        channel, place = x.unbind(2)
-        of_channel, of_place = (part.reshape(place.shape) for part in _shuffled(grad.contiguous(), x).unbind(3))
+        channel, spatial = x.unbind(2)
+        of_channel, of_spatial = (part.reshape(spatial.shape) for part in _shuffled(grad.contiguous(), x).unbind(3))
         dx = torch.empty_like(x)
         torch.mul(of_channel, gate, out=dx[:, :, 0])
         d_gate = _sum(of_channel * channel)  # not in place: the parts may be views of `grad`
-        opened = torch.addcmul(shift, scale, place).sigmoid_()
-        through = of_place * opened
-        slope = opened.neg_().add_(1).mul_(through).mul_(place)  # of the sigmoid's argument
+        opened = torch.addcmul(shift, scale, spatial).sigmoid_()
+        through = of_spatial * opened
+        slope = opened.neg_().add_(1).mul_(through).mul_(spatial)  # of the sigmoid's argument
         torch.addcmul(through, slope, scale, out=dx[:, :, 1])
         d_shift = _sum(slope)
-        return dx, d_gate, _sum(slope.mul_(place)), d_shift
+        return dx, d_gate, _sum(slope.mul_(spatial)), d_shift
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -187,10 +178,10 @@ def _shuffled(y: Tensor, x: Tensor) -> Tensor:
     return y.unflatten(1, (groups // 2, two, channels, 2)).movedim(4, 1)
 
 
-def checkpointed(block: nn.Module, *arguments):
-    """`block(*arguments)`; what lies within is made again for the backward pass, not kept."""
+def checkpointed(block: nn.Module, *arguments, forward: Callable | None = None):
+    """`block(*arguments)`, or its `forward`; what lies within is made again for the backward pass, not kept."""
     return checkpoint(
-        block,
+        forward or block,
         *arguments,
         use_reentrant=False,
         preserve_rng_state=False,
@@ -201,12 +192,13 @@ def checkpointed(block: nn.Module, *arguments):
 @contextmanager
 def _norms_at_rest(module: nn.Module) -> Iterator[None]:
     """Batch norm's running averages do not move: a forward pass that is repeated is not a new one."""
-    norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm, _, _ in norms:
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.get_buffer("num_batches_tracked").clone()) for norm in norms]
+    for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, momentum, count in norms:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+            norm.get_buffer("num_batches_tracked").copy_(count)

@@ -24,23 +24,23 @@ def keep_freed_memory(largest: int = LARGEST) -> bool:
     """Let the whole process keep freed memory for its next tensors, in pieces of up to `largest` bytes.
 
     Larger pieces go back to the system: they are few, and kept ones lie about in parts that nothing else fits in.
-    Returns whether the system could be told: glibc only, elsewhere nothing changes. No number depends on it.
+    Returns whether the system could be asked: glibc only, elsewhere nothing changes. No number depends on it.
     """
-    return _tell(trim=-1, mapped=max(32 * MIB, min(largest, LARGEST)))
+    return _set(trim=-1, mapped=max(32 * MIB, min(largest, LARGEST)))
 
 
 def return_freed_memory() -> bool:
     """Return freed memory to the system, as glibc does by default."""
-    done = _tell(trim=64 * MIB, mapped=32 * MIB)
-    if done:
-        _glibc().malloc_trim(0)
+    done = _set(trim=64 * MIB, mapped=32 * MIB)
+    if glibc := _glibc():
+        glibc.malloc_trim(0)
     return done
 
 
-def _tell(trim: int, mapped: int) -> bool:
+def _set(trim: int, mapped: int) -> bool:
     """Set from how many bytes on free memory is returned (-1: never), and a piece is the system's own."""
-    if _glibc() is None:
-        return False
-    _glibc().mallopt(M_TRIM_THRESHOLD, trim)
-    _glibc().mallopt(M_MMAP_THRESHOLD, mapped)
-    return True
+    glibc = _glibc()
+    if glibc is not None:
+        glibc.mallopt(M_TRIM_THRESHOLD, trim)
+        glibc.mallopt(M_MMAP_THRESHOLD, mapped)
+    return glibc is not None

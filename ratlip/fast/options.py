@@ -10,25 +10,30 @@ CLIP at its first visit only. The results differ from the default's by rounding 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ratlip.clip.frozen import FrozenClip
 from ratlip.errors import SettingsError
-from ratlip.networks import Discriminator, Generator
-from ratlip.settings import DataSettings, TrainingSettings
+
+if TYPE_CHECKING:
+    from ratlip.clip.frozen import FrozenClip
+    from ratlip.data.prepared import Split
+    from ratlip.networks import Discriminator, Generator
+    from ratlip.settings import DataSettings, TrainingSettings
 
 
 def apply(settings: TrainingSettings, generator: Generator, discriminator: Discriminator, clip: FrozenClip) -> None:
     """Make the networks of a training work as `settings` say, in place; keys and shapes of tensors stay."""
-    generator.checkpointing = clip.checkpointing = settings.checkpointing
+    for part in (*generator.synthesis_blocks, clip):
+        part.checkpointing = settings.checkpointing
     if settings.channels_last:
         for network in (generator, discriminator):
-            network.to(memory_format=torch.channels_last)
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if settings.compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-        for module in (generator, *clip.model.visual.transformer.resblocks):
+        for module in (generator, *clip.model.get_submodule("visual.transformer.resblocks").children()):
             module.compile()
 
 
@@ -39,7 +44,7 @@ class RealFeatures:
     4 * K * C * g * g bytes an image (ViT-B/32, three blocks: 0.45 MB).
     """
 
-    def __init__(self, clip: FrozenClip, blocks: Sequence[int], split, data: DataSettings):
+    def __init__(self, clip: FrozenClip, blocks: Sequence[int], split: Split, data: DataSettings):
         if data.crop != data.resize or data.flip:
             raise SettingsError(
                 f"training.cached_features keeps one view of each image: data.crop={data.crop} must be "
@@ -51,15 +56,15 @@ class RealFeatures:
     def __call__(self, real: Tensor, numbers: Tensor) -> Tensor:
         """real (B,3,S,S) in [-1,1], the images with these numbers (B,) -> (B,K,C,g,g) on their device."""
         wanted = numbers.tolist()
-        new = [place for place, number in enumerate(wanted) if number not in self.rows]
-        for place in new:
-            shape = self.split.image(wanted[place]).shape[:2]
+        new = [position for position, number in enumerate(wanted) if number not in self.rows]
+        for position in new:
+            shape = self.split.image(wanted[position]).shape[:2]
             if shape != (self.crop, self.crop):
                 raise SettingsError(
-                    f"training.cached_features: image {wanted[place]} has {shape[1]} x {shape[0]} px, "
+                    f"training.cached_features: image {wanted[position]} has {shape[1]} x {shape[0]} px, "
                     f"of which each visit cuts another square of {self.crop} px; switch it off"
                 )
         if new:
             features, _ = self.clip.features(real[new], self.blocks, embedding=False)
-            self.rows |= {wanted[place]: row for place, row in zip(new, features.cpu(), strict=True)}
+            self.rows |= {wanted[position]: row for position, row in zip(new, features.cpu(), strict=True)}
         return torch.stack([self.rows[number] for number in wanted]).to(real.device)

@@ -7,6 +7,7 @@ matrix library at hand is not made for the processor, products go to oneDNN, whi
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip.transformer import ResidualAttentionBlock
@@ -21,11 +22,8 @@ def onednn_is_faster() -> bool:
 
     MKL keeps its widest vector instructions for Intel's processors; elsewhere oneDNN reaches about twice its rate.
     """
-    if not (
-        torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not libraries or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
@@ -33,22 +31,18 @@ def onednn_is_faster() -> bool:
         return False
 
 
-class _FrozenLinear(Function):
+class _FrozenProduct(Function):
     """x W^T + b by oneDNN; gradients for x alone."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _product(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (weight,) = ctx.saved_tensors
         return frozen_linear(grad, weight.t(), None), None, None
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,62 +56,47 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         and onednn_is_faster()
     ):
         flat = x.reshape(-1, x.shape[-1])
-        return _FrozenLinear.apply(flat, weight, bias).unflatten(0, x.shape[:-1])
+        return _FrozenProduct.apply(flat, weight, bias).unflatten(0, x.shape[:-1])
     return F.linear(x, weight, bias)
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer that takes over the tensors of another one, whose weights never learn."""
-
-    def __init__(self, other: nn.Linear):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = other.in_features, other.out_features
-        self.weight, self.bias = other.weight, other.bias
+    """A linear layer whose weights never learn."""
 
     def forward(self, x: Tensor) -> Tensor:
         return frozen_linear(x, self.weight, self.bias)
 
 
-class FrozenAttention(nn.Module):
-    """Self-attention that takes over the tensors, and the place, of a MultiheadAttention (batch first)."""
+class FrozenAttention(nn.MultiheadAttention):
+    """Self-attention (batch first, without dropout) whose weights never learn."""
 
-    def __init__(self, other: nn.MultiheadAttention):
-        super().__init__()
-        self.in_proj_weight, self.in_proj_bias = other.in_proj_weight, other.in_proj_bias
-        self.out_proj, self.heads = FrozenLinear(other.out_proj), other.num_heads
-
-    def forward(
+    def forward(  # type: ignore[override]  # the arguments that open_clip gives
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """query, key, value: the same tokens (B,L,C) -> (B,L,C); the signature is MultiheadAttention's."""
+        """query, key, value: the same tokens (B,L,C) -> (B,L,C)."""
         if key is not query or value is not query or need_weights:
             raise ValueError("the frozen attention is self-attention, and does not return its weights")
         projected = frozen_linear(query, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = projected.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = projected.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2)), None
+        return frozen_linear(mixed.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias), None
 
 
-def lean_tower(visual: nn.Module) -> None:
-    """Replace attention and linear layers of an image tower's blocks, in place; keys and tensors stay."""
-    for block in visual.transformer.resblocks:
-        attention = getattr(block, "attn", None)
-        if type(block) is not ResidualAttentionBlock or not _plain(attention):
-            continue  # another kind of block, or already done
-        block.attn = FrozenAttention(attention)
-        for name, layer in block.mlp.named_children():
-            if type(layer) is nn.Linear:
-                setattr(block.mlp, name, FrozenLinear(layer))
+def accelerate_tower(visual: nn.Module, on: bool = True) -> None:
+    """Give attention and linear layers of an image tower's blocks their fast form, in place; `on=False`: the plain."""
+    for block in visual.get_submodule("transformer.resblocks").children():
+        attention: Any = getattr(block, "attn", None) if type(block) is ResidualAttentionBlock else None
+        if type(attention) in (nn.MultiheadAttention, FrozenAttention) and _usual(attention):
+            attention.__class__ = FrozenAttention if on else nn.MultiheadAttention
+            for layer in block.get_submodule("mlp").children():
+                if type(layer) in (nn.Linear, FrozenLinear):
+                    layer.__class__ = FrozenLinear if on else nn.Linear
 
 
-def _plain(attention: nn.Module) -> bool:
+def _usual(attention: nn.MultiheadAttention) -> bool:
     return (
-        type(attention) is nn.MultiheadAttention
-        and attention.batch_first
-        and not attention.dropout
-        and attention._qkv_same_embed_dim
-        and attention.bias_k is None
+        attention.batch_first and not attention.dropout and attention._qkv_same_embed_dim and attention.bias_k is None
     )
 
 
-accelerate_tower = lean_tower
+lean_tower = accelerate_tower  # its old name, until nothing calls it so

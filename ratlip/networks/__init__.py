@@ -1,4 +1,4 @@
-"""The networks: affines (CAT, RAT), shuffle attention, generator, discriminator."""
+"""The networks as the equations are written; `ratlip.fast.accelerate` makes them fast without another number."""
 
 from ratlip.networks.affine import ConditionalAffine, OfficialRecurrentAffine, Recurrence
 from ratlip.networks.attention import ConvShuffle, ShuffleAttention

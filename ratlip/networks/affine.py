@@ -8,16 +8,15 @@ differ in the condition h alone:
 * RAT as published: each layer has its own LSTM, whose time axis is the batch (`OfficialRecurrentAffine`).
 """
 
-import torch
 from torch import Tensor, nn
 
 
 def _scale_or_shift(condition_size: int, channels: int, start: float) -> nn.Sequential:
     """linear -> ReLU -> linear whose output is `start` whatever the condition, until it is trained."""
-    mlp = nn.Sequential(nn.Linear(condition_size, channels), nn.ReLU(), nn.Linear(channels, channels))
-    nn.init.zeros_(mlp[-1].weight)
-    nn.init.constant_(mlp[-1].bias, start)
-    return mlp
+    first, last = nn.Linear(condition_size, channels), nn.Linear(channels, channels)
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, start)
+    return nn.Sequential(first, nn.ReLU(), last)
 
 
 class ConditionalAffine(nn.Module):
@@ -34,12 +33,12 @@ class ConditionalAffine(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x (B,C,H,W), condition (B,D) or (1,D) for one shared by the batch -> (B,C,H,W)."""
-        gamma, beta = self.gamma(condition), self.beta(condition)
-        return torch.addcmul(beta[:, :, None, None], gamma[:, :, None, None], x)
+        gamma, beta = self.gamma(condition)[:, :, None, None], self.beta(condition)[:, :, None, None]
+        return gamma * x + beta
 
 
 class OfficialRecurrentAffine(ConditionalAffine):
-    """RAT as the published code computes it (official.md, rows 1 and 2); kept for its checkpoints.
+    """RAT as the published code computes it (differences 1 and 2); kept for its checkpoints.
 
     The conditions of a batch, (B,D), go as (1,B,D) to an LSTM of the layer's own: the batch is the time
     axis. So a single last state sets gamma and beta for every sample of the batch, made from all of
@@ -62,8 +61,7 @@ class Recurrence(nn.Module):
     (h_0, c_0) = linear(latent)
     (h_t, c_t) = LSTM(sentence, h_{t-1}, c_{t-1}),   t = 1 .. steps
 
-    The text enters at every step and the feature maps at none, so all states are known before the first
-    convolution, and the product of sentence and input weights is the same at all steps: made once.
+    The text enters at every step and the feature maps at none: all states are known before the first convolution.
     """
 
     def __init__(self, *, sentence_size: int, latent_size: int, hidden_size: int, steps: int):
@@ -73,15 +71,10 @@ class Recurrence(nn.Module):
         self.cell = nn.LSTMCell(sentence_size, hidden_size)
 
     def forward(self, latent: Tensor, sentence: Tensor) -> list[Tensor]:
-        """noise (B,Z), sentence (B,E) -> the hidden states h_1 .. h_steps, each (B,H)."""
-        cell = self.cell
-        h, c = self.initial(latent).chunk(2, dim=1)
-        text = nn.functional.linear(sentence, cell.weight_ih, cell.bias_ih)
+        """latent (B,Z), sentence (B,E) -> the hidden states h_1 .. h_steps, each (B,H)."""
+        state = self.initial(latent).chunk(2, dim=1)
         states = []
         for _ in range(self.steps):
-            gates = text + nn.functional.linear(h, cell.weight_hh, cell.bias_hh)
-            write, keep, new, read = gates.chunk(4, dim=1)  # i, f, g, o in PyTorch's order
-            c = keep.sigmoid() * c + write.sigmoid() * new.tanh()
-            h = read.sigmoid() * c.tanh()
-            states.append(h)
+            state = self.cell(sentence, state)
+            states.append(state[0])
         return states

@@ -4,14 +4,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ratlip.fast.maps import Moments, ShuffledGates, resized_conv3x3, usable
-
 
 class ShuffleAttention(nn.Module):
     """Shuffle attention: channels are cut into `groups`, each group into two halves (official.md, Generator).
 
     first half:   x * sigmoid(weight * mean over positions + bias)     "which channel"
-    second half:  x * sigmoid(weight * GroupNorm(x) + bias)            "which place"
+    second half:  x * sigmoid(weight * GroupNorm(x) + bias)            "which position"
 
     The halves are joined again and the channels shuffled in two groups, so that the next block's groups
     mix them. The parameters belong to the channels of half a group, C / (2 * groups), and are shared by the
@@ -29,45 +27,17 @@ class ShuffleAttention(nn.Module):
         half = channels // (2 * groups)
         self.channel_weight = nn.Parameter(torch.zeros(1, half, 1, 1))
         self.channel_bias = nn.Parameter(torch.ones(1, half, 1, 1))
-        self.place_weight = nn.Parameter(torch.zeros(1, half, 1, 1))
-        self.place_bias = nn.Parameter(torch.ones(1, half, 1, 1))
+        self.spatial_weight = nn.Parameter(torch.zeros(1, half, 1, 1))
+        self.spatial_bias = nn.Parameter(torch.ones(1, half, 1, 1))
         self.norm = nn.GroupNorm(half, half)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C,H,W), channels shuffled."""
-        if usable(x) and self.groups % 2 == 0:
-            return self._lean(x)
-        channel, place = x.unflatten(1, (self.groups, -1)).flatten(0, 1).chunk(2, dim=1)
+        channel, spatial = x.unflatten(1, (self.groups, -1)).flatten(0, 1).chunk(2, dim=1)
         mean = channel.mean(dim=(2, 3), keepdim=True)
         channel = channel * torch.sigmoid(self.channel_weight * mean + self.channel_bias)
-        place = place * torch.sigmoid(self.place_weight * self.norm(place) + self.place_bias)
-        joined = torch.cat((channel, place), dim=1).view_as(x)
-        return F.channel_shuffle(joined, 2)
-
-    def _lean(self, x: Tensor) -> Tensor:
-        """The same numbers, with fewer passes over the maps: GroupNorm of one channel a group only shifts and
-        scales, and so does what follows it, up to the sigmoid.
-        """
-        parts = x.unflatten(1, (self.groups, 2, -1))
-        channel, place = parts.unbind(2)
-        gate = torch.sigmoid(self.channel_weight * channel.mean(dim=(3, 4), keepdim=True) + self.channel_bias)
-        variance, mean = Moments.apply(place)
-        norm = self.norm
-        weight = self.place_weight * norm.weight[:, None, None]
-        scale = weight * torch.rsqrt(variance + norm.eps)
-        shift = self.place_weight * norm.bias[:, None, None] + self.place_bias - scale * mean
-        return ShuffledGates.apply(parts, gate, scale, shift)
-
-
-class Conv3x3(nn.Conv2d):
-    """conv3x3 with padding 1, which can resize its input by nearest first."""
-
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
-        super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
-
-    def forward(self, x: Tensor, size: int | None = None) -> Tensor:
-        """x (B,C_in,H,W) -> (B,C_out,H,W), or (B,C_out,size,size)."""
-        return super().forward(x) if size is None else resized_conv3x3(x, self.weight, self.bias, size)
+        spatial = spatial * torch.sigmoid(self.spatial_weight * self.norm(spatial) + self.spatial_bias)
+        return F.channel_shuffle(torch.cat((channel, spatial), dim=1).view_as(x), 2)
 
 
 class ConvShuffle(nn.Module):
@@ -78,10 +48,10 @@ class ConvShuffle(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int = 8):
         super().__init__()
-        self.conv = Conv3x3(in_channels, out_channels, bias=False)
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
         self.attention = ShuffleAttention(out_channels, groups) if groups else nn.Identity()
 
-    def forward(self, x: Tensor, size: int | None = None) -> Tensor:
-        """x (B,C_in,H,W) -> (B,C_out,H,W), or (B,C_out,size,size): of x resized by nearest first."""
-        return self.attention(F.leaky_relu(self.norm(self.conv(x, size)), 0.01, inplace=True))
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,C_in,H,W) -> (B,C_out,H,W)."""
+        return self.attention(F.leaky_relu(self.norm(self.conv(x)), 0.01))

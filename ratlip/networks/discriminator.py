@@ -9,9 +9,9 @@ from torch import Tensor, nn
 class ResidualBlock(nn.Module):
     """shortcut(x) + gamma * res(x) [+ beta * feature], gamma and beta starting at `gate` (0: official.md).
 
-    res: conv3x3, LeakyReLU 0.2, conv3x3, LeakyReLU 0.2, no bias. The shortcut is a 1x1 convolution where
-    channels differ. `unused_shortcut` builds one where they are equal too, as the published code does,
-    which then never uses it: official.md, row 11.
+    res: conv3x3, LeakyReLU 0.2, conv3x3, LeakyReLU 0.2, no bias. The shortcut is a 1x1 convolution where channels
+    differ. `unused_shortcut` builds one where they are equal too, as the published code does, which then never uses
+    it (difference 11).
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, feature: bool, unused_shortcut: bool, gate: float = 0.0):
@@ -29,9 +29,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, feature: Tensor | None = None) -> Tensor:
         """x (B,C_in,g,g), feature (B,C_out,g,g) for blocks that take one -> (B,C_out,g,g)."""
-        shortcut = self.shortcut(x) if self.mixes else x
-        h = torch.addcmul(shortcut, self.gamma, self.residual(x))
-        return h if feature is None else torch.addcmul(h, self.beta, feature)
+        shortcut = self.shortcut(x) if self.mixes and self.shortcut is not None else x
+        h = shortcut + self.gamma * self.residual(x)
+        return h if feature is None or self.beta is None else h + self.beta * feature
 
 
 class Discriminator(nn.Module):
@@ -76,21 +76,24 @@ class Discriminator(nn.Module):
     def forward(self, features: Tensor, *sentences: Tensor) -> Tensor | tuple[Tensor, ...]:
         """features (B,K,C,g,g), sentence (B,E) -> logits (B,), unbounded, larger is more real.
 
-        Given several sentence batches, returns as many logit tensors: the features are worked through once.
+        Given several sentence batches, returns as many logit tensors.
         """
-        first, *others = features.unbind(dim=1)
+        logits = tuple(self.head(self.trunk(features), sentence) for sentence in sentences)
+        return logits[0] if len(logits) == 1 else logits
+
+    def trunk(self, features: Tensor) -> Tensor:
+        """All layers before the sentence enters: features (B,K,C,g,g) -> (B,C_out,g,g)."""
+        x, *others = features.unbind(dim=1)
         if len(others) != len(self.blocks):
             raise ValueError(
                 f"features come from {features.shape[1]} CLIP blocks, the discriminator was built for "
                 f"{len(self.blocks) + 1}: tap as many blocks as its feature_blocks has"
             )
-        x = first
         for block, feature in zip(self.blocks, others, strict=True):
             x = block(x, feature)
-        x = self.main(x)
-        logits = tuple(self._judge(x, sentence) for sentence in sentences)
-        return logits[0] if len(logits) == 1 else logits
+        return self.main(x)
 
-    def _judge(self, x: Tensor, sentence: Tensor) -> Tensor:
+    def head(self, x: Tensor, sentence: Tensor) -> Tensor:
+        """x (B,C,g,g) of `trunk`, sentence (B,E) -> logits (B,)."""
         everywhere = sentence[:, :, None, None].expand(-1, -1, *x.shape[2:])
         return self.logit(torch.cat((x, everywhere), dim=1)).flatten()

@@ -6,16 +6,21 @@ Source: official.md "Generator" for the layers, paper Method 1 to 3 for the recu
 the bridge through CLIP. Sizes follow from the CLIP model's grid and from the image size.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ratlip.fast.maps import checkpointed
 from ratlip.networks.affine import ConditionalAffine, OfficialRecurrentAffine, Recurrence
-from ratlip.networks.attention import Conv3x3, ConvShuffle
+from ratlip.networks.attention import ConvShuffle
+
+if TYPE_CHECKING:
+    from ratlip.clip.frozen import FrozenClip
 
 CONDITIONINGS = ("cat", "rat", "rat-official")
 SCOPES = ("mapper", "generator")
@@ -37,8 +42,8 @@ class Fuse(nn.Module):
     def forward(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
         """x (B,C,H,W), two conditions (B,D) -> (B,C,H,W)."""
         first, second = conditions
-        x = F.leaky_relu(self.affine0(x, first), 0.2, inplace=True)
-        return F.leaky_relu(self.affine1(x, second), 0.2, inplace=True)
+        x = F.leaky_relu(self.affine0(x, first), 0.2)
+        return F.leaky_relu(self.affine1(x, second), 0.2)
 
 
 class FusionBlock(nn.Module):
@@ -72,14 +77,9 @@ class SynthesisBlock(nn.Module):
 
     def forward(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
         """x (B,C_in,s,s), four conditions (B,D) -> (B,C_out,size,size)."""
-        # Resizing by nearest only copies positions, and neither the first fuse nor the 1x1 shortcut mixes
-        # them: made before the resizing, they give the same numbers from a quarter of the positions.
-        h = self.conv1(self.fuse1(x, conditions[:2]), self.size)
-        h = self.conv2(self.fuse2(h, conditions[2:]))
-        return self._resize(self.shortcut(x)) + h
-
-    def _resize(self, x: Tensor) -> Tensor:
-        return x if x.shape[-1] == self.size else F.interpolate(x, size=(self.size, self.size))
+        x = F.interpolate(x, size=(self.size, self.size))
+        h = self.conv1(self.fuse1(x, conditions[:2]))
+        return self.shortcut(x) + self.conv2(self.fuse2(h, conditions[2:]))
 
 
 class Mapper(nn.Module):
@@ -91,31 +91,28 @@ class Mapper(nn.Module):
 
     def __init__(
         self,
-        clip,
-        *,
+        clip: FrozenClip,
+        fusion_blocks: Sequence[FusionBlock],
         channels: int,
         out_channels: int,
-        blocks: int,
         condition_size: int,
         prompt_blocks: Sequence[int],
         scale: float,
-        affine: AffineFactory,
-        conv: ConvFactory,
     ):
         super().__init__()
         self._clip = _Aside(clip)
         self.prompt_blocks = tuple(prompt_blocks)
         self.scale = scale
-        self.fusion_blocks = nn.ModuleList(FusionBlock(channels, affine, conv) for _ in range(blocks))
+        self.fusion_blocks = nn.ModuleList(fusion_blocks)
         self.to_clip = nn.Conv2d(channels, clip.width, 5, padding=2)
         self.prompts = nn.Linear(condition_size, len(self.prompt_blocks) * clip.width)
         self.from_clip = nn.Conv2d(clip.width, out_channels, 5, padding=2)
 
-    def forward(self, code: Tensor, condition: Tensor, conditions: Sequence[Tensor]) -> Tensor:
-        """code (B,C,g,g), condition (B,D), one of `conditions` for each affine -> (B,C_out,g,g)."""
+    def forward(self, code: Tensor, condition: Tensor, conditions: Sequence[Sequence[Tensor]]) -> Tensor:
+        """code (B,C,g,g), condition (B,D), four `conditions` (B,D) for each block -> (B,C_out,g,g)."""
         x = code
-        for i, block in enumerate(self.fusion_blocks):
-            x = block(x, conditions[AFFINES * i : AFFINES * (i + 1)])
+        for block, four in zip(self.fusion_blocks, conditions, strict=True):
+            x = block(x, four)
         x = self.to_clip(x)
         prompts = self.prompts(condition).view(len(x), len(self.prompt_blocks), x.shape[1])
         mapped = self._clip.value.bridge(x, prompts, self.prompt_blocks)
@@ -141,7 +138,7 @@ class Generator(nn.Module):
 
     def __init__(
         self,
-        clip,
+        clip: FrozenClip,
         *,
         image_size: int | None = None,
         conditioning: str = "rat",
@@ -157,75 +154,66 @@ class Generator(nn.Module):
         bridge_scale: float = 0.1,
     ):
         super().__init__()
-        _check("conditioning", conditioning, CONDITIONINGS)
-        _check("rat_scope", rat_scope, SCOPES)
-        _check("attention", attention, ATTENTIONS)
+        given = {"conditioning": conditioning, "rat_scope": rat_scope, "attention": attention}
+        for (name, value), choices in zip(given.items(), (CONDITIONINGS, SCOPES, ATTENTIONS), strict=True):
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}")
         if hidden_size == 0:
             conditioning = "cat"
-        self.checkpointing = False  # of synthesis blocks: see `ratlip.fast.options`
         self.latent_size = latent_size
         self.code_shape = (code_channels, clip.grid, clip.grid)
         condition_size = latent_size + clip.embed_dim
         cat = partial(ConditionalAffine, condition_size)
-        recurrent = {
+        affines: dict[str, AffineFactory] = {
             "cat": cat,
             "rat": partial(ConditionalAffine, hidden_size),
             "rat-official": partial(OfficialRecurrentAffine, condition_size, hidden_size),
-        }[conditioning]
-        conv = {
+        }
+        convs: dict[str, ConvFactory] = {
             "shuffle": partial(ConvShuffle, groups=attention_groups),
             "norm": partial(ConvShuffle, groups=0),
-            "none": Conv3x3,
-        }[attention]
+            "none": partial(nn.Conv2d, kernel_size=3, padding=1),
+        }
+        recurrent, conv = affines[conditioning], convs[attention]
 
         sizes = synthesis_sizes(clip.grid, image_size or clip.image_size)
         widths = synthesis_channels(base_channels, len(sizes))
         self.code = nn.Linear(latent_size, code_channels * clip.grid**2)
-        self.mapper = Mapper(
-            clip,
-            channels=code_channels,
-            out_channels=widths[0],
-            blocks=mapper_blocks,
-            condition_size=condition_size,
-            prompt_blocks=prompt_blocks,
-            scale=bridge_scale,
-            affine=recurrent,
-            conv=conv,
-        )
+        blocks = [FusionBlock(code_channels, recurrent, conv) for _ in range(mapper_blocks)]
+        self.mapper = Mapper(clip, blocks, code_channels, widths[0], condition_size, prompt_blocks, bridge_scale)
         affine = recurrent if rat_scope == "generator" else cat
         self.synthesis_blocks = nn.ModuleList(
-            SynthesisBlock(*channels, size, affine, conv)
-            for *channels, size in zip(widths[:-1], widths[1:], sizes, strict=True)
+            SynthesisBlock(before, after, size, affine, conv)
+            for before, after, size in zip(widths[:-1], widths[1:], sizes, strict=True)
         )
         self.to_rgb = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
-        self.recurrence = None
+        self.recurrence: Recurrence | None = None
         if conditioning == "rat":
-            blocks = mapper_blocks + (len(sizes) if rat_scope == "generator" else 0)
+            steps = AFFINES * (mapper_blocks + (len(sizes) if rat_scope == "generator" else 0))
             self.recurrence = Recurrence(
-                sentence_size=clip.embed_dim, latent_size=latent_size, hidden_size=hidden_size, steps=AFFINES * blocks
+                sentence_size=clip.embed_dim, latent_size=latent_size, hidden_size=hidden_size, steps=steps
             )
 
     def forward(self, latent: Tensor, sentence: Tensor) -> Tensor:
-        """noise (B,Z) standard normal, sentence (B,E) raw CLIP text embedding -> images (B,3,S,S).
+        """latent (B,Z) standard normal, sentence (B,E) raw CLIP text embedding -> images (B,3,S,S).
 
         The images are meant for [-1,1] but not limited to it (no tanh, as published): clamp to show them.
         """
         condition = torch.cat((latent, sentence), dim=1)
         conditions = self._conditions(latent, sentence, condition)
-        mapped = AFFINES * len(self.mapper.fusion_blocks)
+        mapped = len(self.mapper.fusion_blocks)
         x = self.mapper(self.code(latent).unflatten(1, self.code_shape), condition, conditions[:mapped])
-        for i, block in enumerate(self.synthesis_blocks):
-            start = mapped + AFFINES * i
-            four = conditions[start : start + AFFINES]
-            x = checkpointed(block, x, four) if self.checkpointing and torch.is_grad_enabled() else block(x, four)
+        for block, four in zip(self.synthesis_blocks, conditions[mapped:], strict=True):
+            x = block(x, four)
         return self.to_rgb(F.leaky_relu(x, 0.2))
 
-    def _conditions(self, latent: Tensor, sentence: Tensor, condition: Tensor) -> list[Tensor]:
-        """The condition of every affine, in the order of use: the states of the LSTM as far as it reaches."""
+    def _conditions(self, latent: Tensor, sentence: Tensor, condition: Tensor) -> list[list[Tensor]]:
+        """Four conditions for each block, in the order of use: the states of the LSTM as far as it reaches."""
         states = self.recurrence(latent, sentence) if self.recurrence else []
-        affines = AFFINES * (len(self.mapper.fusion_blocks) + len(self.synthesis_blocks))
-        return states + [condition] * (affines - len(states))
+        blocks = len(self.mapper.fusion_blocks) + len(self.synthesis_blocks)
+        states += [condition] * (AFFINES * blocks - len(states))
+        return [states[i : i + AFFINES] for i in range(0, len(states), AFFINES)]
 
 
 def synthesis_sizes(grid: int, image_size: int) -> list[int]:
@@ -250,15 +238,10 @@ def synthesis_channels(base: int, blocks: int) -> list[int]:
 
 
 class _Aside:
-    """Holds a module so that its owner does not register it; copies of the owner share it."""
+    """Holds a CLIP so that its owner does not register it; copies of the owner share it."""
 
-    def __init__(self, value):
+    def __init__(self, value: FrozenClip):
         self.value = value
 
-    def __deepcopy__(self, memo) -> "_Aside":
+    def __deepcopy__(self, memo) -> _Aside:
         return self
-
-
-def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}")

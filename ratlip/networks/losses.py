@@ -22,9 +22,9 @@ def ma_gp(logits: Tensor, features: Tensor, sentence: Tensor, weight: float = 2.
     Returns a scalar that can be differentiated.
     """
     gradients = torch.autograd.grad(logits.sum(), (features, sentence), create_graph=True)
-    squared_norm = sum(gradient.flatten(1).square().sum(dim=1) for gradient in gradients)
+    of_features, of_sentence = (gradient.flatten(1).square().sum(dim=1) for gradient in gradients)
     # (norm^2)^(p/2): a square root would make the gradient of a vanishing norm NaN.
-    return weight * squared_norm.pow(power / 2).mean()
+    return weight * (of_features + of_sentence).pow(power / 2).mean()
 
 
 def clip_similarity(image_embedding: Tensor, sentence: Tensor) -> Tensor:

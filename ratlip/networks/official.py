@@ -5,9 +5,8 @@ the generator, `netD` the discriminator without its logit head, `netC` the logit
 files have the same form and are told apart by their keys. Keys may carry the prefix `module.`.
 
 Assumption: `netG` also holds the frozen CLIP image tower under `mapping.CLIP_ViT.`, and names its tensors as
-OpenAI's CLIP and open_clip do (`conv1.weight`, `class_embedding`, `positional_embedding`, `ln_pre.*`,
-`transformer.resblocks.N.*`, `ln_post.*`, `proj`), with or without a leading `visual.`, all or only some of
-them. Our description of the published code does not list these names.
+OpenAI's CLIP and open_clip do, with or without a leading `visual.`, all or only some of them. Our description of the
+published code does not list these names.
 """
 
 import os
@@ -15,6 +14,7 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -28,7 +28,9 @@ from ratlip.files import atomic_path
 from ratlip.networks import Discriminator, Generator
 
 FEATURE_BLOCKS = (1, 4, 8)
-GENERATORS = {  # what sets the two published generators apart; all other settings are the defaults
+GENERATORS: dict[
+    str, dict[str, Any]
+] = {  # what sets the two published generators apart; all other settings are the defaults
     "RATLIP": dict(conditioning="rat-official", rat_scope="mapper", hidden_size=64, attention="shuffle"),
     "GALIP": dict(conditioning="cat", attention="none"),
 }
@@ -48,7 +50,7 @@ GENERATOR_NAMES = (
     (r"^synthesis_blocks\.", "GBlocks."),
     (r"\.attention\.norm\.", ".se.gn."),
     (r"\.attention\.channel_", ".se.c"),
-    (r"\.attention\.place_", ".se.s"),
+    (r"\.attention\.spatial_", ".se.s"),
     (r"\.norm\.", ".bn."),
     (r"\.lstm\.", ".rnn."),
     (r"\.(gamma|beta)\.", r".fc_\1."),
@@ -67,7 +69,7 @@ class PublishedNetworks:
     """The published networks as our own modules, in eval mode.
 
     kind: "RATLIP" or "GALIP".
-    clip: the frozen CLIP with the published pre-processing (pixels normalised twice: official.md, row 4).
+    clip: the frozen CLIP with the published pre-processing (pixels normalised twice: difference 4).
     generator: `generator(latent (B,100), sentence (B,512)) -> images (B,3,224,224)`, not clamped.
     judge: the discriminator as a module, None where the checkpoint has none; call it by `discriminator`.
     parts: which of netG, netD, netC there are.
@@ -83,15 +85,13 @@ class PublishedNetworks:
     clip_names: tuple[str, ...] | None = None
     rest: dict = field(default_factory=dict)
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images (B,3,S,S) in [-1,1] -> patch features (B,3,768,7,7) after blocks 1, 4, 8, embedding (B,512).
 
-        Other sizes than 224 are resized by nearest, without anti-aliasing, as published (official.md, row 5).
+        Other sizes than 224 are resized by nearest, without anti-aliasing, as published (difference 5).
         """
-        size = self.clip.image_size
-        if images.shape[2:] != (size, size):
-            images = F.interpolate(images, size=(size, size))
-        return self.clip.features(images, FEATURE_BLOCKS)
+        size = (self.clip.image_size, self.clip.image_size)
+        return self.clip.features(images if images.shape[2:] == size else F.interpolate(images, size), FEATURE_BLOCKS)
 
     @property
     def discriminator(self) -> Discriminator:
@@ -99,10 +99,10 @@ class PublishedNetworks:
 
         Raises WeightsError where the checkpoint had no netD or no netC.
         """
-        absent = {"netD", "netC"}.difference(self.parts if self.judge else ())
-        if absent:
+        absent = sorted({"netD", "netC"}.difference(self.parts if self.judge else ()))
+        if absent or self.judge is None:
             raise WeightsError(
-                f"the checkpoint has no {' and no '.join(sorted(absent))}: "
+                f"the checkpoint has no {' and no '.join(absent)}: "
                 "load one that holds both to judge images, this one only generates"
             )
         return self.judge
@@ -119,13 +119,16 @@ def load_checkpoint(source: str | os.PathLike | dict, clip: nn.Module) -> Publis
     Raises one WeightsError that lists every key that is missing, left over or of another shape, in all parts.
     """
     checkpoint, name = _read(source)
-    model = {part: _without_prefix(state) for part, state in checkpoint["model"].items()}
+    model = {part: {k.removeprefix("module."): v for k, v in s.items()} for part, s in checkpoint["model"].items()}
     clip = _published_clip(clip)
     tower = {key: model["netG"].pop(key) for key in list(model["netG"]) if key.startswith(CLIP_PREFIX)}
     kind = _kind(model["netG"], clip)
     with torch.device("meta"):  # shapes only: the checkpoint brings the values
-        generator = _generator(kind, clip)
-        judge = _discriminator(clip) if {"netD", "netC"} & set(model) else None
+        generator, judge = Generator(clip, **GENERATORS[kind]).eval(), None
+        if {"netD", "netC"} & set(model):
+            judge = Discriminator(
+                grid=clip.grid, clip_width=clip.width, sentence_size=clip.embed_dim, unused_shortcuts=True
+            ).eval()
     rest = {key: value for key, value in checkpoint.items() if key != "model"}
     networks = PublishedNetworks(kind, clip, generator, judge, tuple(model), tuple(tower), rest)
 
@@ -134,16 +137,15 @@ def load_checkpoint(source: str | os.PathLike | dict, clip: nn.Module) -> Publis
     problems += [f"left over: {part}, no part of a checkpoint" for part in model if part not in expected]
     if problems:
         raise WeightsError(
-            "\n  ".join(
-                [
-                    f"{name} is not a {kind} checkpoint for this CLIP; {len(problems)} entries do not fit "
-                    "(use an unmodified published checkpoint, and the CLIP it was trained with):",
-                    *problems,
-                ]
-            )
+            f"{name} is not a {kind} checkpoint for this CLIP; {len(problems)} entries do not fit (use an unmodified "
+            "published checkpoint, and the CLIP it was trained with):\n  " + "\n  ".join(problems)
         )
-    for network in filter(None, (generator, judge)):
-        _fill(network, kind, model, clip.mean.device)
+    for network in (
+        (generator, judge) if judge else (generator,)
+    ):  # values in float32; those of absent parts stay undefined
+        names = published_names(network, kind).items()
+        state = {ours: model[part][key] for ours, (part, key) in names if part in model}
+        network.to_empty(device=clip.mean.device).load_state_dict(state, strict=False)
     return networks
 
 
@@ -153,11 +155,9 @@ def save_checkpoint(networks: PublishedNetworks, path: str | os.PathLike) -> Non
     What `load_checkpoint` read is written back exactly, without the prefix `module.`; the optimizers' state
     as it was read. The file is written whole or not at all.
     """
-    model = {
-        part: {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
-        for part, tensors in _published_tensors(networks).items()
-    }
-    tower = networks.clip.model.visual.state_dict()
+    parts = _published_tensors(networks).items()
+    model = {part: {key: t.detach().cpu().clone() for key, t in tensors.items()} for part, tensors in parts}
+    tower = networks.clip.model.get_submodule("visual").state_dict()
     names = [CLIP_PREFIX + key for key in tower] if networks.clip_names is None else networks.clip_names
     model["netG"] |= {name: tower[_tower_name(name)].cpu().clone() for name in names}
     with atomic_path(path) as draft:
@@ -166,12 +166,26 @@ def save_checkpoint(networks: PublishedNetworks, path: str | os.PathLike) -> Non
 
 def published_names(network: Generator | Discriminator, kind: str) -> dict[str, tuple[str, str]]:
     """Our name of each tensor of the network -> (part, published key); kind: "RATLIP" or "GALIP"."""
-    if isinstance(network, Generator):
-        return {key: ("netG", _generator_name(key, kind)) for key in network.state_dict()}
-    return {
-        key: ("netC" if key.startswith("logit.") else "netD", _rename(key, DISCRIMINATOR_NAMES))
-        for key in network.state_dict()
-    }
+    names = {}
+    for key in network.state_dict():
+        if isinstance(network, Generator):
+            name = _rename(key, GENERATOR_NAMES)
+            # The two published affines name their layers differently; RATLIP uses GALIP's outside the mapper.
+            cat = kind != "RATLIP" or not name.startswith("mapping.")
+            names[key] = ("netG", _rename(name, CAT_NAMES) if cat else name)
+        else:
+            names[key] = ("netC" if key.startswith("logit.") else "netD", _rename(key, DISCRIMINATOR_NAMES))
+    return names
+
+
+def _rename(key: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _tower_name(key: str) -> str:
+    return key.removeprefix(CLIP_PREFIX).removeprefix("visual.")
 
 
 def _read(source) -> tuple[dict, str]:
@@ -183,9 +197,9 @@ def _read(source) -> tuple[dict, str]:
         except FileNotFoundError:
             raise WeightsError(f"{name} does not exist: give the path of a published .pth file") from None
         except Exception as error:  # torch.load raises half a dozen kinds for damaged or unsafe files
+            brief = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             raise WeightsError(
-                f"{name} cannot be read as a checkpoint of tensors; download it again "
-                f"({type(error).__name__}: {str(error).splitlines()[0]})"
+                f"{name} cannot be read as a checkpoint of tensors; download it again ({brief})"
             ) from error
     model = source.get("model") if isinstance(source, dict) else None
     if not isinstance(model, dict) or not all(isinstance(state, dict) for state in model.values()):
@@ -196,10 +210,6 @@ def _read(source) -> tuple[dict, str]:
     if "netG" not in model:
         raise WeightsError(f'{name} holds no generator: its "model" has {sorted(model)} and needs netG')
     return source, name
-
-
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
 
 
 def _published_clip(clip: nn.Module) -> FrozenClip:
@@ -213,7 +223,7 @@ def _published_clip(clip: nn.Module) -> FrozenClip:
             f"the published networks see through CLIP ViT-B/32 {CLIP_SIZES}, this CLIP has "
             f"{sizes}: pass open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai')"
         )
-    if not any(isinstance(module, QuickGELU) for module in model.visual.modules()):
+    if not any(isinstance(module, QuickGELU) for module in model.get_submodule("visual").modules()):
         warnings.warn(
             "the published networks see through OpenAI's CLIP, whose activation is QuickGELU; this "
             "CLIP has another one and gives other images: use 'ViT-B-32-quickgelu'",
@@ -222,50 +232,21 @@ def _published_clip(clip: nn.Module) -> FrozenClip:
     return frozen
 
 
-def _generator(kind: str, clip: FrozenClip) -> Generator:
-    return Generator(clip, **GENERATORS[kind]).eval()
-
-
-def _discriminator(clip: FrozenClip) -> Discriminator:
-    return Discriminator(
-        grid=clip.grid,
-        clip_width=clip.width,
-        sentence_size=clip.embed_dim,
-        feature_blocks=FEATURE_BLOCKS,
-        unused_shortcuts=True,
-    ).eval()
-
-
 def _kind(state: dict[str, Tensor], clip: FrozenClip) -> str:
     """The kind of generator that shares the most keys with `state`, so that a damaged one is known too."""
 
     def shared(kind: str) -> int:
         with torch.device("meta"):
-            keys = {key for _, key in published_names(_generator(kind, clip), kind).values()}
+            names = published_names(Generator(clip, **GENERATORS[kind]), kind).values()
+        keys = {key for _, key in names}
         return len(keys & state.keys()) - len(keys - state.keys())
 
     return max(GENERATORS, key=shared)
 
 
-def _rename(key: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def _generator_name(key: str, kind: str) -> str:
-    key = _rename(key, GENERATOR_NAMES)
-    # The two published affines name their layers differently; RATLIP uses GALIP's outside the mapper.
-    return key if kind == "RATLIP" and key.startswith("mapping.") else _rename(key, CAT_NAMES)
-
-
-def _tower_name(key: str) -> str:
-    return key.removeprefix(CLIP_PREFIX).removeprefix("visual.")
-
-
 def _published_tensors(networks: PublishedNetworks) -> dict[str, dict[str, Tensor]]:
     """Our tensors by part and published key, for the parts that the networks have."""
-    tensors = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
     for network in (networks.generator, networks.judge):
         if network is not None:
             state = network.state_dict()
@@ -294,7 +275,7 @@ def _problems(expected: dict[str, dict[str, Tensor]], model: dict[str, dict[str,
 
 def _clip_problems(tower: dict[str, Tensor], clip: FrozenClip) -> list[str]:
     """Every entry of the checkpoint's CLIP tower that is not in ours or not the same there, a line each."""
-    ours = clip.model.visual.state_dict()
+    ours = clip.model.get_submodule("visual").state_dict()
     problems = []
     for key, tensor in tower.items():
         other = ours.get(_tower_name(key))
@@ -310,10 +291,3 @@ def _clip_problems(tower: dict[str, Tensor], clip: FrozenClip) -> list[str]:
             if not torch.equal(tensor.cpu().to(narrow), other.cpu().to(narrow)):
                 problems.append(f"other values: netG {key} differs from the CLIP that was passed")
     return problems
-
-
-def _fill(network: Generator | Discriminator, kind: str, model: dict, device: torch.device) -> None:
-    """Copy the checkpoint's values into the network, in float32; those of absent parts stay undefined."""
-    names = published_names(network, kind).items()
-    state = {ours: model[part][key] for ours, (part, key) in names if part in model}
-    network.to_empty(device=device).load_state_dict(state, strict=False)

@@ -1,128 +1,126 @@
-"""`python -m ratlip.studies.bench`: how fast ours is, against the plain form of the same step, on the machine at hand.
+"""How fast training and generation are, in their plain and their fast form, on the machine at hand.
 
-One process, the two forms in turn on the same networks, a fixed number of times. The plain form (`bench_plain`)
-computes everything the published step computes. Peak memory is measured in a fresh process for each form. Times
-belong to one machine: what is asserted in tests is that both forms compute the same (tests/unit/test_bench.py).
+The plain form computes everything that the published step computes, as it is written down: the networks of
+`ratlip.networks`, CLIP as open_clip has it, and the plain order of work (`plain_step`). The fast form is what runs:
+`ratlip.fast` and `training.step`. Both are timed in turn, on generated shapes and with random weights, which change no
+time. Times belong to one machine: tests assert that both forms compute the same (tests/unit/test_bench.py).
 
-The images are generated shapes in the profile's sizes, so that no data set is needed; CLIP's weights are random,
-which changes no time.
+Where a step's time goes is read off the labels of `training.step` by torch.profiler. They cannot divide the generator's
+backward pass, one call through D, CLIP, synthesis blocks and mapper.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import open_clip
 import torch
-import yaml
 from torch import Tensor
+from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import profile as torch_profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import flop_registry
 
 from ratlip.clip.frozen import FrozenClip
 from ratlip.clip.loading import build_small_clip
 from ratlip.clip.small import ARCHITECTURE
 from ratlip.clip.vocabulary import Vocabulary
 from ratlip.data.batches import Batches
+from ratlip.fast import accelerate
 from ratlip.fast.memory import LARGEST, keep_freed_memory, return_freed_memory
-from ratlip.files import read_json, write_json
+from ratlip.fast.tower import accelerate_tower, frozen_linear
+from ratlip.files import write_json
+from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss
 from ratlip.progress import bar
 from ratlip.provenance import describe
 from ratlip.scores.evaluation import embed
-from ratlip.settings import Settings, load_settings
-from ratlip.studies.bench_parts import Parts, count_operations, matrix_rate, step_in_parts, synchronise
-from ratlip.studies.bench_plain import Towers, plain_generate, plain_optimisers, plain_step
+from ratlip.settings import load_settings
+from ratlip.studies.plain_step import PlainStep
 from ratlip.training import loop, session, step
-from ratlip.training.loop import peak_memory_mib
-from ratlip.training.session import Session
-from ratlip.training.step import training_step
+from ratlip.training.step import sample_latents, training_step
 from ratlip.workspace import Workspace
 
-FORMS = ("plain", "ours")
+FORMS = ("plain", "fast")
+OPTIONS = ("checkpointing", "compile", "channels_last", "cached_features")  # of the fast form alone
 
 
 @dataclass
 class World:
-    """A training session on generated shapes, with what the plain form needs beside it."""
+    """A training session on generated shapes, all in one form."""
 
-    run: Session
+    run: session.Session
     batches: Batches
     captions: list[str]
-    towers: Towers
+    plain_step: PlainStep | None
 
     def inputs(self, count: int) -> tuple[Tensor, Tensor]:
         """Latents (count,Z) and sentences (count,E)."""
-        latent = step.sample_latents(0, 0, count, self.run.settings.model.latent_size).to(self.run.device)
-        rows = torch.arange(count, device=self.run.device) % len(self.run.sentences)
-        return latent, self.run.sentences[rows]
+        latent = sample_latents(0, 0, count, self.run.settings.model.latent_size).to(self.run.device)
+        return latent, self.run.sentences[torch.arange(count, device=self.run.device) % len(self.run.sentences)]
 
-    def become(self, form: str, drawing: bool = False) -> None:
-        """Work as one of `FORMS`: CLIP's modules, and whether freed memory is kept (for drawing, all of it)."""
-        self.towers.use(form == "plain")
-        if self.run.device.type != "cpu":
-            return
-        if form == "plain":
+    def step(self) -> tuple[DiscriminatorLoss, GeneratorLoss]:
+        """One training step on the next batch."""
+        batch = self.batches[self.run.step]
+        return self.plain_step(batch) if self.plain_step else training_step(self.run, batch)
+
+    def memory(self, drawing: bool = False) -> None:
+        """On a CPU, keep freed memory (for drawing, all of it) or, in the plain form, return it."""
+        if self.run.device.type == "cpu" and self.plain_step:
             return_freed_memory()
-        else:
+        elif self.run.device.type == "cpu":
             keep_freed_memory(LARGEST if drawing else session.kept_bytes(self.run.settings))
-
-    def step(self, form: str) -> Callable[[], object]:
-        """One training step in that form, as a function without arguments."""
-        if form == "ours":
-            return lambda: training_step(self.run, self.batches[self.run.step])
-        optimisers = plain_optimisers(self.run)
-        return lambda: plain_step(self.run, self.batches[self.run.step], optimisers, self.captions)
 
 
 def world(
-    profile: str, batch: int, folder: str | Path, overrides: dict | None = None, accelerator: str = "auto"
+    profile: str, batch: int, folder: str | Path, overrides: dict | None = None, accelerator="auto", form="fast"
 ) -> World:
     """A session with the profile's sizes: random weights, `batch` images a step, generated shapes in `folder`."""
-    images = max(64, 2 * batch)
-    settings = load_settings(
-        profile,
-        {
-            "data.dataset": "synthetic",
-            "data.flip": False,
-            "data.train_images": images,
-            "data.test_images": 16,
-            "training.batch_size": batch,
-            **(overrides or {}),
-        },
-    )
-    workspace = Workspace.of(settings, folder, progress=False)
-    captions = list(workspace.prepared.train.all_captions)
+    shapes = {"data.dataset": "synthetic", "data.flip": False, "data.test_images": 16}
+    sizes = {"data.train_images": max(64, 2 * batch), "training.batch_size": batch}
+    plain = {f"training.{option}": False for option in OPTIONS} if form == "plain" else {}
+    settings = load_settings(profile, {**shapes, **sizes, **(overrides or {}), **plain})
+    prepared = Workspace.of(settings, folder, progress=False).prepared
+    captions, c = list(prepared.train.all_captions), settings.clip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, tokenizer = _random_clip(settings, captions)
-    towers = Towers(model)
-    clip = FrozenClip(model, tokenizer, "random CLIP", settings.clip.normalisation)
-    fabric = loop._launched(accelerator, 1, settings.training)
-    clip.to(fabric.device)
+        if c.source == "train":
+            tokenizer = Vocabulary.build(captions, c.context_length, min_count=1)
+            architecture = {name: getattr(c, name) for name in ARCHITECTURE}
+            model = build_small_clip(settings.model.image_size, **architecture, vocab_size=len(tokenizer))
+        else:
+            model = open_clip.create_model(c.model, load_weights=False)
+            tokenizer = open_clip.get_tokenizer(c.model)
+    accelerate_tower(model.visual, on=form == "fast")
+    fabric = loop.launched(accelerator, 1, settings.training)
+    clip = FrozenClip(model, tokenizer, "random CLIP", c.normalisation).to(fabric.device)
     sentences = clip.embed_text(captions, batch_size=32)
-    run = Session(fabric, settings, workspace.prepared, clip, sentences, Path(folder) / "run")
-    crop, flip = settings.data.crop, settings.data.flip
-    return World(
-        run, Batches(workspace.prepared.train, crop=crop, flip=flip, batch_size=batch, seed=0), captions, towers
-    )
+    run = session.Session(fabric, settings, prepared, clip, sentences, Path(folder) / "run")
+    accelerate(*run.networks.values(), on=form == "fast")
+    d = settings.data
+    batches = Batches(prepared.train, crop=d.crop, flip=d.flip, batch_size=batch, seed=0)
+    return World(run, batches, captions, PlainStep(run, captions) if form == "plain" else None)
 
 
-def _random_clip(settings: Settings, captions: Sequence[str]):
-    """The profile's CLIP with random weights, and its tokenizer."""
-    clip = settings.clip
-    if clip.source == "train":
-        vocabulary = Vocabulary.build(captions, clip.context_length, min_count=1)
-        sizes = {name: getattr(clip, name) for name in ARCHITECTURE}
-        return build_small_clip(settings.model.image_size, **sizes, vocab_size=len(vocabulary)), vocabulary
-    return (open_clip.create_model(clip.model, load_weights=False), open_clip.get_tokenizer(clip.model))
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def clock(work: Callable[[], object], device: torch.device) -> float:
@@ -140,297 +138,263 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def compare(
-    here: World,
-    works: dict[str, Callable[[], object]],
-    iterations: int,
-    name: str,
-    progress: bool = True,
-    drawing: bool = False,
+    worlds: dict[str, World], work: Callable[[World], object], iterations: int, name: str, progress: bool, drawing=False
 ) -> dict:
     """Both forms in turn, `iterations` times after one unmeasured round: seconds of each and their ratio."""
     seconds: dict[str, list[float]] = {form: [] for form in FORMS}
-    for i in bar(range(iterations + 1), desc=name, unit="round", enabled=progress):
-        for form in FORMS:
-            here.become(form, drawing)
-            spent = clock(works[form], here.run.device)
-            if i:
-                seconds[form].append(spent)
-    ratios = [plain / ours for plain, ours in zip(*seconds.values(), strict=True)]
-    return {
-        **{form: spread(values) for form, values in seconds.items()},
-        "ratio": spread(ratios),
-        "iterations": iterations,
-    }
+    for _ in bar(range(iterations + 1), desc=name, unit="round", enabled=progress):
+        for form, here in worlds.items():
+            here.memory(drawing)
+            seconds[form].append(clock(partial(work, here), here.run.device))
+    plain, fast = (values[1:] for values in seconds.values())
+    ratio = [one / other for one, other in zip(plain, fast, strict=True)]
+    return {"plain": spread(plain), "fast": spread(fast), "ratio": spread(ratio), "iterations": iterations}
 
 
-def generation(here: World, batches: Sequence[int], iterations: int, progress: bool) -> list[dict]:
-    """Drawing images, and drawing them and reading CLIP's scores off them, at several batch sizes."""
-    generator, clip = here.run.networks["generator"].eval(), here.run.clip
-    rows = []
-    for batch in batches:
-        latent, sentence = here.inputs(batch)
-        said = [here.captions[i % len(here.captions)] for i in range(batch)]
-
-        def draw(form: str, latent=latent, sentence=sentence) -> Tensor:
-            with torch.no_grad(), here.run.fabric.autocast():
-                way = generator if form == "ours" else (lambda *given: plain_generate(generator, *given))
-                return way(latent, sentence).clamp(-1, 1)
-
-        def score(form: str, draw=draw, said=said) -> None:
-            clip.embed_text(said)
-            embed(clip, draw(form).float())
-
-        for kind, work in (("generation", draw), ("evaluation", score)):
-            found = compare(
-                here,
-                {form: lambda form=form, work=work: work(form) for form in FORMS},
-                iterations,
-                f"{kind}, batch {batch}",
-                progress,
-                drawing=True,
-            )
-            rate = {form: batch / found[form]["median"] for form in FORMS}
-            rows.append({"kind": kind, "batch": batch, "images_per_second": rate, **found})
+def draw(here: World, count: int) -> Tensor:
+    """Images (count,3,S,S) in [-1,1]."""
+    generator = here.run.networks["generator"].eval()
+    with torch.no_grad(), here.run.fabric.autocast():
+        images = generator(*here.inputs(count)).clamp(-1, 1)
     generator.train()
-    return rows
+    return images
 
 
-def parts(here: World, iterations: int, progress: bool) -> dict:
-    """Median seconds and the operations of each part of our step, and the machine's matrix rate."""
-    here.become("ours")
-    measured = []
-    for i in bar(range(iterations + 1), desc="parts", unit="step", enabled=progress):
-        part = Parts(here.run.device)
-        step_in_parts(here.run, here.batches, part)
-        measured += [part.totals] if i else []
-    counted = Parts(here.run.device, count=True)
-    step_in_parts(here.run, here.batches, counted)
-    rows = [
-        {"part": name, "seconds": statistics.median(each[name] for each in measured), "operations": operations}
-        for name, operations in counted.totals.items()
-    ]
-    operations = {form: 0 for form in FORMS}
-    for form in FORMS:
-        here.become(form)
-        operations[form] = count_operations(here.step(form))
-    here.become("ours")
-    return {"rows": rows, "matrix_rate": matrix_rate(here.run.device), "step_operations": operations}
+def score(here: World, count: int) -> None:
+    """Draw images and read CLIP's scores off them."""
+    here.run.clip.embed_text([here.captions[i % len(here.captions)] for i in range(count)])
+    embed(here.run.clip, draw(here, count).float())
 
 
-def scaling(profile: str, folder: str | Path, iterations: int, progress: bool) -> list[dict]:
-    """How our step's time grows with the batch, the image's side and the LSTM's size, one at a time."""
+def _attention(q: Tensor, k: Tensor, *_, **__) -> int:
+    return 4 * q.numel() * k.shape[2]  # two products of (length, width) and (width, length)
+
+
+OWN_FORMULAS = {  # by name: what PyTorch's counter does not know
+    "_linear_pointwise": lambda x, weight, *_, **__: 2 * x.shape[0] * x.shape[1] * weight.shape[0],
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": lambda _, q, k, *__, **___: _attention(q, k) * 5 // 2,
+}
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations of products, convolutions and attention by the labels of `record_function`, in all at "".
+
+    One multiplication and addition: 2. By PyTorch's formulas where it has one; its own `FlopCounterMode` refuses a
+    gradient taken within a step, as the penalty takes one, and the profiler's `with_flops` knows no backward pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts, self._labels = Counter[str](), [""]
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result, packet = operation(*args, **(kwargs or {})), operation._overloadpacket
+        if packet.__name__ == "_record_function_enter_new":
+            self._labels.append(args[0])
+        elif packet.__name__ == "_record_function_exit":
+            self._labels.pop()
+        elif packet.__name__ in OWN_FORMULAS:
+            self.counts.update(dict.fromkeys(self._labels, OWN_FORMULAS[packet.__name__](*args)))
+        elif packet in flop_registry:
+            operations = flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+            self.counts.update(dict.fromkeys(self._labels, operations))
+        return result
+
+
+def count_operations(work: Callable[[], object]) -> Counter:
+    """Floating-point operations of `work()`: see `Operations`."""
+    with Operations() as counter:
+        work()
+    return counter.counts
+
+
+def matrix_rate(device: torch.device, size: int = 2048, repeats: int = 7) -> float:
+    """Floating-point operations a second of a large float32 product, the best of the ways there are."""
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    ways = (partial(torch.matmul, a, b), partial(frozen_linear, a, b, None))
+    return 2 * size**3 / min(clock(way, device) for way in ways for _ in range(repeats))
+
+
+def parts(worlds: dict[str, World], iterations: int) -> dict:
+    """Median seconds and the operations of each labelled part of the fast step, and the machine's matrix rate."""
+    here, device, seconds = worlds["fast"], worlds["fast"].run.device, defaultdict(list)
+    here.memory()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own remarks on stderr
+
+    @contextmanager
+    def label(name: str):
+        synchronise(device)  # at both ends: a label then lasts until a GPU has done what it asks for
+        with record_function(name):
+            yield
+            synchronise(device)
+
+    with patch.object(step, "record_function", label):
+        for i in range(iterations + 1):
+            with torch_profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
+                here.step()
+            for event in found.key_averages() if i else ():
+                if event.is_user_annotation and not event.key.startswith("Optimizer."):
+                    seconds[event.key].append(event.cpu_time_total / 1e6)
+    counted = {form: count_operations(each.step) for form, each in worlds.items()}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rows = [{"part": name, "seconds": s, "operations": counted["fast"][name]} for name, s in medians.items()]
+    operations = {form: counts[""] for form, counts in counted.items()}
+    return {"rows": rows, "matrix_rate": matrix_rate(device), "step_operations": operations}
+
+
+def growth(profile: str, folder: str | Path, iterations: int, accelerator: str = "auto") -> list[dict]:
+    """How the fast step's time grows with the batch, the image's side and the LSTM's size, one at a time."""
     settings = load_settings(profile)
     side, batch = settings.model.image_size, settings.training.batch_size
-    cases = [("batch", size, {}) for size in (batch // 2, batch, 2 * batch)]
+    cases: list[tuple[str, int, int, dict]] = [("batch", size, size, {}) for size in (batch // 2, batch, 2 * batch)]
     if settings.clip.source == "train":  # another CLIP's grid is fixed
-        cases += [
-            ("image_size", size, {"model.image_size": size, "data.crop": size, "data.resize": size})
-            for size in sorted({max(16, side // 2), side, 2 * side})
-        ]
-    cases += [("hidden_size", size, {"model.hidden_size": size}) for size in (0, 16, 64, 256)]
+        keys = ("model.image_size", "data.crop", "data.resize")
+        sides = sorted({max(16, side // 2), side, 2 * side})
+        cases += [("image_size", size, batch, dict.fromkeys(keys, size)) for size in sides]
+    cases += [("hidden_size", size, batch, {"model.hidden_size": size}) for size in (0, 16, 64, 256)]
     rows = []
-    for name, value, overrides in bar(cases, desc="scaling", unit="case", enabled=progress):
-        size = value if name == "batch" else batch
-        here = world(profile, size, Path(folder) / f"{name}-{value}", overrides)
-        here.become("ours")
-        step = here.step("ours")
-        step()
-        seconds = [clock(step, here.run.device) for _ in range(iterations)]
-        generator = sum(p.numel() for p in here.run.networks["generator"].parameters())
-        rows.append(
-            {
-                "changes": name,
-                "value": value,
-                "batch": size,
-                "seconds": spread(seconds),
-                "generator_parameters": generator,
-            }
-        )
+    for name, value, images, overrides in cases:
+        here = world(profile, images, Path(folder) / f"{name}-{value}", overrides, accelerator)
+        weights = sum(p.numel() for p in here.run.networks["generator"].parameters())
+        row = {"changes": name, "value": value, "batch": images, "seconds": steps(here, iterations)}
+        rows.append(row | {"generator_parameters": weights})
     return rows
 
 
-def waiting(here: World, steps: int, workers: int) -> dict:
+def steps(here: World, iterations: int) -> dict[str, float]:
+    """Seconds of a step, after one unmeasured."""
+    here.memory()
+    here.step()
+    return spread([clock(here.step, here.run.device) for _ in range(iterations)])
+
+
+def waiting(here: World, count: int, workers: int) -> dict:
     """Share of a training loop's time spent waiting for data, with loader processes as in training."""
-    here.become("ours")
-    loader = DataLoader(
-        here.batches,
-        batch_size=None,
-        sampler=range(here.run.step, here.run.step + steps + 1),
-        num_workers=workers,
-        pin_memory=here.run.device.type == "cuda",
-    )
-    source, waited, total = iter(loader), 0.0, 0.0
-    training_step(here.run, next(source))  # the processes start
-    for _ in range(steps):
+    here.memory()
+    run, waited, total = here.run, 0.0, 0.0
+    numbers, pinned = range(run.step, run.step + count + 1), run.device.type == "cuda"
+    source = iter(DataLoader(here.batches, None, sampler=numbers, num_workers=workers, pin_memory=pinned))
+    training_step(run, next(source))  # the processes start
+    for _ in range(count):
         start = time.perf_counter()
         batch = next(source)
         waited += time.perf_counter() - start
-        training_step(here.run, batch)
-        synchronise(here.run.device)
-        total += time.perf_counter() - start
-    return {"workers": workers, "steps": steps, "share_waiting": waited / total}
+        total += time.perf_counter() - start + clock(partial(training_step, run, batch), run.device)
+    return {"workers": workers, "steps": count, "share_waiting": waited / total}
 
 
-def alone(form: str, here: World, iterations: int) -> dict:
-    """This process does steps of one form only: their seconds, and the most memory it held (MiB)."""
-    before = peak_memory_mib(here.run.device)
-    here.become(form)
-    step = here.step(form)
-    step()
-    seconds = [clock(step, here.run.device) for _ in range(iterations)]
-    return {"seconds": spread(seconds), "peak_mib": peak_memory_mib(here.run.device), "peak_before_mib": before}
+def alone_in_process(
+    profile, form, *, batch=4, iterations=5, threads=None, precision="32-true", accelerator="auto", overrides=None
+) -> dict:
+    """Steps of one form in this process: their seconds, and the most memory it held before and with them (MiB)."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as folder:
+        here = world(profile, batch, folder, {"training.precision": precision, **(overrides or {})}, accelerator, form)
+        before, seconds = loop.peak_memory_mib(here.run.device), steps(here, iterations)
+        return {"seconds": seconds, "peak_mib": loop.peak_memory_mib(here.run.device), "peak_before_mib": before}
 
 
-def memory(options: argparse.Namespace) -> dict:
-    """`alone` in a fresh process for each form."""
+def memory(profile: str, overrides: dict, **options) -> dict:
+    """`alone_in_process` in a fresh process for each form."""
+    command = [sys.executable, "-m", "ratlip.cli", "bench", "--profile", profile]
+    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    command += [part for key, value in overrides.items() for part in ("-s", f"{key}={json.dumps(value)}")]
     found = {}
-    for form in bar(FORMS, desc="memory", unit="process", enabled=options.progress):
-        command = [
-            sys.executable,
-            "-m",
-            "ratlip.studies.bench",
-            "--profile",
-            options.profile,
-            "--batch",
-            str(options.batch),
-            "--iterations",
-            str(options.iterations),
-            "--threads",
-            str(torch.get_num_threads()),
-            "--precision",
-            options.precision,
-            "--accelerator",
-            options.accelerator,
-            "--form",
-            form,
-            "--set",
-            *options.settings,
-        ]
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    for form in FORMS:
+        done = subprocess.run([*command, "--form", form], stdout=subprocess.PIPE, check=True, text=True)
         found[form] = json.loads(done.stdout.splitlines()[-1])
-    return found | {"ratio": found["ours"]["peak_mib"] / found["plain"]["peak_mib"]}
+    return found | {"ratio": found["fast"]["peak_mib"] / found["plain"]["peak_mib"]}
+
+
+def run(
+    profile: str = "cub",
+    *,
+    batch: int = 4,
+    iterations: int = 5,
+    generation: Sequence[int] = (1, 8),
+    threads: int | None = None,
+    precision: str = "32-true",
+    accelerator: str = "auto",
+    workers: int = 0,
+    scaling: bool = False,
+    with_memory: bool = True,
+    progress: bool = True,
+    overrides: dict | None = None,
+    json_path: str | Path | None = None,
+) -> dict:
+    """Measure everything; -> what `report` prints, written to `json_path` where given.
+
+    profile: whose sizes; batch: images a training step; iterations: measured rounds; generation: batch sizes of
+    drawing; workers: loader processes where waiting is measured; scaling: also growth with batch, side and h;
+    with_memory: also two fresh processes; overrides: other settings, e.g. {"training.compile": True}.
+    """
+    torch.set_num_threads(threads or torch.get_num_threads())
+    settings, options = dict(overrides or {}), {"accelerator": accelerator}
+    sizes = {"batch": batch, "iterations": iterations, "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {}
+    if with_memory:
+        found["memory"] = memory(profile, settings, **sizes, precision=precision, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        overlaid = {"training.precision": precision, **settings}
+        worlds = {form: world(profile, batch, Path(folder) / form, overlaid, form=form, **options) for form in FORMS}
+        fast = worlds["fast"].run
+        found |= {
+            "profile": profile,
+            "settings": [f"{key}={value}" for key, value in settings.items()],
+            "batch": batch,
+            "precision": precision,
+            "image_size": fast.settings.model.image_size,
+            "device": fast.device.type,
+            "environment": describe(),
+            "step": compare(worlds, World.step, iterations, "training step", progress),
+            "parts": parts(worlds, iterations),
+            "waiting": waiting(worlds["fast"], iterations, workers),
+            "generation": [],
+        }
+        for count, (kind, work) in itertools.product(generation, {"generation": draw, "evaluation": score}.items()):
+            both = compare(worlds, partial(work, count=count), iterations, f"{kind}, batch {count}", progress, True)
+            rate = {form: count / both[form]["median"] for form in FORMS}
+            found["generation"].append({"kind": kind, "batch": count, "images_per_second": rate, **both})
+        if scaling:
+            found["scaling"] = growth(profile, folder, iterations, accelerator)
+    if json_path:
+        write_json(json_path, found)
+    return found
 
 
 def report(found: dict) -> str:
     """The measurements as tables to read."""
 
-    def rate(row: dict) -> str:
-        ratio = row["ratio"]
-        return (
-            f"{row['plain']['median']:9.3f} s {row['ours']['median']:9.3f} s   {ratio['median']:5.2f} x "
-            f"({ratio['low']:.2f} to {ratio['high']:.2f})"
-        )
+    def line(name: str, row: dict) -> str:
+        ratio, plain, fast = row["ratio"], row["plain"]["median"], row["fast"]["median"]
+        spans = f"{ratio['median']:5.2f} x ({ratio['low']:.2f} to {ratio['high']:.2f})"
+        return f"{name:26s}{plain:9.3f} s {fast:9.3f} s   {spans}"
 
+    machine = f"{found['precision']}, {found['device']}, {found['environment']['threads']} threads"
     lines = [
         f"profile {' '.join([found['profile'], *found['settings']])}, {found['image_size']} px, "
-        f"batch {found['batch']}, {found['precision']}, {found['device']}, "
-        f"{found['environment']['threads']} threads",
-        f"{'':26s}{'plain':>11s} {'ours':>11s}   ratio (range)",
-        f"{'training step':26s}{rate(found['step'])}",
+        f"batch {found['batch']}, {machine}",
+        f"{'':26s}{'plain':>11s} {'fast':>11s}   ratio (range)",
+        line("training step", found["step"]),
+        *(line(f"{row['kind']}, batch {row['batch']}", row) for row in found["generation"]),
     ]
-    lines += [f"{row['kind'] + ', batch ' + str(row['batch']):26s}{rate(row)}" for row in found["generation"]]
-    if "memory" in found:
-        m = found["memory"]
-        lines.append(
-            f"{'peak memory, own process':26s}{m['plain']['peak_mib']:7d} MiB {m['ours']['peak_mib']:7d} MiB"
-            f"   {m['ratio']:5.2f} x"
-        )
-        lines.append(
-            f"{'step, own process':26s}{m['plain']['seconds']['median']:9.3f} s {m['ours']['seconds']['median']:9.3f} s"
-        )
-    table, total = found["parts"], sum(row["seconds"] for row in found["parts"]["rows"])
-    lines += [
-        "",
-        f"matrix rate {table['matrix_rate'] / 1e9:.0f} GFLOP/s; operations of a step: plain "
-        f"{table['step_operations']['plain'] / 1e9:.4g}, "
-        f"ours {table['step_operations']['ours'] / 1e9:.4g} GFLOP",
-        f"{'part':38s}{'s':>8s}{'share':>8s}{'GFLOP':>9s}{'GFLOP/s':>9s}{'of rate':>9s}",
-    ]
-    for row in table["rows"]:
-        pace = row["operations"] / row["seconds"]
-        lines.append(
-            f"{row['part']:38s}{row['seconds']:8.3f}{row['seconds'] / total:8.1%}"
-            f"{row['operations'] / 1e9:9.1f}{pace / 1e9:9.1f}{pace / table['matrix_rate']:9.1%}"
-        )
-    lines.append(
-        f"{'all parts':38s}{total:8.3f}   waiting for data: {found['waiting']['share_waiting']:.1%} of the "
-        f"loop with {found['waiting']['workers']} loader processes"
-    )
+    if m := found.get("memory"):
+        mib, seconds = ([m[form][key] for form in FORMS] for key in ("peak_mib", "seconds"))
+        lines.append(f"{'peak memory, own process':26s}{mib[0]:7d} MiB {mib[1]:7d} MiB   {m['ratio']:5.2f} x")
+        lines.append(f"{'step, own process':26s}{seconds[0]['median']:9.3f} s {seconds[1]['median']:9.3f} s")
+    rows, peak, counts = (found["parts"][key] for key in ("rows", "matrix_rate", "step_operations"))
+    total, wait = sum(row["seconds"] for row in rows), found["waiting"]
+    counted = f"plain {counts['plain'] / 1e9:.4g}, fast {counts['fast'] / 1e9:.4g} GFLOP"
+    lines += ["", f"matrix rate {peak / 1e9:.0f} GFLOP/s; operations of a step: {counted}"]
+    lines.append(f"{'part':38s}{'s':>8s}{'share':>8s}{'GFLOP':>9s}{'GFLOP/s':>9s}{'of rate':>9s}")
+    for row in rows:
+        seconds, operations = row["seconds"], row["operations"] / 1e9
+        pace, times = operations / seconds, f"{seconds:8.3f}{seconds / total:8.1%}"
+        lines.append(f"{row['part']:38s}{times}{operations:9.1f}{pace:9.1f}{pace * 1e9 / peak:9.1%}")
+    share = f"{wait['share_waiting']:.1%} of the loop with {wait['workers']} loader processes"
+    lines.append(f"{'all parts':38s}{total:8.3f}   waiting for data: {share}")
     for row in found.get("scaling", []):
-        lines.append(
-            f"{row['changes']} {row['value']}: {row['seconds']['median']:.3f} s a step "
-            f"({row['seconds']['low']:.3f} to {row['seconds']['high']:.3f}), batch {row['batch']}"
-        )
+        s, case = row["seconds"], f"{row['changes']} {row['value']}"
+        lines.append(f"{case}: {s['median']:.3f} s a step ({s['low']:.3f} to {s['high']:.3f}), batch {row['batch']}")
     return "\n".join(lines)
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m ratlip.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="cub", help="whose sizes (default: the published ones)")
-    parser.add_argument("--batch", type=int, default=4, help="images a training step (default: 4)")
-    parser.add_argument("--iterations", type=int, default=5, help="measured rounds of each comparison (default: 5)")
-    parser.add_argument("--weights", choices=["random"], default="random", help="of CLIP; no time depends on them")
-    parser.add_argument("--generation", type=int, nargs="*", default=[1, 8], help="batch sizes (default: 1 8)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed", "16-mixed"])
-    parser.add_argument("--accelerator", default="auto", help="auto, cpu or cuda")
-    parser.add_argument(
-        "--set",
-        dest="settings",
-        nargs="*",
-        default=[],
-        metavar="KEY=VALUE",
-        help="other settings, e.g. training.compile=true (see `ratlip.fast.options`)",
-    )
-    parser.add_argument("--workers", type=int, default=0, help="loader processes where waiting is measured")
-    parser.add_argument("--scaling", action="store_true", help="also: growth with batch, image size and h")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="skip the two fresh processes")
-    parser.add_argument("--no-progress", dest="progress", action="store_false")
-    parser.add_argument("--out", type=Path, help="JSON file to write (reports/performance/NAME.json)")
-    parser.add_argument("--show", type=Path, metavar="JSON", help="only print again what was measured before")
-    parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)  # what `memory` starts
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write what was measured."""
-    options = _options(arguments)
-    if options.show:
-        print(report(read_json(options.show)))
-        return
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    overrides = {
-        "training.precision": options.precision,
-        **{key: yaml.safe_load(value) for key, value in (each.split("=", 1) for each in options.settings)},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        if options.form:
-            here = world(options.profile, options.batch, folder, overrides, options.accelerator)
-            print(json.dumps(alone(options.form, here, options.iterations)))
-            return
-        found = {"memory": memory(options)} if options.memory else {}
-        here = world(options.profile, options.batch, folder, overrides, options.accelerator)
-        steps = {form: here.step(form) for form in FORMS}
-        found |= {
-            "profile": options.profile,
-            "settings": options.settings,
-            "batch": options.batch,
-            "precision": options.precision,
-            "image_size": here.run.settings.model.image_size,
-            "device": here.run.device.type,
-            "environment": describe(),
-            "step": compare(here, steps, options.iterations, "training step", options.progress),
-            "parts": parts(here, options.iterations, options.progress),
-            "waiting": waiting(here, options.iterations, options.workers),
-            "generation": generation(here, options.generation, options.iterations, options.progress),
-        }
-        if options.scaling:
-            found["scaling"] = scaling(options.profile, folder, options.iterations, options.progress)
-    print(report(found))
-    if options.out:
-        write_json(options.out, found)
-
-
-if __name__ == "__main__":
-    main()

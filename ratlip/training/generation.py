@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ratlip.clip.frozen import FrozenClip
 from ratlip.clip.loading import load_clip
 from ratlip.errors import RunError, SettingsError
 from ratlip.fast.memory import keep_freed_memory
 from ratlip.files import read_json
+from ratlip.networks import Generator
+from ratlip.plots import pictures
 from ratlip.progress import bar
 from ratlip.settings import Settings, load_settings
 from ratlip.training.session import build_networks, read_checkpoint
 from ratlip.training.step import sample_latents
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def best_device() -> torch.device:
@@ -25,7 +31,7 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_generator(folder: str | Path, settings: Settings, clip: FrozenClip):
+def load_generator(folder: str | Path, settings: Settings, clip: FrozenClip) -> Generator:
     """The run's generator as of its last checkpoint (its moving average where there is one), in eval mode."""
     device, identity = clip.mean.device, Path(folder) / "identity.json"
     trained_with = read_json(identity)["clip"] if identity.is_file() else clip.fingerprint
@@ -37,37 +43,29 @@ def load_generator(folder: str | Path, settings: Settings, clip: FrozenClip):
     networks = read_checkpoint(Path(folder) / "checkpoint.pt", device)["networks"]
     with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten, unnoticed by the caller
         generator, _ = build_networks(settings, clip)
-    if "average" in networks:
-        state = {
-            key.removeprefix("module."): value for key, value in networks["average"].items() if key != "n_averaged"
-        }
-    else:
-        state = networks["generator"]
-    generator.load_state_dict(state)
+    average = {key.removeprefix("module."): value for key, value in networks.get("average", {}).items()}
+    average.pop("n_averaged", None)
+    generator.load_state_dict(average or networks["generator"])
     return generator.to(device).eval()
 
 
 @torch.no_grad()
-def generate(generator, latent: Tensor, sentence: Tensor, batch_size: int = 64, progress: bool = False) -> Tensor:
+def generate(
+    generator: nn.Module, latent: Tensor, sentence: Tensor, batch_size: int = 64, progress: bool = False
+) -> Tensor:
     """Images (N,3,S,S) clamped to [-1,1] on the CPU for latent (N,Z) and sentences (N,E), in batches."""
     device = next(generator.parameters()).device
     if device.type == "cpu":
         keep_freed_memory()
     batches = list(zip(latent.split(batch_size), sentence.split(batch_size), strict=True))
-    return torch.cat(
-        [
-            generator(z.to(device), s.to(device)).clamp(-1, 1).float().cpu()
-            for z, s in bar(batches, desc="generate", unit="batch", enabled=progress)
-        ]
-    )
+    pairs = bar(batches, desc="generate", unit="batch", enabled=progress)
+    return torch.cat([generator(z.to(device), s.to(device)).clamp(-1, 1).float().cpu() for z, s in pairs])
 
 
 def _device(name: str) -> torch.device:
     """`name` ("auto", "cpu", "cuda", "cuda:1") as a device. Raises SettingsError where it is not here."""
-    if name == "auto":
-        return best_device()
     try:
-        return torch.empty(0, device=name).device
+        return best_device() if name == "auto" else torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         brief = str(error).splitlines()[0]
         raise SettingsError(f"device={name}: cannot be used here ({brief}); use auto or cpu") from error
@@ -77,7 +75,7 @@ def file_names(captions: int, n: int, names: str = "caption", batch_size: int = 
     """Names of the single images, `n` for each of `captions`, in their order (without ".png").
 
     "caption": 00-000, 00-001, ..: caption and image. "published": by the number of the batch, so that each
-    image of a batch overwrites the one before (official.md, difference 10). Else SettingsError.
+    image of a batch overwrites the one before (difference 10). Else SettingsError.
     """
     if names == "caption":
         return [f"{c:02d}-{i:03d}" for c in range(captions) for i in range(n)]
@@ -104,14 +102,14 @@ class Run:
                 )
         self.settings: Settings = load_settings(self.folder / "config.yaml")
         beside = self.folder.resolve().parents[1] / f"clip-{self.settings.clip_hash}"
-        home = Path(clip_folder) if clip_folder else beside
-        if self.settings.clip.source == "train" and not (home / "manifest.json").is_file():
+        place = Path(clip_folder) if clip_folder else beside
+        if self.settings.clip.source == "train" and not (place / "manifest.json").is_file():
             raise RunError(
-                f"{self.folder}: the small CLIP of this run is not at {home}; a run folder that "
-                f"was moved needs it too: give the folder {beside.name} of the outputs it was "
-                "trained in (`--clip-folder`, in Python clip_folder)"
+                f"{self.folder}: the small CLIP of this run is not at {place}; a run folder that was moved needs it "
+                f"too: give the folder {beside.name} of the outputs it was trained in (`--clip-folder`, in Python "
+                "clip_folder)"
             )
-        self.clip: FrozenClip = load_clip(self.settings.clip, home, _device(device))
+        self.clip: FrozenClip = load_clip(self.settings.clip, place, _device(device))
         self.generator = load_generator(self.folder, self.settings, self.clip)
 
     def generate(self, captions: str | Sequence[str], n: int = 1, seed: int = 0, batch_size: int = 64) -> Tensor:
@@ -123,20 +121,14 @@ class Run:
         if not captions or any(not caption.strip() for caption in captions):
             raise SettingsError("captions: give one at least, and no empty one")
         for caption in captions:
-            unknown = self.clip.unknown_words(caption)
-            if unknown:
-                warnings.warn(
-                    f"{self.clip.name} has never read {', '.join(map(repr, unknown))}: these words "
-                    f"of {caption!r} have no effect",
-                    stacklevel=2,
-                )
+            if unknown := ", ".join(map(repr, self.clip.unknown_words(caption))):
+                text = f"{self.clip.name} has never read {unknown}: these words of {caption!r} have no effect"
+                warnings.warn(text, stacklevel=2)
         sentence = self.clip.embed_text(captions).cpu().repeat_interleave(n, dim=0)
         latent = sample_latents(seed, 0, n, self.settings.model.latent_size).repeat(len(captions), 1)
         return generate(self.generator, latent, sentence, batch_size).unflatten(0, (len(captions), n))
 
-    def grid(self, captions: str | Sequence[str], n: int = 8, seed: int = 0, path: str | Path | None = None):
+    def grid(self, captions: str | Sequence[str], n: int = 8, seed: int = 0, path: str | Path | None = None) -> Figure:
         """A figure with one row a caption; saved to `path` where given."""
-        from ratlip.plots.pictures import caption_grid
-
         captions = [captions] if isinstance(captions, str) else list(captions)
-        return caption_grid(self.generate(captions, n, seed), captions, path)
+        return pictures.caption_grid(self.generate(captions, n, seed), captions, path)

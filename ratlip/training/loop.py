@@ -1,9 +1,9 @@
 """Training, from top to bottom: one file, one loop, no hidden state.
 
-A run folder holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `samples/`, `checkpoint.pt` and, when the
-last step is done, `provenance.json`. Everything random at a step is a function of (seed, step), so
-`checkpoint.pt` needs no random state, and a killed run goes on exactly as if it had never stopped (bit for
-bit on a CPU), unless it is told to resume as published (`training.resume`).
+A run folder holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `samples/`, `checkpoint.pt` and, when the last step
+is done, `provenance.json`. Everything random at a step is a function of (seed, step), so that `checkpoint.pt` needs no
+random state, and a killed run goes on exactly as if it had never stopped (bit for bit on a CPU), unless its settings
+ask for the published way of resuming (`training.resume`).
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+from ratlip import cache
 from ratlip.clip.frozen import FrozenClip
 from ratlip.data.batches import Batches
 from ratlip.errors import RunError
-from ratlip.files import read_json, write_json, write_text
-from ratlip.networks import Generator
+from ratlip.files import write_json, write_text
+from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss
 from ratlip.plots import pictures
 from ratlip.progress import bar
 from ratlip.provenance import describe
@@ -35,11 +37,14 @@ from ratlip.settings import Settings, TrainingSettings
 from ratlip.training.session import Session
 from ratlip.training.step import sample_latents, training_step
 
+if TYPE_CHECKING:
+    from ratlip.data.prepared import Prepared
+
 
 def total_steps(settings: Settings, images: int) -> int:
     """The budget in steps, whichever way the settings give it."""
     t = settings.training
-    return t.steps if t.steps is not None else t.epochs * -(-images // t.batch_size)
+    return t.steps if t.steps is not None else (t.epochs or 0) * -(-images // t.batch_size)
 
 
 def is_complete(folder: str | Path) -> bool:
@@ -49,7 +54,7 @@ def is_complete(folder: str | Path) -> bool:
 
 def train(
     settings: Settings,
-    prepared,
+    prepared: Prepared,
     clip: FrozenClip,
     sentences: Tensor,
     folder: str | Path,
@@ -66,12 +71,14 @@ def train(
     order of `prepared.train.all_captions`. `end`: a `time.monotonic()` at which the run saves a checkpoint and
     returns unfinished, for another sitting. Raises RunError where the folder belongs to other settings.
     """
-    folder = Path(folder)
-    _claim(folder, settings, prepared, clip)
+    folder, t = Path(folder), settings.training
+    identity = {"run": settings.run_hash, "clip": clip.fingerprint, "data": prepared.manifest["content_sha256"]}
+    cache.claim(folder, identity, what="a run", error=RunError, file="identity.json", sign="config.yaml")
+    if not (folder / "config.yaml").is_file():
+        write_text(folder / "config.yaml", settings.to_yaml())
     if is_complete(folder):
         return folder
-    t = settings.training
-    fabric = _launched(accelerator, devices, t)
+    fabric = launched(accelerator, devices, t)
     run = Session(fabric, settings, prepared, clip, sentences, folder)
     data = Batches(
         prepared.train,
@@ -82,19 +89,12 @@ def train(
         rank=fabric.global_rank,
         world=fabric.world_size,
     )
-    steps = total_steps(settings, len(prepared.train))
-    loader = DataLoader(
-        data,
-        batch_size=None,
-        sampler=range(run.draw, steps - run.begun),
-        num_workers=workers,
-        pin_memory=fabric.device.type == "cuda",
-    )
-    log = Log(folder, run.step, enabled=fabric.is_global_zero)
+    steps, first = total_steps(settings, len(prepared.train)), fabric.is_global_zero
+    numbers, pinned = range(run.draw, steps - run.begun), fabric.device.type == "cuda"
+    loader = DataLoader(data, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pinned)
+    log = Log(folder, run.step, enabled=first)
     samples = SampleGrid(settings, prepared, run.clip, folder)
-    meter = bar(
-        total=steps, initial=run.step, unit="step", desc=folder.name, enabled=progress and fabric.is_global_zero
-    )
+    meter = bar(total=steps, initial=run.step, unit="step", desc=folder.name, enabled=progress and first)
 
     for batch in loader:
         loss_d, loss_g = training_step(run, batch)
@@ -104,24 +104,22 @@ def train(
             row = log.write(run.step, run.seconds, loss_d, loss_g)
             rate = (meter.format_dict["rate"] or 0) * t.batch_size
             meter.set_postfix_str(f"D {row['d_total']:.2f} G {row['g_total']:.2f} {rate:.0f} images/s")
-        if fabric.is_global_zero and (run.step % t.sample_every == 0 or last):
+        if first and (run.step % t.sample_every == 0 or last):
             samples.save(run.best_generator(), run.step)
-        if fabric.is_global_zero and (run.step % t.checkpoint_every == 0 or last):
+        stopped = end is not None and time.monotonic() >= end
+        if first and (run.step % t.checkpoint_every == 0 or last or stopped):
             run.save()
-        if end is not None and time.monotonic() >= end and not last:
+        if stopped:
             break
     meter.close()
     log.close()
-    if run.step < steps:
-        if fabric.is_global_zero:
-            run.save()
-    elif fabric.is_global_zero:
+    if first and run.step == steps:
         write_json(folder / "provenance.json", _provenance(run, prepared))
     fabric.barrier()
     return folder
 
 
-def _provenance(run: Session, prepared) -> dict:
+def _provenance(run: Session, prepared: Prepared) -> dict:
     """Where a finished run comes from, as plain JSON values."""
     return {
         "run": run.folder.name,
@@ -130,10 +128,8 @@ def _provenance(run: Session, prepared) -> dict:
         "training_seconds": round(run.seconds, 1),
         "devices": f"{run.fabric.world_size} x {run.device.type}",
         "peak_memory_mib": peak_memory_mib(run.device),
-        **{
-            f"{name}_parameters": sum(p.numel() for p in run.networks[name].parameters())
-            for name in ("generator", "discriminator")
-        },
+        "generator_parameters": sum(p.numel() for p in run.networks["generator"].parameters()),
+        "discriminator_parameters": sum(p.numel() for p in run.networks["discriminator"].parameters()),
         "clip": run.clip.name,
         "clip_fingerprint": run.clip.fingerprint,
         "data": prepared.manifest["content_sha256"],
@@ -149,7 +145,7 @@ def peak_memory_mib(device: torch.device) -> int:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
-def _launched(accelerator: str, devices: int | str, settings: TrainingSettings) -> Fabric:
+def launched(accelerator: str, devices: int | str, settings: TrainingSettings) -> Fabric:
     """Device, precision and processes, started. RunError where they are not here or do not fit the batch."""
     try:
         fabric = Fabric(accelerator=accelerator, devices=devices, precision=settings.precision)
@@ -165,31 +161,6 @@ def _launched(accelerator: str, devices: int | str, settings: TrainingSettings) 
     return fabric
 
 
-def _claim(folder: Path, settings: Settings, prepared, clip: FrozenClip) -> None:
-    """Write or check `config.yaml`: a folder belongs to one identity."""
-    config = folder / "config.yaml"
-    identity = {"run": settings.run_hash, "clip": clip.fingerprint, "data": prepared.manifest["content_sha256"]}
-    if config.is_file():
-        try:
-            found = dict(read_json(folder / "identity.json"))
-        except (OSError, ValueError, TypeError) as error:
-            raise RunError(
-                f"{folder / 'identity.json'}: missing or damaged, so nothing tells what this run "
-                "is made of; choose another folder or delete this one"
-            ) from error
-        different = [
-            f"{key} {found.get(key)} instead of {value}" for key, value in identity.items() if found.get(key) != value
-        ]
-        if different:
-            raise RunError(
-                f"{folder}: holds a run of other settings ({', '.join(different)}); "
-                "choose another folder or delete this one"
-            )
-        return
-    write_json(folder / "identity.json", identity)
-    write_text(config, settings.to_yaml())
-
-
 class Log:
     """Losses to `metrics.jsonl` (one JSON object a line) and to TensorBoard."""
 
@@ -203,7 +174,8 @@ class Log:
         write_text(self.path, "".join(line for line in whole if json.loads(line)["step"] <= step))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
-    def write(self, step: int, seconds: float, loss_d, loss_g) -> dict:
+    def write(self, step: int, seconds: float, loss_d: DiscriminatorLoss, loss_g: GeneratorLoss) -> dict:
+        """Write and return the row of a step: step, seconds, each term as d_NAME or g_NAME."""
         row = {"step": step, "seconds": round(seconds, 2)}
         for prefix, loss in (("d", loss_d), ("g", loss_g)):
             row |= {f"{prefix}_{field.name}": round(getattr(loss, field.name).item(), 5) for field in fields(loss)}
@@ -222,24 +194,20 @@ class Log:
 class SampleGrid:
     """The same captions and latents at every visit, so that one sees them become pictures."""
 
-    def __init__(self, settings: Settings, prepared, clip: FrozenClip, folder: Path):
-        e, size = settings.evaluation, settings.model.latent_size
-        test, count = prepared.test, min(settings.evaluation.grid_captions, len(prepared.test))
-        chosen = np.linspace(0, len(test) - 1, count).astype(int)
+    def __init__(self, settings: Settings, prepared: Prepared, clip: FrozenClip, folder: Path):
+        e, test = settings.evaluation, prepared.test
+        chosen = np.linspace(0, len(test) - 1, min(e.grid_captions, len(test))).astype(int)
         self.captions = [test.captions[int(i)][0] for i in chosen]
         self.sentence = clip.embed_text(self.captions).repeat_interleave(e.grid_images, dim=0)
-        latent = sample_latents(settings.seed, 0, len(self.sentence), size, rank=10**6)
+        latent = sample_latents(settings.seed, 0, len(self.sentence), settings.model.latent_size, rank=10**6)
         self.latent = latent.to(self.sentence.device)
         self.folder, self.columns = folder / "samples", e.grid_images
 
-    def save(self, generator: Generator, step: int) -> None:
+    @torch.no_grad()
+    def save(self, generator: nn.Module, step: int) -> None:
+        """Draw and write `samples/step-NNNNNN.png`; the generator's mode stays."""
         training = generator.training
-        with torch.no_grad():
-            images = generator.eval()(self.latent, self.sentence).clamp(-1, 1).float().cpu()
+        images = generator.eval()(self.latent, self.sentence).clamp(-1, 1).float().cpu()
         generator.train(training)
-        pictures.caption_grid(
-            images.unflatten(0, (-1, self.columns)),
-            self.captions,
-            path=self.folder / f"step-{step:06d}.png",
-            title=f"step {step}",
-        )
+        path = self.folder / f"step-{step:06d}.png"
+        pictures.caption_grid(images.unflatten(0, (-1, self.columns)), self.captions, path=path, title=f"step {step}")

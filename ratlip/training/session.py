@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_fabric import Fabric
@@ -13,16 +14,29 @@ from torch.optim.swa_utils import AveragedModel
 from ratlip.clip.frozen import FrozenClip
 from ratlip.clip.pairs import caption_groups
 from ratlip.errors import RunError, SettingsError
-from ratlip.fast import options
+from ratlip.fast import accelerate, options
 from ratlip.fast.memory import keep_freed_memory
 from ratlip.files import atomic_path
 from ratlip.networks import Discriminator, Generator
 from ratlip.settings import Settings
 from ratlip.training.step import Critic
 
+if TYPE_CHECKING:
+    from ratlip.data.prepared import Prepared
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+OF_GENERATOR = (  # settings of the section model that are arguments of the same name
+    *("image_size", "conditioning", "rat_scope", "hidden_size", "attention", "attention_groups", "latent_size"),
+    *("base_channels", "code_channels", "mapper_blocks", "prompt_blocks", "bridge_scale"),
+)
+OF_DISCRIMINATOR = ("feature_blocks", "d_channels", "logit_channels", "unused_shortcuts", "gate")
+
 
 def build_networks(settings: Settings, clip: FrozenClip) -> tuple[Generator, Discriminator]:
-    """Both networks, fresh weights from `settings.seed`. SettingsError where they do not fit the CLIP."""
+    """Both networks in their fast form, fresh weights from `settings.seed`.
+
+    Raises SettingsError where they do not fit the CLIP.
+    """
     m = settings.model
     if m.image_size != clip.image_size or max((*m.prompt_blocks, *m.feature_blocks)) >= clip.layers:
         raise SettingsError(
@@ -31,31 +45,10 @@ def build_networks(settings: Settings, clip: FrozenClip) -> tuple[Generator, Dis
             f"and model.feature_blocks (now {list(m.feature_blocks)}) accordingly"
         )
     torch.manual_seed(settings.seed)
-    generator = Generator(
-        clip,
-        image_size=m.image_size,
-        conditioning=m.conditioning,
-        rat_scope=m.rat_scope,
-        hidden_size=m.hidden_size,
-        attention=m.attention,
-        attention_groups=m.attention_groups,
-        latent_size=m.latent_size,
-        base_channels=m.base_channels,
-        code_channels=m.code_channels,
-        mapper_blocks=m.mapper_blocks,
-        prompt_blocks=m.prompt_blocks,
-        bridge_scale=m.bridge_scale,
-    )
-    discriminator = Discriminator(
-        grid=clip.grid,
-        clip_width=clip.width,
-        sentence_size=clip.embed_dim,
-        feature_blocks=m.feature_blocks,
-        d_channels=m.d_channels,
-        logit_channels=m.logit_channels,
-        unused_shortcuts=m.unused_shortcuts,
-        gate=m.gate,
-    )
+    generator = Generator(clip, **{name: getattr(m, name) for name in OF_GENERATOR})
+    sizes = {name: getattr(m, name) for name in OF_DISCRIMINATOR}
+    discriminator = Discriminator(grid=clip.grid, clip_width=clip.width, sentence_size=clip.embed_dim, **sizes)
+    accelerate(generator, discriminator)
     return generator, discriminator
 
 
@@ -74,7 +67,7 @@ def kept_bytes(settings: Settings) -> int:
 def averaged(generator: Generator, decay: float) -> AveragedModel:
     """Exponential moving average of the generator's weights, whose decay warms up as (1 + n) / (10 + n)."""
 
-    def update(averages: list[Tensor], news: list[Tensor], updates: Tensor) -> None:
+    def update(averages: Tensors, news: Tensors, updates: Tensor | int) -> None:
         n = float(updates)  # all tensors at once: on a GPU, reading `updates` waits for it
         torch._foreach_lerp_(averages, news, 1 - min(decay, (1 + n) / (10 + n)))
 
@@ -84,12 +77,14 @@ def averaged(generator: Generator, decay: float) -> AveragedModel:
 class Session:
     """A run at work: networks and optimisers on their device, the step, and the checkpoint of all that.
 
-    `networks`: the plain modules by name, as they are saved; `generator` and `critic` (the discriminator with
+    `networks`: the bare modules by name, as they are saved; `generator` and `critic` (the discriminator with
     its loss): the same, wrapped for precision and processes. Opens with the last checkpoint of `folder`, if
     there is one. `begun`: the step at which the random numbers begin; 0 but after a resume as published.
     """
 
-    def __init__(self, fabric: Fabric, settings: Settings, prepared, clip: FrozenClip, sentences: Tensor, folder: Path):
+    def __init__(
+        self, fabric: Fabric, settings: Settings, prepared: Prepared, clip: FrozenClip, sentences: Tensor, folder: Path
+    ):
         self.fabric, self.settings, self.folder = fabric, settings, folder
         self.device, self.rank = fabric.device, fabric.global_rank
         if self.device.type == "cpu":
@@ -98,19 +93,15 @@ class Session:
         self.groups = torch.from_numpy(caption_groups(prepared.train)).to(self.device)
         t = settings.training
         generator, discriminator = build_networks(settings, self.clip)
-        self.networks: dict[str, nn.Module] = {"generator": generator, "discriminator": discriminator}
+        self.networks: dict[str, Any] = {"generator": generator, "discriminator": discriminator}
         if t.ema:
             self.networks["average"] = averaged(generator, t.ema).to(self.device)
         options.apply(t, generator, discriminator, self.clip)
-        self.real_features = (
-            options.RealFeatures(self.clip, settings.model.feature_blocks, prepared.train, settings.data)
-            if t.cached_features
-            else None
-        )
+        cached = (self.clip, settings.model.feature_blocks, prepared.train, settings.data)
+        self.real_features = options.RealFeatures(*cached) if t.cached_features else None
+        critic = Critic(discriminator, t.penalty_weight, t.penalty_power)
         self.generator, self.optimiser_g = fabric.setup(generator, adam(generator, t.lr_g, t.betas))
-        self.critic, self.optimiser_d = fabric.setup(
-            Critic(discriminator, t.penalty_weight, t.penalty_power), adam(discriminator, t.lr_d, t.betas)
-        )
+        self.critic, self.optimiser_d = fabric.setup(critic, adam(discriminator, t.lr_d, t.betas))
         self.optimisers = {"generator": self.optimiser_g, "discriminator": self.optimiser_d}
         self.step, self.begun, self._earlier, self._clock = 0, 0, 0.0, time.monotonic()
         self._resume()
@@ -125,7 +116,7 @@ class Session:
         """Training time over all sittings."""
         return self._earlier + time.monotonic() - self._clock
 
-    def best_generator(self) -> Generator:
+    def best_generator(self) -> nn.Module:
         """The averaged generator where there is one, else the trained one."""
         return self.networks["average"].module if "average" in self.networks else self.networks["generator"]
 
@@ -137,8 +128,8 @@ class Session:
             "settings": self.settings.to_yaml(),
             "networks": {name: each.state_dict() for name, each in self.networks.items()},
             "optimisers": {name: each.state_dict() for name, each in self.optimisers.items()},
-            "precision": self.fabric.strategy.precision.state_dict(),
-        }  # the loss scale of 16-mixed
+            "precision": self.fabric.strategy.precision.state_dict(),  # the loss scale of 16-mixed
+        }
         with atomic_path(self.folder / "checkpoint.pt") as draft:
             torch.save(content, draft)
 
@@ -147,14 +138,13 @@ class Session:
         if not path.is_file():
             return
         content = read_checkpoint(path, self.device)
-        for name, network in self.networks.items():
-            network.load_state_dict(content["networks"][name])
-        for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(content["optimisers"][name])
+        for kind, modules in (("networks", self.networks), ("optimisers", self.optimisers)):
+            for name, each in modules.items():
+                each.load_state_dict(content[kind][name])
         self.step, self._earlier = content["step"], content["seconds"]
         if self.settings.training.resume == "published":
-            # Neither loss scale nor random state come back (official.md, difference 12): a whole epoch
-            # begins, with the draws of a fresh start.
+            # Neither loss scale nor random state come back (difference 12): a whole epoch begins, with the draws
+            # of a fresh start.
             self.begun = self.step
         else:
             self.fabric.strategy.precision.load_state_dict(content["precision"])
@@ -162,16 +152,14 @@ class Session:
 
 def read_checkpoint(path: Path, device: torch.device | str) -> dict:
     """The content of a checkpoint; nothing in the file is executed. RunError where it cannot be read."""
+    mend = "delete the file to start this run anew"
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         missing = {"step", "seconds", "networks", "optimisers", "precision"} - set(content)
     except Exception as error:
-        raise RunError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}); delete the file to start this run anew"
-        ) from error
+        raise RunError(f"{path}: not a readable checkpoint ({type(error).__name__}); {mend}") from error
     if missing:
-        raise RunError(
-            f"{path}: not a checkpoint of ratlip (no {', '.join(sorted(missing))}); "
-            "delete the file to start this run anew"
-        )
+        raise RunError(f"{path}: not a checkpoint of ratlip (no {', '.join(sorted(missing))}); {mend}")
+    for name, state in content["networks"].items():  # runs of before the spatial gates were called so
+        content["networks"][name] = {k.replace("attention.place_", "attention.spatial_"): v for k, v in state.items()}
     return content

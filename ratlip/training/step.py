@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from ratlip.data.batches import to_network
 from ratlip.networks import Discriminator
@@ -40,16 +40,14 @@ class Critic(nn.Module):
             if block.shortcut is not None and not block.mixes:  # never used: nobody may wait for its gradient
                 block.shortcut.requires_grad_(False)
 
-    def forward(
-        self, real_features: Tensor, fake_features: Tensor, sentence: Tensor, mismatched: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Arguments as of `losses.discriminator_loss` -> the fields of its `DiscriminatorLoss`.
+    def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        """The first four arguments of `losses.discriminator_loss` -> the fields of its `DiscriminatorLoss`.
 
         In mixed precision the arguments come in 16 bits; the penalty's sum of squares needs 32.
         """
-        full = (argument.float() for argument in (real_features, fake_features, sentence, mismatched))
-        loss = discriminator_loss(self.discriminator, *full, *self.penalty)
-        return tuple(getattr(loss, field.name) for field in fields(loss))
+        real, fake, sentence, mismatched = (each.float() for each in arguments)
+        loss = discriminator_loss(self.discriminator, real, fake, sentence, mismatched, *self.penalty)
+        return loss.real, loss.mismatch, loss.fake, loss.penalty, loss.total
 
 
 def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[DiscriminatorLoss, GeneratorLoss]:
@@ -57,39 +55,46 @@ def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[Discriminator
 
     `batch`: an item of `data.batches.Batches`. Counts `run.step` up and returns the losses before the update.
     """
-    t, m = run.settings.training, run.settings.model
-    real = to_network(batch["images"].to(run.device, non_blocking=True), m.image_size, t.real_resize)
-    captions = batch["caption"].to(run.device)
-    sentence = run.sentences[captions]
-    latent = sample_latents(run.settings.seed, run.draw, len(real), m.latent_size, run.rank).to(run.device)
-
-    fake = run.generator(latent, sentence)
+    t, m, seed = run.settings.training, run.settings.model, run.settings.seed
+    with record_function("data: to the device, latents"):
+        real = to_network(batch["images"].to(run.device, non_blocking=True), m.image_size, t.real_resize)
+        captions = batch["caption"].to(run.device)
+        sentence = run.sentences[captions]
+        latent = sample_latents(seed, run.draw, len(real), m.latent_size, run.rank).to(run.device)
+    with record_function("generator, forward"):
+        fake = run.generator(latent, sentence)
     with run.fabric.autocast():
-        fake_features, fake_embedding = run.clip.features(fake, m.feature_blocks)
-        with torch.no_grad():
+        with record_function("CLIP on generated images, forward"):
+            fake_features, fake_embedding = run.clip.features(fake, m.feature_blocks)
+        with record_function("CLIP on real images, forward"), torch.no_grad():
             if run.real_features is not None:
                 real_features = run.real_features(real, batch["image"])
             else:
                 real_features, _ = run.clip.features(real, m.feature_blocks, embedding=False)
 
-    mismatched = mismatch(captions, run.sentences, run.groups, t.mismatch, run.settings.seed, run.draw, run.rank)
-    loss_d = DiscriminatorLoss(*run.critic(real_features, fake_features.detach(), sentence, mismatched))
+    mismatched = mismatch(captions, run.sentences, run.groups, t.mismatch, seed, run.draw, run.rank)
+    with record_function("D and penalty, forward"):
+        loss_d = DiscriminatorLoss(*run.critic(real_features, fake_features.detach(), sentence, mismatched))
     run.optimiser_d.zero_grad()
-    run.fabric.backward(loss_d.total)
-    run.optimiser_d.step()
+    with record_function("D and penalty, backward"):
+        run.fabric.backward(loss_d.total)
+    with record_function("optimiser of D"):
+        run.optimiser_d.step()
     run.optimiser_d.zero_grad()  # used up: memory for G's backward pass, which takes the most
 
     # The generator is judged by the updated discriminator, whose own weights want no gradient now.
     plain = run.networks["discriminator"].requires_grad_(False)
-    with run.fabric.autocast():
+    with record_function("D for G's step, forward"), run.fabric.autocast():
         loss_g = generator_loss(plain, fake_features, fake_embedding, sentence, t.similarity_weight)
     run.optimiser_g.zero_grad()
-    run.fabric.backward(loss_g.total)
-    run.optimiser_g.step()
-    run.optimiser_g.zero_grad()
-    plain.requires_grad_(True)
-    if "average" in run.networks:
-        run.networks["average"].update_parameters(run.networks["generator"])
+    with record_function("D, CLIP and generator, backward"):
+        run.fabric.backward(loss_g.total)
+    with record_function("optimiser of G, average"):
+        run.optimiser_g.step()
+        run.optimiser_g.zero_grad()
+        plain.requires_grad_(True)
+        if "average" in run.networks:
+            run.networks["average"].update_parameters(run.networks["generator"])
     run.step += 1
     return loss_d, loss_g
 
@@ -100,13 +105,12 @@ def mismatch(
     """Sentences (B,E) that do not belong to the images of the batch, one for each of `captions` (B,).
 
     `captions` number the rows of `sentences` (N,E) and of `groups` (N,), whose equal numbers say that two captions
-    are true of the same images (`clip_training.caption_groups`).
+    are true of the same images (`clip.pairs.caption_groups`).
 
     "roll" (as published): the next image's sentence. Colour and background alone tell most of these from the
     true one, so a discriminator trained on them learns little else. "similar": half of them are instead drawn
     from the 4 most similar of 256 random captions of other groups. "published": as "roll", even for a batch of
-    one, where the neighbour's sentence is the true one (official.md, difference 7); any other mode raises
-    ValueError there.
+    one, where the neighbour's sentence is the true one (difference 7); any other mode raises ValueError there.
     """
     if len(captions) == 1 and mode != "published":
         raise ValueError("a batch of one holds no other sentence to mismatch with: use a batch size of at least 2")
@@ -120,7 +124,7 @@ def mismatch(
     choice = torch.from_numpy(rng.integers(0, 4, (len(captions), 1))).to(device)
     cosine = F.normalize(sentence, dim=1) @ F.normalize(sentences[pool], dim=1).T
     cosine = cosine.masked_fill(groups[captions][:, None] == groups[pool], -2)
-    similarity, places = cosine.topk(4, dim=1)
-    near, found = pool[places.gather(1, choice)].squeeze(1), similarity.gather(1, choice) > -2
+    similarity, nearest = cosine.topk(4, dim=1)
+    near, found = pool[nearest.gather(1, choice)].squeeze(1), similarity.gather(1, choice) > -2
     even = torch.arange(len(captions), device=device)[:, None] % 2 == 0
     return torch.where(even & found, sentences[near], rolled)

@@ -27,7 +27,7 @@ EXEMPT = (
     "cost.generation(",
     "cost.table(",
     "protocol.study(",
-    "bench.main(",
+    "bench.run(",
 )  # progress and timings
 
 

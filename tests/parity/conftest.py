@@ -1,4 +1,4 @@
-"""The published networks with the fixtures' weights; needs the shared folder, skips without it."""
+"""The published networks with the fixtures' weights, in their plain and in their fast form."""
 
 import importlib.util
 import json
@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from ratlip.fast import accelerate
+from ratlip.fast.tower import accelerate_tower
 
 KINDS = ("ratlip", "galip")
 
@@ -52,9 +55,10 @@ class Published:
 
 @pytest.fixture(scope="session")
 def parity_folder():
-    root = Path(__file__).resolve().parents[2]
-    folder = Path(os.environ.get("RATLIP_SHARED", root.parent / "shared")) / "parity"
-    if not folder.is_dir():
+    """The recorded outputs: fixtures/ beside this file, else parity/ of the shared folder."""
+    shared = os.environ.get("RATLIP_SHARED", Path(__file__).resolve().parents[2].parent / "shared")
+    folder = next((f for f in (Path(__file__).parent / "fixtures", Path(shared) / "parity") if f.is_dir()), None)
+    if folder is None:
         pytest.skip("no shared folder: set RATLIP_SHARED to the folder that holds parity/")
     return folder
 
@@ -68,6 +72,23 @@ def clip(parity_folder):
     visual = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("visual.")}
     Published(parity_folder, KINDS[0]).rule.fill_(visual)
     return model
+
+
+@pytest.fixture(scope="module", params=["plain", "fast"])
+def form(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def in_form(form):
+    """`in_form(networks)`: the published networks and their CLIP as plain or as fast modules."""
+
+    def call(networks):
+        accelerate(networks.generator, networks.discriminator, on=form == "fast")
+        accelerate_tower(networks.clip.model.visual, on=form == "fast")
+        return networks
+
+    return call
 
 
 @pytest.fixture(scope="module", params=KINDS)

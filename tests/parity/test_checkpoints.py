@@ -80,7 +80,7 @@ def test_discriminator_may_be_absent(published, clip, folder):
     save_checkpoint(networks, folder / "ours.pth")
     assert set(torch.load(folder / "ours.pth", weights_only=True)["model"]) == {"netG"}
     with pytest.raises(WeightsError, match="no netC"):
-        load_checkpoint({"model": {"netG": model["netG"], "netD": model["netD"]}}, clip).discriminator
+        _ = load_checkpoint({"model": {"netG": model["netG"], "netD": model["netD"]}}, clip).discriminator
 
 
 def test_one_error_lists_every_problem_of_every_part(published, clip, tower):

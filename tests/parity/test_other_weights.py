@@ -148,9 +148,9 @@ def formula_bridge(visual):
 
 
 @pytest.fixture(scope="module")
-def other(published, clip):
+def other(published, clip, in_form):
     model = published.model(salt="other")
-    return load_checkpoint({"model": model}, clip), model
+    return in_form(load_checkpoint({"model": model}, clip)), model
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ ENTRYWISE = ["G_eval_mean_std", "D_real_logit", "D_fake_logit", "loss_D_parts", 
 
 
 @pytest.fixture(scope="module")
-def outputs(published, clip):
+def outputs(published, clip, in_form):
     """Every array of the fixture, computed by our modules in the order in which the fixture was made."""
-    networks = load_checkpoint({"model": published.model()}, clip)
+    networks = in_form(load_checkpoint({"model": published.model()}, clip))
     assert networks.kind.lower() == published.kind
     latent, sentence = published.tensor("noise"), published.tensor("sentence")
     found = _evaluated(networks, latent, sentence)

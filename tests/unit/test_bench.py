@@ -1,24 +1,25 @@
-"""The benchmark's plain form is the same step as ours; what was made fast gives the same numbers; nothing is timed."""
+"""The benchmark's plain form is the same step as the fast one; what was made fast gives the same numbers; no times."""
 
 import copy
 import json
+import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from ratlip.fast import accelerate
 from ratlip.fast.maps import phase_kernels, resized_conv3x3
 from ratlip.fast.memory import keep_freed_memory, return_freed_memory
-from ratlip.fast.tower import FrozenAttention, FrozenLinear, frozen_linear
-from ratlip.networks import ConvShuffle, Discriminator, ShuffleAttention
-from ratlip.networks.attention import Conv3x3
+from ratlip.fast.networks import FAST
+from ratlip.fast.tower import FrozenAttention, FrozenLinear, accelerate_tower, frozen_linear
+from ratlip.networks import ConvShuffle, Discriminator, Generator, ShuffleAttention
 from ratlip.studies import bench
-from ratlip.studies.bench_parts import Parts, count_operations, matrix_rate, step_in_parts
-from ratlip.studies.bench_plain import plain_generate, plain_optimisers, plain_step
-from ratlip.training.step import training_step
+from ratlip.studies.bench import count_operations, matrix_rate
 
-ARMS = {
+VARIANTS = {
     "rat": {},
     "cat": {"model.conditioning": "cat", "model.attention": "none"},
     "published": {
@@ -31,14 +32,14 @@ ARMS = {
 }
 
 
-@pytest.fixture(params=ARMS)
+@pytest.fixture(params=VARIANTS)
 def variant(request):
-    return ARMS[request.param]
+    return VARIANTS[request.param]
 
 
 @pytest.fixture
 def bench_world(tmp_path):
-    return lambda overrides=None: bench.world("smoke", 4, tmp_path, overrides)
+    return lambda overrides=None, form="fast": bench.world("smoke", 4, tmp_path / form, overrides, form=form)
 
 
 def moved(network):
@@ -47,6 +48,7 @@ def moved(network):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network
 
 
 def gradients_at_update(optimiser, network) -> dict:
@@ -58,26 +60,24 @@ def gradients_at_update(optimiser, network) -> dict:
     return seen
 
 
-def test_plain_and_ours_are_the_same_step(bench_world, variant):
-    ours, plain = bench_world(variant), bench_world(variant)
-    optimisers = {"ours": ours.run.optimisers, "plain": plain_optimisers(plain.run)}
+def test_plain_and_fast_are_the_same_step(bench_world, variant):
+    worlds = {form: bench_world(variant, form) for form in bench.FORMS}
     seen, losses = {}, {}
-    for name, world in (("ours", ours), ("plain", plain)):
-        for network in ("generator", "discriminator"):
+    for form, world in worlds.items():
+        optimisers = world.plain_step.optimisers if form == "plain" else world.run.optimisers
+        for network, optimiser in optimisers.items():
             moved(world.run.networks[network])
-            inner = optimisers[name][network]
-            seen[name, network] = gradients_at_update(getattr(inner, "optimizer", inner), world.run.networks[network])
-    batch = ours.batches[0]
-    losses["ours"] = training_step(ours.run, batch)
-    plain.towers.use(plain=True)
-    losses["plain"] = plain_step(plain.run, batch, optimisers["plain"], plain.captions)
-    for one, other in zip(losses["ours"], losses["plain"], strict=True):
+            inner = getattr(optimiser, "optimizer", optimiser)
+            seen[form, network] = gradients_at_update(inner, world.run.networks[network])
+        losses[form] = world.step()
+        assert world.run.step == 1
+    for one, other in zip(losses["fast"], losses["plain"], strict=True):
         for field in fields(one):
             torch.testing.assert_close(getattr(one, field.name), getattr(other, field.name), rtol=1e-4, atol=1e-5)
     for network in ("generator", "discriminator"):
-        mine, theirs = seen["ours", network], seen["plain", network]
+        mine, theirs = seen["fast", network], seen["plain", network]
         assert mine.keys() == theirs.keys() and len(mine) > 10
-        after = [dict(world.run.networks[network].named_parameters()) for world in (ours, plain)]
+        after = [dict(worlds[form].run.networks[network].named_parameters()) for form in ("fast", "plain")]
         scale = max(grad.abs().max() for grad in theirs.values())
         for name, grad in theirs.items():
             torch.testing.assert_close(mine[name], grad, rtol=1e-3, atol=1e-5 * scale.item(), msg=name)
@@ -85,51 +85,101 @@ def test_plain_and_ours_are_the_same_step(bench_world, variant):
             torch.testing.assert_close(after[0][name][sure], after[1][name][sure], rtol=0, atol=1e-5, msg=name)
 
 
-def test_plain_generation_draws_the_same_images(bench_world, variant):
-    world = bench_world(variant)
-    generator = world.run.networks["generator"].eval()
-    moved(generator)
-    latent, sentence = world.inputs(3)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            plain_generate(generator, latent, sentence), generator(latent, sentence), rtol=1e-4, atol=1e-5
-        )
+def test_plain_and_fast_draw_the_same_images(bench_world, variant):
+    images = []
+    for form in bench.FORMS:
+        world = bench_world(variant, form)
+        moved(world.run.networks["generator"])
+        images.append(bench.draw(world, 3))
+        assert world.run.networks["generator"].training
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_in_parts_is_a_step(bench_world):
-    whole, cut = bench_world(), bench_world()
-    seen = {}
-    for name, here in (("whole", whole), ("cut", cut)):
-        for network, optimiser in here.run.optimisers.items():
-            moved(here.run.networks[network])
-            seen[name, network] = gradients_at_update(
-                getattr(optimiser, "optimizer", optimiser), here.run.networks[network]
-            )
-    training_step(whole.run, whole.batches[0])
-    part = Parts(cut.run.device)
-    step_in_parts(cut.run, cut.batches, part)
-    assert cut.run.step == whole.run.step == 1 and all(seconds >= 0 for seconds in part.totals.values())
-    for network in ("generator", "discriminator"):
-        one, other = seen["cut", network], seen["whole", network]
-        assert one.keys() == other.keys() and len(one) > 10
-        for key, grad in other.items():
-            torch.testing.assert_close(one[key], grad, rtol=1e-3, atol=1e-6, msg=key)
+class Bridge(torch.nn.Module):
+    """A frozen CLIP as the generator sees it, in double precision."""
+
+    grid, width, embed_dim, image_size = 4, 6, 5, 12
+
+    def bridge(self, patches, prompts, prompt_blocks):
+        return patches.tanh() + prompts.sum(dim=1)[:, :, None, None]
 
 
-def test_the_parts_count_all_operations_of_the_step(bench_world):
-    world = bench_world()
-    part = Parts(world.run.device, count=True)
-    step_in_parts(world.run, world.batches, part)
-    batch = world.batches[1]
-    assert sum(part.totals.values()) == pytest.approx(
-        count_operations(lambda: training_step(world.run, batch)), rel=0.01
-    )
+@pytest.mark.parametrize("attention", ["shuffle", "norm", "none"])
+@pytest.mark.parametrize("conditioning", ["cat", "rat", "rat-official"])
+@pytest.mark.parametrize("scope", ["mapper", "generator"])
+def test_fast_and_plain_generators_are_the_same_function(conditioning, scope, attention):
+    """Images and all gradients in double precision, sides doubled (4, 8) and not (8, 12): no other explanation."""
+    torch.manual_seed(0)
+    sizes = dict(latent_size=3, base_channels=4, code_channels=8, mapper_blocks=2, hidden_size=4, prompt_blocks=[0, 1])
+    how = dict(conditioning=conditioning, rat_scope=scope, attention=attention, attention_groups=2)
+    plain = moved(Generator(Bridge(), **sizes, **how)).double()
+    fast = copy.deepcopy(plain)
+    accelerate(fast)
+    inputs = [torch.randn(3, size, dtype=torch.float64, requires_grad=True) for size in (3, 5)]
+    found = []
+    for generator in (plain, fast):
+        images = generator(*inputs)
+        wanted = torch.autograd.grad(images.square().mean(), (*inputs, *generator.parameters()), allow_unused=True)
+        found.append([images, *wanted, *generator.buffers()])
+    assert sum(g is None for g in found[0]) == 0
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_fast_and_plain_discriminators_have_the_same_losses_and_gradients(unused):
+    from ratlip.networks.losses import discriminator_loss, generator_loss
+
+    torch.manual_seed(0)
+    sizes = dict(grid=4, clip_width=6, sentence_size=5, d_channels=4, logit_channels=3)
+    plain = moved(Discriminator(**sizes, unused_shortcuts=unused)).double()
+    fast = copy.deepcopy(plain)
+    accelerate(fast)
+    real, fake = torch.randn(2, 2, 3, 6, 4, 4).double()
+    sentence, embedding = torch.randn(2, 2, 5).double()
+    fake.requires_grad_()
+    found = []
+    for network in (plain, fast):
+        loss = discriminator_loss(network, real, fake, sentence, sentence.roll(-1, 0))
+        grads = torch.autograd.grad(loss.total, tuple(network.parameters()), allow_unused=True)
+        of_g = generator_loss(network, fake, embedding, sentence)
+        kept = [g for g in grads if g is not None]
+        found.append([*(getattr(loss, f.name) for f in fields(loss)), *kept, *torch.autograd.grad(of_g.total, fake)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_accelerate_keeps_keys_tensors_and_copies_and_can_be_undone(bench_world):
+    generator = bench_world().run.networks["generator"]
+    fast = [type(module) for module in generator.modules()]
+    tensors = {key: tensor.data_ptr() for key, tensor in generator.state_dict().items()}
+    assert set(fast) & set(FAST.values()) and not set(fast) & set(FAST)
+    assert [type(module) for module in copy.deepcopy(generator).modules()] == fast
+    accelerate(generator, on=False)
+    assert not {type(module) for module in generator.modules()} & set(FAST.values())
+    assert {key: tensor.data_ptr() for key, tensor in generator.state_dict().items()} == tensors
+    accelerate(generator)
+    accelerate(generator)
+    assert [type(module) for module in generator.modules()] == fast
+
+
+def test_parts_hold_the_time_and_all_operations_of_the_step(bench_world):
+    worlds = {form: bench_world(form=form) for form in bench.FORMS}
+    found = bench.parts(worlds, iterations=1)
+    assert all(row["seconds"] > 0 for row in found["rows"])
+    assert [row["part"] for row in found["rows"] if "backward" in row["part"]] == [
+        "D and penalty, backward",
+        "D, CLIP and generator, backward",
+    ]
+    total = found["step_operations"]["fast"]
+    assert sum(row["operations"] for row in found["rows"]) == pytest.approx(total, rel=0.01)
+    assert 0 < total < found["step_operations"]["plain"]
 
 
 def test_operations_of_a_product_and_of_onednn_are_counted():
     x, weight = torch.randn(6, 5), torch.randn(7, 5)
-    assert count_operations(lambda: x @ weight.T) == 2 * 6 * 5 * 7
-    assert count_operations(lambda: frozen_linear(x, weight, None)) == 2 * 6 * 5 * 7
+    assert count_operations(lambda: x @ weight.T)[""] == 2 * 6 * 5 * 7
+    assert count_operations(lambda: frozen_linear(x, weight, None))[""] == 2 * 6 * 5 * 7
     assert matrix_rate(torch.device("cpu"), size=64, repeats=2) > 0
 
 
@@ -138,9 +188,9 @@ def test_operations_of_a_product_and_of_onednn_are_counted():
 def test_convolution_after_resizing(side, size, bias):
     """Values and gradients, borders included, in double precision: to 1e-10 there is no other explanation."""
     torch.manual_seed(0)
-    conv = Conv3x3(3, 4, bias=bias).double()
+    conv = torch.nn.Conv2d(3, 4, 3, padding=1, bias=bias).double()
     x = torch.randn(2, 3, side, side, dtype=torch.float64, requires_grad=True)
-    mine = conv(x, size)
+    mine = resized_conv3x3(x, conv.weight, conv.bias, size)
     theirs = F.conv2d(F.interpolate(x, size=(size, size)), conv.weight, conv.bias, padding=1)
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
     wanted = (x, *conv.parameters())
@@ -165,18 +215,21 @@ def test_shuffle_attention_in_few_passes(groups):
     attention = ShuffleAttention(48, groups).double()
     moved(attention)
     x = (3 + torch.randn(2, 48, 5, 4, dtype=torch.float64)).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # only to take the other branch: doubles are not cast
-        theirs = attention(x)
+    theirs = attention(x)
+    accelerate(attention)
     mine = attention(x)
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
     upstream = torch.randn_like(mine)
     wanted = (x, *attention.parameters())
-    for one, other in zip(torch.autograd.grad(mine, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream)):
+    for one, other in zip(
+        torch.autograd.grad(mine, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
 def test_resized_convolution_under_autocast_is_pytorchs_own():
     conv, x = ConvShuffle(8, 8, groups=2), torch.randn(2, 8, 4, 4, requires_grad=True)
+    accelerate(conv)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = conv(x, 8)
         y.float().sum().backward()
@@ -190,21 +243,21 @@ def test_an_in_place_activation_leaves_the_map_before_it_alone():
     assert torch.equal(x, kept)
 
 
-def test_the_lean_tower_keeps_tensors_and_keys(bench_world):
-    world = bench_world()
-    world.towers.use(plain=False)
-    lean = {key: tensor.data_ptr() for key, tensor in world.run.clip.state_dict().items()}
+def test_the_fast_tower_keeps_tensors_and_keys(bench_world):
+    clip = bench_world().run.clip
+    fast = {key: tensor.data_ptr() for key, tensor in clip.state_dict().items()}
     images = torch.rand(2, 3, 16, 16) * 2 - 1
-    block = world.run.clip.model.visual.transformer.resblocks[0]
+    block = clip.model.visual.transformer.resblocks[0]
     assert isinstance(block.attn, FrozenAttention) and isinstance(block.mlp.c_fc, FrozenLinear)
-    mine = world.run.clip.embed_images(images)
-    world.towers.use(plain=True)
-    assert {key: tensor.data_ptr() for key, tensor in world.run.clip.state_dict().items()} == lean
-    torch.testing.assert_close(mine, world.run.clip.embed_images(images), rtol=1e-4, atol=1e-5)
+    mine = clip.embed_images(images)
+    accelerate_tower(clip.model.visual, on=False)
+    assert type(block.attn) is torch.nn.MultiheadAttention and type(block.mlp.c_fc) is torch.nn.Linear
+    assert {key: tensor.data_ptr() for key, tensor in clip.state_dict().items()} == fast
+    torch.testing.assert_close(mine, clip.embed_images(images), rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_linear_has_gradients_of_every_order_for_its_input():
-    layer = FrozenLinear(torch.nn.Linear(5, 3).requires_grad_(False))
+    layer = FrozenLinear(5, 3).requires_grad_(False)
     x = torch.randn(4, 2, 5, requires_grad=True)
     for function in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
         (first,) = torch.autograd.grad(function(x).pow(3).sum(), x, create_graph=True)
@@ -229,7 +282,8 @@ def test_second_order_gradients_of_the_penalty_against_finite_differences():
         return ma_gp(network(f, s), f, s, power=2.0)
 
     names = [name for name, _ in discriminator.named_parameters()]
-    grads = dict(zip(names, torch.autograd.grad(penalty(discriminator), discriminator.parameters(), allow_unused=True)))
+    found = torch.autograd.grad(penalty(discriminator), discriminator.parameters(), allow_unused=True)
+    grads = dict(zip(names, found, strict=True))
     step = 1e-6
     for name in ("logit.0.weight", "main.gamma", "blocks.0.beta", "blocks.1.residual.0.weight"):
         direction = torch.randn(dict(discriminator.named_parameters())[name].shape).double()
@@ -250,29 +304,32 @@ def test_memory_can_be_kept_and_given_back():
 
 
 @pytest.mark.slow
-def test_the_benchmark_writes_its_report(tmp_path, capsys):
+def test_the_benchmark_writes_its_report(tmp_path):
     out = tmp_path / "report.json"
-    bench.main(
-        [
-            "--profile",
-            "smoke",
-            "--batch",
-            "4",
-            "--iterations",
-            "2",
-            "--generation",
-            "1",
-            "2",
-            "--no-memory",
-            "--scaling",
-            "--out",
-            str(out),
-        ]
-    )
-    found = json.loads(out.read_text())
+    options = dict(batch=4, iterations=2, generation=(1, 2), with_memory=False, scaling=True, progress=False)
+    found = bench.run("smoke", **options, json_path=out)
     assert found["step"]["ratio"]["low"] <= found["step"]["ratio"]["median"] <= found["step"]["ratio"]["high"]
     assert {row["batch"] for row in found["generation"]} == {1, 2} and found["parts"]["rows"]
-    printed = capsys.readouterr().out
-    assert "training step" in printed and "CLIP as bridge, backward" in printed
-    bench.main(["--show", str(out)])
-    assert capsys.readouterr().out.strip() in printed
+    printed = bench.report(found)
+    assert "training step" in printed and "D, CLIP and generator, backward" in printed
+    assert bench.report(json.loads(out.read_text())) == printed
+
+
+def test_memory_is_measured_in_a_process_for_each_form(monkeypatch):
+    calls = []
+
+    def process(command, **_):
+        calls.append(command)
+        found = {"peak_mib": 100 * len(calls), "seconds": {"median": 1.0}}
+        return SimpleNamespace(stdout="a remark\n" + json.dumps(found))
+
+    monkeypatch.setattr(bench.subprocess, "run", process)
+    found = bench.memory("smoke", {"training.compile": True}, batch=4)
+    assert found["ratio"] == 2
+    start = [sys.executable, "-m", "ratlip.cli", "bench", "--profile", "smoke", "--batch", "4"]
+    assert calls == [[*start, "-s", "training.compile=true", "--form", form] for form in bench.FORMS]
+
+
+def test_a_form_is_measured_alone():
+    found = bench.alone_in_process("smoke", "plain", batch=4, iterations=1, threads=1)
+    assert found["peak_mib"] >= found["peak_before_mib"] > 0 and found["seconds"]["median"] > 0

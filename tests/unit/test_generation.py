@@ -44,7 +44,7 @@ def test_the_batch_size_does_not_matter(opened):
 
 @pytest.mark.parametrize("conditioning, depends", [("cat", False), ("rat", False), ("rat-official", True)])
 def test_an_image_depends_on_its_batch_mates_in_the_published_code_only(smoke, conditioning, depends):
-    """official.md, rows 1 and 2. With weights off their start, where affines are blind to their condition."""
+    """Differences 1 and 2. With weights off their start, where affines are blind to their condition."""
     scope = "mapper" if conditioning == "rat-official" else "generator"
     settings = load_settings("smoke", {"model.conditioning": conditioning, "model.rat_scope": scope})
     generator = session.build_networks(settings, smoke.workspace.clip)[0].to(smoke.workspace.clip.mean.device).eval()

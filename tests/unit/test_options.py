@@ -15,7 +15,7 @@ from ratlip.training.step import training_step
 def stepped(folder, overrides, steps=2):
     """A world after some steps, and the losses of the first one."""
     here = bench.world("smoke", 4, folder, overrides)
-    here.become("ours")
+    here.memory()
     losses = [training_step(here.run, here.batches[i]) for i in range(steps)]
     return here, [getattr(loss, field.name).item() for loss in losses[0] for field in fields(loss)]
 

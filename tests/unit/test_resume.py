@@ -1,4 +1,4 @@
-"""Stopped and resumed: exactly by default, as the published code does on request (official.md, row 12)."""
+"""Stopped and resumed: exactly by default, as the published code does on request (difference 12)."""
 
 import pytest
 import torch

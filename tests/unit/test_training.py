@@ -271,10 +271,12 @@ def test_each_loss_moves_its_own_network_only(run):
         }
 
     def weights_differ(a, b):
-        return any(not torch.equal(x[0], y[0]) for x, y in zip(a, b))
+        return any(not torch.equal(x[0], y[0]) for x, y in zip(a, b, strict=True))
 
     def gradients_differ(a, b):  # made or changed; those of the step before may have been freed
-        return any(y[1] is not None and (x[1] is None or not torch.equal(x[1], y[1])) for x, y in zip(a, b))
+        return any(
+            y[1] is not None and (x[1] is None or not torch.equal(x[1], y[1])) for x, y in zip(a, b, strict=True)
+        )
 
     def before(optimiser, *_):
         for key, now in state().items():  # since the step before this one
