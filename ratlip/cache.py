@@ -1,32 +1,35 @@
-"""What is read off images, streamed to disk: memory does not grow with their number, and an interrupted
-reading goes on where it was.
-"""
+"""Identity and caching: digests, whose a folder is, and arrays on disk that are computed once."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from filelock import FileLock
-from torch import nn
 
+from ratlip.errors import RatlipError
 from ratlip.files import read_json, write_json
 from ratlip.progress import bar
 
-RECORD_EVERY = 8  # batches between two records of how far it is
+if TYPE_CHECKING:
+    from torch import nn
+
+RECORD_EVERY = 8  # batches between two records of how far a Store is
 
 
-def digest(content: dict | list) -> str:
-    """8 hex digits that change with any value in `content`."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
+def digest(content: dict | list, length: int = 8) -> str:
+    """The first `length` hex digits of a SHA-256 that changes with any value in `content`."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:length]
 
 
 def weights_digest(module: nn.Module) -> str:
-    """12 hex digits of all weights of a network, whatever device they are on."""
+    """12 hex digits of all weights of a network (name, shape, type, values), whatever device they are on."""
+    import torch  # here, so that the command line's help (settings import this module) does not load it: 1.5 s
+
     sha = hashlib.sha256()
     for key, tensor in sorted(module.state_dict().items()):
         sha.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -34,12 +37,62 @@ def weights_digest(module: nn.Module) -> str:
     return sha.hexdigest()[:12]
 
 
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits, without reading it into memory at once."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def differences(found: dict, identity: dict) -> list[str]:
+    """One text for each value that differs, "key FOUND instead of WANTED"; keys within sections are dotted."""
+    there, wanted = _flat(found), _flat(json.loads(json.dumps(identity, default=str)))
+    keys = dict.fromkeys([*wanted, *there])
+    return [f"{k} {there.get(k)} instead of {wanted.get(k)}" for k in keys if there.get(k) != wanted.get(k)]
+
+
+def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def check_identity(folder: str | Path, found: dict, identity: dict, *, what: str, error: type[RatlipError]) -> None:
+    """Raise `error` where `found`, which `folder` says of `what` it holds, is not `identity`."""
+    if different := differences(found, identity):
+        listed = ", ".join(different)
+        raise error(f"{folder}: holds {what} of other settings ({listed}); choose another folder or delete this one")
+
+
+def claim(
+    folder: str | Path, identity: dict, *, what: str, error: type[RatlipError], file: str, sign: str = ""
+) -> None:
+    """A folder belongs to one identity: write `identity` (JSON values) to `folder`/`file`, or check what is there.
+
+    Raises `error` (which calls the content `what`, e.g. "a run") where the folder belongs to another identity,
+    or where `file` is damaged, or missing beside `sign`, a file that only a claimed folder holds.
+    """
+    path = Path(folder) / file
+    if not path.exists() and not (sign and (path.parent / sign).exists()):
+        write_json(path, identity)
+        return
+    try:
+        found = dict(read_json(path))
+    except (OSError, ValueError, TypeError) as problem:
+        raise error(
+            f"{path}: missing or damaged, so nothing tells what {what} here is made of; "
+            "choose another folder or delete this one"
+        ) from problem
+    check_identity(path.parent, found, identity, what=what, error=error)
+
+
 class Store:
     """Arrays of `rows` rows each in the folder `<home>/<prefix>-<hash of identity>`, filled in order.
 
-    `identity`: what the values depend on; another identity is another folder. `columns` maps a name to the
-    shape of a row and its dtype, e.g. {"features": ((512,), "float32")}. progress.json says how many rows are
-    done; it is written after them, so that a row it counts is there.
+    Memory does not grow with their number, and an interrupted filling goes on where it was. `identity`: what the
+    values depend on; another identity is another folder. `columns` maps a name to the shape of a row and its
+    dtype, e.g. {"features": ((512,), "float32")}. progress.json says how many rows are done; it is written after
+    them, so that a row it counts is there.
     """
 
     def __init__(
@@ -67,10 +120,8 @@ class Store:
 
     def _create(self) -> dict[str, np.ndarray]:
         (self.folder / "progress.json").unlink(missing_ok=True)
-        return {
-            name: np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, (self.rows, *shape))
-            for name, (shape, dtype) in self.columns.items()
-        }
+        path, create = self.folder, np.lib.format.open_memmap
+        return {n: create(path / f"{n}.npy", "w+", dtype, (self.rows, *s)) for n, (s, dtype) in self.columns.items()}
 
     def fill(
         self, read: Callable[[np.ndarray], dict], batch_size: int, *, desc: str = "features", progress: bool = True
