@@ -1,33 +1,44 @@
-"""`ratlip`: a thin command line over `ratlip.workspace` and `ratlip.training.generation`."""
+"""`ratlip`: the one command line; a thin layer over the library.
+
+Commands import what they need when they are called: with torch, `ratlip --help` would take 4 s instead of 0.6 s.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ratlip.errors import RatlipError, SettingsError
-from ratlip.settings import Settings, load_settings, profile_names, read_overrides
+from ratlip.files import outputs_folder, read_json, shown
+from ratlip.settings import load_settings, profile_names, read_overrides
 
+if TYPE_CHECKING:
+    from ratlip.workspace import Workspace
+
+UNFINISHED = 3  # exit status where the time was used before all runs were done
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="The reproduction suite for RATLIP: prepare data, train, score, generate. "
+    help="The reproduction suite for RATLIP: prepare data, train, score, generate, compare, report. "
     "The notebooks do the same with explanations (`make lab`).",
 )
+notebook = typer.Typer(no_args_is_help=True, help="Execute notebooks, and store what they show.")
+app.add_typer(notebook, name="notebook")
 console = Console(highlight=False, emoji=False)
 
 Profile = Annotated[str, typer.Option("--profile", "-p", help="a profile (`ratlip profiles`) or .yaml file")]
-Data = Annotated[Optional[Path], typer.Option("--data", help="root of the dataset (not for demo, smoke)")]
-Out = Annotated[Optional[Path], typer.Option("--out", help="where everything goes [outputs/<profile>]")]
+Data = Annotated[Path | None, typer.Option("--data", help="root of the dataset (not for demo, smoke)")]
+Out = Annotated[Path | None, typer.Option("--out", help="where everything goes [outputs/<profile>]")]
 Set = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option(
         "--set",
         "-s",
@@ -36,6 +47,8 @@ Set = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda")]
+Workers = Annotated[int, typer.Option(help="loader processes")]
 
 
 def say(*lines: str) -> None:
@@ -44,21 +57,21 @@ def say(*lines: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _workspace(profile: str, out: Path | None, pairs: list[str] | None, quiet: bool = False):
-    from ratlip.workspace import Workspace  # takes seconds: `--help` and `profiles` should not wait
+def _workspace(profile: str, out: Path | None, pairs: list[str] | None, quiet: bool = False) -> Workspace:
+    from ratlip.workspace import Workspace
 
     return Workspace.of(load_settings(profile, read_overrides(pairs)), out, progress=not quiet)
 
 
 @app.command()
-def profiles(name: Annotated[Optional[str], typer.Argument(help="show all settings of it")] = None) -> None:
+def profiles(name: Annotated[str | None, typer.Argument(help="show all settings of it")] = None) -> None:
     """List the profiles, or show every setting of one."""
     if name:
         say(load_settings(name).to_yaml().rstrip())
         return
     table = Table("profile", "data", "px", "CLIP", "what it is")
     for each in profile_names():
-        s: Settings = load_settings(each)
+        s = load_settings(each)
         source = "trained here" if s.clip.source == "train" else f"{s.clip.model} {s.clip.pretrained}"
         table.add_row(each, s.data.dataset, str(s.model.image_size), source, s.summary)
     console.print(table)
@@ -114,9 +127,9 @@ def train(
     profile: Profile = "demo",
     out: Out = None,
     settings: Set = None,
-    accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
+    accelerator: Accelerator = "auto",
     devices: Annotated[int, typer.Option(help="number of processes, one device each")] = 1,
-    workers: Annotated[int, typer.Option(help="loader processes")] = 0,
+    workers: Workers = 0,
     quiet: Quiet = False,
 ) -> None:
     """Train one run, or go on where it was stopped."""
@@ -136,15 +149,8 @@ def evaluate(profile: Profile = "demo", out: Out = None, settings: Set = None, q
         "real",
         title=f"{scores['run']}, {scores['images']} images (real: {real['images']}), {scores['protocol']} protocol",
     )
-    for key in (
-        "clip_similarity",
-        "independent_similarity",
-        "frechet_distance",
-        "kernel_distance",
-        "inception_score",
-        "precision",
-        "recall",
-    ):
+    distances = ("frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
+    for key in ("clip_similarity", "independent_similarity", *distances):
         if scores[key] is not None:
             table.add_row(labels[key], f"{scores[key]:.4g}", f"{real[key]:.4g}")
     for name, share in scores.get("judge", {}).items():
@@ -167,8 +173,8 @@ def generate(
         str, typer.Option(help="of single images: caption, or published (by batch: later ones overwrite)")
     ] = "caption",
     batch_size: Annotated[int, typer.Option(min=1, help="images drawn together")] = 64,
-    clip_folder: Annotated[Optional[Path], typer.Option(help="where the run's CLIP is, if not beside the run")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
+    clip_folder: Annotated[Path | None, typer.Option(help="where the run's CLIP is, if not beside the run")] = None,
+    device: Accelerator = "auto",
 ) -> None:
     """Draw your own captions with a trained run."""
     from ratlip.plots.pictures import caption_grid, save_images
@@ -191,6 +197,135 @@ def generate(
     else:
         save_images(images.flatten(0, 1), output, files)
     say(f"{output}")
+
+
+@app.command()
+def grid(
+    campaign: Annotated[
+        Path | None, typer.Argument(help="a file with parts of several grids, e.g. env/gpu/birds.yaml; it is run")
+    ] = None,
+    profile: Profile = "demo",
+    group: Annotated[list[str] | None, typer.Option(help="ablation, sweep or versus; repeatable [all]")] = None,
+    run: Annotated[bool, typer.Option("--run", help="train and score what is missing")] = False,
+    minutes: Annotated[float | None, typer.Option(help="stop cleanly after so many minutes")] = None,
+    runner: Annotated[str, typer.Option(help="papermill (keeps each run's notebook) or library")] = "papermill",
+    collect: Annotated[Path | None, typer.Option(help="campaign: copy scores, losses and sample grids there")] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="campaign: collect the checkpoints too")] = False,
+    data: Data = None,
+    out: Out = None,
+    settings: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """List the runs behind notebooks 04 to 08 and their state, or make what is missing, going on where it stopped.
+
+    Exit status 3: the time was used before all runs were done; the same command goes on.
+    """
+    from ratlip.studies import grid
+
+    if campaign:
+        if group or settings or run:
+            raise SettingsError(f"{campaign}: a campaign names its groups and settings itself; leave them out")
+        stages = grid.read_campaign(campaign)
+        left = grid.carry_out(stages, out, data, minutes, not quiet)
+        if collect:
+            say(f"collected in {grid.collect(stages, collect, out, weights)}")
+        total = sum(len(stage.runs()) for stage in stages)
+    else:
+        if collect or weights:
+            raise SettingsError("--collect, --weights: belong to a campaign; give its file, e.g. env/gpu/birds.yaml")
+        if unknown := set(group or ()) - set(grid.GROUPS):
+            raise SettingsError(f"--group {', '.join(unknown)}: should be one of {', '.join(grid.GROUPS)}")
+        if runner not in ("papermill", "library"):
+            raise SettingsError(f"--runner {runner}: should be papermill or library")
+        chosen = load_settings(profile, read_overrides(settings))
+        workspace = _workspace(profile, outputs_folder(chosen.profile, out), settings, quiet)
+        if run:
+            workspace.prepare(data)
+            grid.complete(workspace, *(group or ()), runner=runner, minutes=minutes)
+        runs = grid.unique(grid.plan(chosen, *(group or ())))
+        say(*[f"{r.state(workspace.root):<8} {r.label:<24} seed {r.seed}  {r.name}" for r in runs])
+        left, total = [r for r in runs if not r.complete(workspace.root)], len(runs)
+    say(f"{total - len(left)} of {total} runs done")
+    if left and (run or campaign):
+        say(f"next: {left[0].label}, seed {left[0].seed}; the same command goes on")
+        raise typer.Exit(UNFINISHED)
+
+
+@app.command()
+def report(
+    profile: Profile = "demo",
+    out: Out = None,
+    folder: Annotated[Path | None, typer.Option("--report", help="the report's folder [reports/<profile>]")] = None,
+) -> None:
+    """Make the page of a profile's report (index.html) from its tables, figures, verdicts and notebooks."""
+    from ratlip.report import page
+
+    say(shown(page.build(profile, out, folder)))
+
+
+@app.command()
+def bench(
+    profile: Profile = "cub",
+    batch: Annotated[int, typer.Option(min=1, help="images a training step")] = 4,
+    iterations: Annotated[int, typer.Option(min=1, help="measured rounds of each comparison")] = 5,
+    generation: Annotated[list[int] | None, typer.Option(help="batch size drawn; repeatable [1, 8]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads [PyTorch's choice]")] = None,
+    precision: Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed")] = "32-true",
+    accelerator: Accelerator = "auto",
+    workers: Workers = 0,
+    scaling: Annotated[bool, typer.Option("--scaling", help="also: growth with batch, image size and h")] = False,
+    memory: Annotated[bool, typer.Option(help="peak memory of both forms, in fresh processes")] = True,
+    write: Annotated[Path | None, typer.Option("--json", help="JSON file to write")] = None,
+    show: Annotated[Path | None, typer.Option(help="only print again what was written to this JSON file")] = None,
+    form: Annotated[str | None, typer.Option(hidden=True, help="plain or fast: what --memory starts")] = None,
+    settings: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how fast a training step is here, against the plain form of the same step, and where its time goes."""
+    from ratlip.studies import bench
+
+    how = dict(batch=batch, iterations=iterations, threads=threads, precision=precision, accelerator=accelerator)
+    how["overrides"] = read_overrides(settings)
+    if show:
+        if not show.is_file():
+            raise SettingsError(f"--show {show}: there is no such file; `ratlip bench --json FILE` writes one")
+        say(bench.report(read_json(show)))
+    elif form:
+        print(json.dumps(bench.alone_in_process(profile, form, **how)))
+    else:
+        more = dict(workers=workers, scaling=scaling, with_memory=memory, progress=not quiet, json_path=write)
+        say(bench.report(bench.run(profile, generation=tuple(generation or (1, 8)), **how, **more)))
+
+
+@notebook.command("run")
+def run_notebook(
+    source: Annotated[Path, typer.Argument(help="e.g. notebooks/03_train.ipynb")],
+    out: Annotated[Path, typer.Option(help="the executed notebook")],
+    parameters: Annotated[
+        list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="e.g. -p profile=smoke; repeatable")
+    ] = None,
+) -> None:
+    """Execute one notebook with parameters; an empty value or None keeps what the notebook says."""
+    from ratlip.report import notebooks
+
+    given = [pair for pair in parameters or [] if pair.partition("=")[2] not in ("", "None") or "=" not in pair]
+    notebooks.execute(source, out, read_overrides(given))
+
+
+@notebook.command()
+def refresh(profile: Profile = "demo") -> None:
+    """Store the outputs of the executed notebooks of reports/<profile>/ in notebooks/."""
+    from ratlip.report import notebooks
+
+    say(*map(shown, notebooks.refresh(profile)))
+
+
+@notebook.command()
+def smoke() -> None:
+    """Make the references of the tests: the story on the profile smoke, executed into tests/notebooks/smoke/."""
+    from ratlip.studies import workflow
+
+    say(*map(shown, workflow.smoke_references()))
 
 
 def main() -> None:

@@ -40,13 +40,13 @@ def read_overrides(pairs: list[str] | None) -> dict[str, Any]:
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise SettingsError(f"--set {pair}: should be KEY=VALUE, e.g. --set model.hidden_size=16")
+            raise SettingsError(f"{pair}: should be KEY=VALUE, e.g. model.hidden_size=16")
         if not value.strip():
-            raise SettingsError(f"--set {pair}: has no value; to keep a setting, leave the option out")
+            raise SettingsError(f"{pair}: has no value; to keep a setting, leave the option out")
         try:
             overrides[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise SettingsError(f"--set {pair}: {value!r} is no YAML value ({error})") from error
+            raise SettingsError(f"{pair}: {value!r} is no YAML value ({error})") from error
     return overrides
 
 
