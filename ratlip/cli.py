@@ -1,6 +1,6 @@
 """`ratlip`: the one command line; a thin layer over the library.
 
-Commands import what they need when they are called: with torch, `ratlip --help` would take 4 s instead of 0.6 s.
+Commands import what they need when they are called: with torch, `ratlip --help` takes 1.2 s instead of 0.3 s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ratlip.errors import RatlipError, SettingsError
-from ratlip.files import outputs_folder, read_json, shown
+from ratlip.files import read_json, shown
 from ratlip.settings import load_settings, profile_names, read_overrides
 
 if TYPE_CHECKING:
@@ -221,6 +221,7 @@ def grid(
     Exit status 3: the time was used before all runs were done; the same command goes on.
     """
     from ratlip.studies import grid
+    from ratlip.workspace import open_workspace
 
     if campaign:
         if group or settings or run:
@@ -237,12 +238,11 @@ def grid(
             raise SettingsError(f"--group {', '.join(unknown)}: should be one of {', '.join(grid.GROUPS)}")
         if runner not in ("papermill", "library"):
             raise SettingsError(f"--runner {runner}: should be papermill or library")
-        chosen = load_settings(profile, read_overrides(settings))
-        workspace = _workspace(profile, outputs_folder(chosen.profile, out), settings, quiet)
+        workspace = open_workspace(profile, out, settings=settings, progress=not quiet)
         if run:
             workspace.prepare(data)
             grid.complete(workspace, *(group or ()), runner=runner, minutes=minutes)
-        runs = grid.unique(grid.plan(chosen, *(group or ())))
+        runs = grid.unique(grid.plan(workspace.settings, *(group or ())))
         say(*[f"{r.state(workspace.root):<8} {r.label:<24} seed {r.seed}  {r.name}" for r in runs])
         left, total = [r for r in runs if not r.complete(workspace.root)], len(runs)
     say(f"{total - len(left)} of {total} runs done")

@@ -38,7 +38,7 @@ OUTPUTS = Path("outputs")
 
 
 def open_workspace(
-    profile: str, outputs: str | Path | None = None, *, settings: Any = None, **overrides: Any
+    profile: str, outputs: str | Path | None = None, *, settings: Any = None, progress: bool = True, **overrides: Any
 ) -> Workspace:
     """The `Workspace` of a profile, with a notebook's parameters laid over its settings.
 
@@ -52,7 +52,7 @@ def open_workspace(
     if not isinstance(settings, dict):
         settings = read_overrides(settings.split() if isinstance(settings, str) else settings)
     chosen = load_settings(profile, laid | settings)
-    return Workspace.of(chosen, outputs_folder(chosen.profile, outputs))
+    return Workspace.of(chosen, outputs_folder(chosen.profile, outputs), progress)
 
 
 @dataclass(frozen=True)
