@@ -145,8 +145,7 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-# The authors' numbers, copied. `values`: score -> model -> {data set: value}; a data set that is not there was not
-# reported.
+# The authors' numbers, copied. values: score -> model -> {data set: value}; what is not there was not reported.
 _ABOUT_FID = "Inception-v3, torchvision's ImageNet weights (authors' code)"
 _ABOUT_CLIP = "ViT-B/32, 100 x cosine (authors' code)"
 NUMBERS = {
@@ -175,10 +174,10 @@ NUMBERS = {
     },
     "notes": [
         "On CUB, GALIP's published FID is better than RATLIP's.",
-        "An earlier version of the authors' table has the columns Oxford and CelebA-tiny of the CLIP score the other"
-        " way round.",
-        "The values of the other models are the authors' as well; whether they ran these models or quote them is not"
-        " stated.",
+        "An earlier version of the authors' table has the columns Oxford and CelebA-tiny of the CLIP score the other "
+        "way round.",
+        "The values of the other models are the authors' as well; whether they ran these models or quote them is not "
+        "stated.",
         "The published FID and CLIP score are not the standard ones (notebook 7, differences 4, 6 and 9).",
         "The size and the rule of CelebA-tiny are not published; ours is another set of the same name.",
     ],

@@ -5,26 +5,5 @@ A profile (`profiles/*.yaml`) names a dataset, sizes and a budget. A profile may
 is one named setting each (`ratlip.published`, profiles `*-published`).
 """
 
-from ratlip.settings.loading import lay, load_settings, merge, profile_names, read_overrides
-from ratlip.settings.sections import (
-    ClipSettings,
-    DataSettings,
-    EvaluationSettings,
-    ModelSettings,
-    Settings,
-    TrainingSettings,
-)
-
-__all__ = [
-    "ClipSettings",
-    "DataSettings",
-    "EvaluationSettings",
-    "ModelSettings",
-    "Settings",
-    "TrainingSettings",
-    "lay",
-    "load_settings",
-    "merge",
-    "profile_names",
-    "read_overrides",
-]
+from ratlip.settings.loading import lay, load_settings, merge, profile_names, read_overrides  # noqa: F401
+from ratlip.settings.sections import ClipSettings, DataSettings, Settings, TrainingSettings  # noqa: F401

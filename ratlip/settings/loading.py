@@ -21,10 +21,9 @@ def profile_names() -> list[str]:
 
 
 def load_settings(profile: str | Path, overrides: dict[str, Any] | None = None) -> Settings:
-    """Read a profile by name or path and lay dotted overrides over it (`{"model.hidden_size": 16}`).
+    """Read a profile by name or path and lay dotted overrides over it (`{"model.hidden_size": 16}`; None is none).
 
-    An override of None is no override. Raises SettingsError that lists every wrong field with its value and
-    what would be allowed.
+    Raises SettingsError that lists every wrong field with its value and what would be allowed.
     """
     name, content = _read_profile(profile, (str(profile),))
     content = lay(content, {dotted: value for dotted, value in (overrides or {}).items() if value is not None})
@@ -53,10 +52,9 @@ def read_overrides(pairs: list[str] | None) -> dict[str, Any]:
 def lay(content: dict, given: dict[str, Any]) -> dict:
     """Dotted settings (`{"model.hidden_size": 16}`) laid over those of a profile; a budget replaces the other."""
     for dotted, value in given.items():
-        nested: Any = value
         for part in reversed(dotted.split(".")):
-            nested = {part: nested}
-        content = merge(content, nested)
+            value = {part: value}
+        content = merge(content, value)
     for budget, other in (("steps", "epochs"), ("epochs", "steps")):  # the one asked for replaces the other
         if f"training.{budget}" in given and f"training.{other}" not in given:
             content = merge(content, {"training": {other: None}})

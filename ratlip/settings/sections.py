@@ -18,12 +18,13 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Pixels = Annotated[int, Field(ge=16, le=1024)]
+Form = Literal["standard", "published"]
 
 
 class Section(BaseModel):
     """Immutable, and a misspelt key is an error rather than a silent default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class DataSettings(Section):
@@ -62,7 +63,7 @@ class ClipSettings(Section):
     model: str = Field("ViT-B-32-quickgelu", description="open_clip architecture (pretrained, file)")
     pretrained: str = Field("openai", description="open_clip weight tag (pretrained)")
     path: Path | None = Field(None, description="local checkpoint (file)")
-    normalisation: Literal["standard", "published"] = Field("standard", description=describe("clip.normalisation"))
+    normalisation: Form = Field("standard", description=describe("clip.normalisation"))
     patch_size: PositiveInt = 4
     width: PositiveInt = 64
     layers: Annotated[int, Field(ge=2, le=48)] = 4
@@ -97,9 +98,7 @@ class ModelSettings(Section):
     conditioning: Conditioning = Field("rat", description=describe("model.conditioning"))
     rat_scope: Literal["mapper", "generator"] = Field("generator", description=describe("model.rat_scope"))
     hidden_size: Annotated[int, Field(ge=0, le=1024)] = Field(64, description="h of the LSTM; 0 means CAT")
-    attention: Literal["shuffle", "none", "norm"] = Field(
-        "shuffle", description="none: plain convolutions (GALIP); norm: shuffle's batch norm, no attention"
-    )
+    attention: Literal["shuffle", "none", "norm"] = Field("shuffle", description="none: as GALIP; norm: its norm alone")
     attention_groups: PositiveInt = 8
     image_size: Pixels = 224
     latent_size: PositiveInt = 100
@@ -171,9 +170,7 @@ class TrainingSettings(Section):
     checkpointing: bool = Field(False, description="make maps again for the backward pass: less memory, more time")
     compile: bool = Field(False, description="torch.compile for the generator and CLIP, never for D")
     channels_last: bool = Field(False, description="weights of convolutions with the channels last")
-    cached_features: bool = Field(
-        False, description="keep CLIP's features of real images; needs square images, crop = resize and no flip"
-    )
+    cached_features: bool = Field(False, description="keep CLIP's features of real images (no flip, crop = resize)")
     log_every: PositiveInt = 25
     sample_every: PositiveInt = 500
     checkpoint_every: PositiveInt = 500
@@ -183,10 +180,8 @@ class TrainingSettings(Section):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give the budget as steps or as epochs: exactly one of them")
         if self.batch_size == 1 and self.mismatch != "published":
-            raise ValueError(
-                "batch_size=1 has no other sentence to mismatch with; use 2 or more "
-                "(mismatch: published reruns what the published code does there)"
-            )
+            mend = "use 2 or more (mismatch: published reruns what the published code does there)"
+            raise ValueError(f"batch_size=1 has no other sentence to mismatch with; {mend}")
         return self
 
 
@@ -199,21 +194,15 @@ class EvaluationSettings(Section):
     grid_images: PositiveInt = Field(4, description="images a caption in the sample grid")
     judge_steps: Count = Field(600, description="training steps of the attribute classifier (synthetic only)")
     extractor: Literal["clip", "inception"] = Field(
-        "clip", description="features of FID, KID, IS, ...: the independent CLIP's, or torch-fidelity's Inception"
+        "clip", description="of FID and its like; clip: the independent one"
     )
-    extractor_weights: Path | None = Field(
-        None, description="inception: local file of torch-fidelity's weights; none: it downloads them"
-    )
-    inception_range: Literal["standard", "published"] = Field(
-        "standard", description=describe("evaluation.inception_range")
-    )
+    extractor_weights: Path | None = Field(None, description="inception: a local file; none: torch-fidelity's own")
+    inception_range: Form = Field("standard", description=describe("evaluation.inception_range"))
     last_batch: Literal["keep", "drop"] = Field("keep", description=describe("evaluation.last_batch"))
-    clip_score_normalisation: Literal["standard", "published"] = Field(
+    clip_score_normalisation: Form = Field(
         "standard", description="of the CLIP score; " + describe("evaluation.clip_score_normalisation")
     )
-    study: tuple[PositiveInt, ...] = Field(
-        (1000, 2000, 5000, 10000, 20000, 30000), description="numbers of images of the protocol study"
-    )
+    study: tuple[PositiveInt, ...] = (1000, 2000, 5000, 10000, 20000, 30000)  # images of the protocol study
 
 
 class ExperimentSettings(Section):
@@ -236,26 +225,20 @@ class Settings(Section):
     model: ModelSettings = ModelSettings()
     training: TrainingSettings
     evaluation: EvaluationSettings = EvaluationSettings()
-    independent: ClipSettings | None = Field(
-        None, description="a second CLIP, which no generator was trained with, for scores only"
-    )
+    independent: ClipSettings | None = Field(None, description="a second CLIP, which no generator knows, for scores")
     experiments: ExperimentSettings = ExperimentSettings()
 
     @model_validator(mode="after")
     def _fits(self):
         size, patch, layers, m = self.model.image_size, self.clip.patch_size, self.clip.layers, self.model
         if self.independent and self.independent_hash == self.clip_hash:
-            raise ValueError(
-                "independent is the CLIP that the generator is trained with; give it another seed "
-                "and width (or other pretrained weights)"
-            )
+            mend = "give it another seed and width (or other pretrained weights)"
+            raise ValueError(f"independent is the CLIP that the generator is trained with; {mend}")
         if self.clip.source != "train":
             return self
         if size % patch or not 4 <= size // patch <= 32:
-            raise ValueError(
-                f"model.image_size={size} and clip.patch_size={patch}: the patch "
-                "must divide the image into a grid of 4 to 32 patches a side"
-            )
+            given = f"model.image_size={size} and clip.patch_size={patch}"
+            raise ValueError(f"{given}: the patch must divide the image into a grid of 4 to 32 patches a side")
         for name, blocks in {"prompt_blocks": m.prompt_blocks, "feature_blocks": m.feature_blocks}.items():
             if max(blocks, default=0) >= layers:
                 has = f"the CLIP has blocks 0 to {layers - 1} (clip.layers={layers})"
