@@ -37,15 +37,8 @@ console = Console(highlight=False, emoji=False)
 Profile = Annotated[str, typer.Option("--profile", "-p", help="a profile (`ratlip profiles`) or .yaml file")]
 Data = Annotated[Path | None, typer.Option("--data", help="root of the dataset (not for demo, smoke)")]
 Out = Annotated[Path | None, typer.Option("--out", help="where everything goes [outputs/<profile>]")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        "-s",
-        metavar="KEY=VALUE",
-        help="override a setting, e.g. -s model.conditioning=cat -s seed=1; repeatable",
-    ),
-]
+_override = "override a setting, e.g. -s model.conditioning=cat -s seed=1; repeatable"
+Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help=_override)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda")]
 Workers = Annotated[int, typer.Option(help="loader processes")]
@@ -101,10 +94,8 @@ def prepare(
     workspace = _workspace(profile, out, settings, quiet)
     before = (workspace.prepared_folder / "manifest.json").is_file()
     prepared = workspace.prepare(data)
-    say(
-        f"{prepared.folder}: {len(prepared.train)} training and {len(prepared.test)} test images"
-        + (" (was already there; delete the folder to read the dataset again)" if before else "")
-    )
+    there = " (was already there; delete the folder to read the dataset again)" if before else ""
+    say(f"{prepared.folder}: {len(prepared.train)} training and {len(prepared.test)} test images{there}")
 
 
 @app.command()
@@ -134,8 +125,7 @@ def train(
 ) -> None:
     """Train one run, or go on where it was stopped."""
     workspace = _workspace(profile, out, settings, quiet)
-    folder = workspace.train(accelerator=accelerator, devices=devices, workers=workers)
-    say(f"{folder}")
+    say(str(workspace.train(accelerator=accelerator, devices=devices, workers=workers)))
 
 
 @app.command()
@@ -143,12 +133,8 @@ def evaluate(profile: Profile = "demo", out: Out = None, settings: Set = None, q
     """Score a complete run, next to real images; writes scores.json into the run folder."""
     scores = _workspace(profile, out, settings, quiet).evaluate()
     real, labels = scores["real"], scores["labels"]
-    table = Table(
-        "score",
-        "generated",
-        "real",
-        title=f"{scores['run']}, {scores['images']} images (real: {real['images']}), {scores['protocol']} protocol",
-    )
+    title = f"{scores['run']}, {scores['images']} images (real: {real['images']}), {scores['protocol']} protocol"
+    table = Table("score", "generated", "real", title=title)
     distances = ("frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
     for key in ("clip_similarity", "independent_similarity", *distances):
         if scores[key] is not None:
@@ -166,12 +152,8 @@ def generate(
     run: Annotated[Path, typer.Option("--run", help="a run folder, e.g. outputs/demo/runs/...")],
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="images a caption")] = 8,
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG, or a folder for single images")] = Path(
-        "grid.png"
-    ),
-    names: Annotated[
-        str, typer.Option(help="of single images: caption, or published (by batch: later ones overwrite)")
-    ] = "caption",
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG, or folder of images")] = Path("grid.png"),
+    names: Annotated[str, typer.Option(help="of single images: caption, or published (by batch)")] = "caption",
     batch_size: Annotated[int, typer.Option(min=1, help="images drawn together")] = 64,
     clip_folder: Annotated[Path | None, typer.Option(help="where the run's CLIP is, if not beside the run")] = None,
     device: Accelerator = "auto",
@@ -182,10 +164,8 @@ def generate(
 
     files = file_names(len(captions), n, names, batch_size)
     if output.suffix not in ("", ".png", ".pdf", ".svg", ".jpg"):
-        raise SettingsError(
-            f"--output {output}: give a .png (or .pdf, .svg, .jpg) for one sheet, or a "
-            "folder name without a dot for single images"
-        )
+        mend = "give a .png (or .pdf, .svg, .jpg) for one sheet, or a folder name without a dot for single images"
+        raise SettingsError(f"--output {output}: {mend}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         images = Run(run, device=device, clip_folder=clip_folder).generate(captions, n, seed, batch_size)
@@ -196,14 +176,12 @@ def generate(
         caption_grid(images, captions, output)
     else:
         save_images(images.flatten(0, 1), output, files)
-    say(f"{output}")
+    say(str(output))
 
 
 @app.command()
 def grid(
-    campaign: Annotated[
-        Path | None, typer.Argument(help="a file with parts of several grids, e.g. env/gpu/birds.yaml; it is run")
-    ] = None,
+    campaign: Annotated[Path | None, typer.Argument(help="run this file's parts, e.g. env/gpu/birds.yaml")] = None,
     profile: Profile = "demo",
     group: Annotated[list[str] | None, typer.Option(help="ablation, sweep or versus; repeatable [all]")] = None,
     run: Annotated[bool, typer.Option("--run", help="train and score what is missing")] = False,
@@ -301,9 +279,7 @@ def bench(
 def run_notebook(
     source: Annotated[Path, typer.Argument(help="e.g. notebooks/03_train.ipynb")],
     out: Annotated[Path, typer.Option(help="the executed notebook")],
-    parameters: Annotated[
-        list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="e.g. -p profile=smoke; repeatable")
-    ] = None,
+    parameters: Annotated[list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="repeatable")] = None,
 ) -> None:
     """Execute one notebook with parameters; an empty value or None keeps what the notebook says."""
     from ratlip.report import notebooks

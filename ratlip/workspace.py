@@ -70,32 +70,32 @@ class Workspace:
 
     @property
     def prepared_folder(self) -> Path:
-        """Of the prepared data."""
+        """Folder of the prepared data."""
         return self.root / f"prepared-{self.settings.data_hash}"
 
     @property
     def clip_folder(self) -> Path:
-        """Of the CLIP, and of the embeddings of the captions."""
+        """Folder of the CLIP, and of its embeddings of the captions."""
         return self.root / f"clip-{self.settings.clip_hash}"
 
     @property
     def judge_folder(self) -> Path:
-        """Of the attribute classifier."""
+        """Folder of the attribute classifier."""
         return self.root / f"judge-{self.settings.judge_hash}"
 
     @property
     def run_folder(self) -> Path:
-        """Of the run."""
+        """Folder of the run."""
         return self.root / "runs" / self.settings.run_name
 
     def prepare(self, data: str | Path | None = None) -> Prepared:
         """The prepared data; at first use, made from the dataset root `data` (not for the generated set)."""
         d, folder = self.settings.data, self.prepared_folder
         stored = {"hash": self.settings.data_hash, **d.stored}
-        if found := existing(folder, resize=d.resize, settings=stored):
+        if (found := existing(folder, resize=d.resize, settings=stored)) is not None:
             return found
-        records, about = read_records(self.settings, data), dict(resize=d.resize, settings=stored, source=d.dataset)
-        return prepare(records, folder, **about, progress=self.progress)
+        records, shown = read_records(self.settings, data), self.progress
+        return prepare(records, folder, resize=d.resize, settings=stored, source=d.dataset, progress=shown)
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -123,11 +123,10 @@ class Workspace:
         if clip.source != "train":
             return load_clip(clip).to(device)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        images = dict(image_size=self.settings.model.image_size, crop=d.crop, flip=d.flip)
+        images: dict[str, Any] = dict(image_size=self.settings.model.image_size, crop=d.crop, flip=d.flip)
         with FileLock(folder.with_name(f".{folder.name}.lock")):  # runs may be scored side by side
-            return train_small_clip(self.prepared, clip, folder, device=device, **images, progress=self.progress).to(
-                device
-            )
+            made = train_small_clip(self.prepared, clip, folder, device=device, **images, progress=self.progress)
+            return made.to(device)
 
     def sentences(self, split: str = "train") -> Tensor:
         """Raw text embeddings (N,E) of a split, in the order of its `all_captions`; cached on disk."""
@@ -140,7 +139,7 @@ class Workspace:
         s = self.settings
         if s.data.dataset != "synthetic":
             return None
-        how = dict(crop=s.data.crop, image_size=s.model.image_size, steps=s.evaluation.judge_steps)
+        how: dict[str, Any] = dict(crop=s.data.crop, image_size=s.model.image_size, steps=s.evaluation.judge_steps)
         return load_judge(self.prepared, self.judge_folder, **how, progress=self.progress)
 
     def train(self, **options: Any) -> Path:
@@ -153,16 +152,8 @@ class Workspace:
         folder = self.run_folder
         if not loop.is_complete(folder):
             raise RunError(f"{folder}: not trained to its last step; run `ratlip train` with the same settings")
-        scores = evaluate(
-            folder,
-            self.settings,
-            self.prepared,
-            self.clip,
-            self.judge,
-            independent=self.independent,
-            home=self.root,
-            progress=self.progress,
-        )
+        more: dict[str, Any] = dict(independent=self.independent, home=self.root, progress=self.progress)
+        scores = evaluate(folder, self.settings, self.prepared, self.clip, self.judge, **more)
         write_json(folder / "scores.json", scores)
         return scores
 
@@ -187,7 +178,7 @@ def require_data(settings: Settings, data: str | Path | None, prepared: bool = F
     profile, name = settings.profile, settings.data.dataset
     if name != "synthetic" and not data and not prepared:
         raise SettingsError(
-            f"profile {profile} needs the {name} dataset: give its root folder (`--data ROOT`, or "
+            f"profile {profile} needs the {name} dataset: give its root folder (`--data ROOT`, with make "
             f"`make reproduce PROFILE={profile} DATA=ROOT`); `ratlip download {name} --to ROOT` fetches it or says "
             "where to get it. The profile demo needs no data"
         )
