@@ -1,10 +1,25 @@
 """ratlip: reproduction suite for RATLIP (Lin, Lu, Chen, 2024), a text-to-image GAN on a frozen CLIP."""
 
-from ratlip import compat as _compat
-
-_compat.apply()
+import sys
 
 __version__ = "0.1.0"
+
+
+class _BeforeTorchvision:
+    """Applies `ratlip.compat` when torchvision is first imported: torch is not loaded for `ratlip --help`."""
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(cls)
+            from ratlip import compat
+
+            compat.apply()
+        return None
+
+
+if "torchvision" not in sys.modules:
+    sys.meta_path.insert(0, _BeforeTorchvision)
 
 
 def load(run, device: str = "auto"):

@@ -1,41 +1,47 @@
-"""`ratlip`: a thin command line over `ratlip.workspace` and `ratlip.training.generation`."""
+"""`ratlip`: the one command line; a thin layer over the library.
+
+Commands import what they need when they are called: with torch, `ratlip --help` takes 1.2 s instead of 0.3 s.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ratlip.errors import RatlipError, SettingsError
-from ratlip.settings import Settings, load_settings, profile_names, read_overrides
+from ratlip.files import read_json, shown
+from ratlip.settings import load_settings, profile_names, read_overrides
 
+if TYPE_CHECKING:
+    from ratlip.workspace import Workspace
+
+UNFINISHED = 3  # exit status where the time was used before all runs were done
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="The reproduction suite for RATLIP: prepare data, train, score, generate. "
+    help="The reproduction suite for RATLIP: prepare data, train, score, generate, compare, report. "
     "The notebooks do the same with explanations (`make lab`).",
 )
+notebook = typer.Typer(no_args_is_help=True, help="Execute notebooks, and store what they show.")
+app.add_typer(notebook, name="notebook")
 console = Console(highlight=False, emoji=False)
 
 Profile = Annotated[str, typer.Option("--profile", "-p", help="a profile (`ratlip profiles`) or .yaml file")]
-Data = Annotated[Optional[Path], typer.Option("--data", help="root of the dataset (not for demo, smoke)")]
-Out = Annotated[Optional[Path], typer.Option("--out", help="where everything goes [outputs/<profile>]")]
-Set = Annotated[
-    Optional[list[str]],
-    typer.Option(
-        "--set",
-        "-s",
-        metavar="KEY=VALUE",
-        help="override a setting, e.g. -s model.conditioning=cat -s seed=1; repeatable",
-    ),
-]
+Data = Annotated[Path | None, typer.Option("--data", help="root of the dataset (not for demo, smoke)")]
+Out = Annotated[Path | None, typer.Option("--out", help="where everything goes [outputs/<profile>]")]
+_override = "override a setting, e.g. -s model.conditioning=cat -s seed=1; repeatable"
+Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help=_override)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda")]
+Workers = Annotated[int, typer.Option(help="loader processes")]
 
 
 def say(*lines: str) -> None:
@@ -44,21 +50,21 @@ def say(*lines: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _workspace(profile: str, out: Path | None, pairs: list[str] | None, quiet: bool = False):
-    from ratlip.workspace import Workspace  # takes seconds: `--help` and `profiles` should not wait
+def _workspace(profile: str, out: Path | None, pairs: list[str] | None, quiet: bool = False) -> Workspace:
+    from ratlip.workspace import Workspace
 
     return Workspace.of(load_settings(profile, read_overrides(pairs)), out, progress=not quiet)
 
 
 @app.command()
-def profiles(name: Annotated[Optional[str], typer.Argument(help="show all settings of it")] = None) -> None:
+def profiles(name: Annotated[str | None, typer.Argument(help="show all settings of it")] = None) -> None:
     """List the profiles, or show every setting of one."""
     if name:
         say(load_settings(name).to_yaml().rstrip())
         return
     table = Table("profile", "data", "px", "CLIP", "what it is")
     for each in profile_names():
-        s: Settings = load_settings(each)
+        s = load_settings(each)
         source = "trained here" if s.clip.source == "train" else f"{s.clip.model} {s.clip.pretrained}"
         table.add_row(each, s.data.dataset, str(s.model.image_size), source, s.summary)
     console.print(table)
@@ -88,10 +94,8 @@ def prepare(
     workspace = _workspace(profile, out, settings, quiet)
     before = (workspace.prepared_folder / "manifest.json").is_file()
     prepared = workspace.prepare(data)
-    say(
-        f"{prepared.folder}: {len(prepared.train)} training and {len(prepared.test)} test images"
-        + (" (was already there; delete the folder to read the dataset again)" if before else "")
-    )
+    there = " (was already there; delete the folder to read the dataset again)" if before else ""
+    say(f"{prepared.folder}: {len(prepared.train)} training and {len(prepared.test)} test images{there}")
 
 
 @app.command()
@@ -114,15 +118,14 @@ def train(
     profile: Profile = "demo",
     out: Out = None,
     settings: Set = None,
-    accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
+    accelerator: Accelerator = "auto",
     devices: Annotated[int, typer.Option(help="number of processes, one device each")] = 1,
-    workers: Annotated[int, typer.Option(help="loader processes")] = 0,
+    workers: Workers = 0,
     quiet: Quiet = False,
 ) -> None:
     """Train one run, or go on where it was stopped."""
     workspace = _workspace(profile, out, settings, quiet)
-    folder = workspace.train(accelerator=accelerator, devices=devices, workers=workers)
-    say(f"{folder}")
+    say(str(workspace.train(accelerator=accelerator, devices=devices, workers=workers)))
 
 
 @app.command()
@@ -130,21 +133,10 @@ def evaluate(profile: Profile = "demo", out: Out = None, settings: Set = None, q
     """Score a complete run, next to real images; writes scores.json into the run folder."""
     scores = _workspace(profile, out, settings, quiet).evaluate()
     real, labels = scores["real"], scores["labels"]
-    table = Table(
-        "score",
-        "generated",
-        "real",
-        title=f"{scores['run']}, {scores['images']} images (real: {real['images']}), {scores['protocol']} protocol",
-    )
-    for key in (
-        "clip_similarity",
-        "independent_similarity",
-        "frechet_distance",
-        "kernel_distance",
-        "inception_score",
-        "precision",
-        "recall",
-    ):
+    title = f"{scores['run']}, {scores['images']} images (real: {real['images']}), {scores['protocol']} protocol"
+    table = Table("score", "generated", "real", title=title)
+    distances = ("frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
+    for key in ("clip_similarity", "independent_similarity", *distances):
         if scores[key] is not None:
             table.add_row(labels[key], f"{scores[key]:.4g}", f"{real[key]:.4g}")
     for name, share in scores.get("judge", {}).items():
@@ -160,15 +152,11 @@ def generate(
     run: Annotated[Path, typer.Option("--run", help="a run folder, e.g. outputs/demo/runs/...")],
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="images a caption")] = 8,
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG, or a folder for single images")] = Path(
-        "grid.png"
-    ),
-    names: Annotated[
-        str, typer.Option(help="of single images: caption, or published (by batch: later ones overwrite)")
-    ] = "caption",
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG, or folder of images")] = Path("grid.png"),
+    names: Annotated[str, typer.Option(help="of single images: caption, or published (by batch)")] = "caption",
     batch_size: Annotated[int, typer.Option(min=1, help="images drawn together")] = 64,
-    clip_folder: Annotated[Optional[Path], typer.Option(help="where the run's CLIP is, if not beside the run")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
+    clip_folder: Annotated[Path | None, typer.Option(help="where the run's CLIP is, if not beside the run")] = None,
+    device: Accelerator = "auto",
 ) -> None:
     """Draw your own captions with a trained run."""
     from ratlip.plots.pictures import caption_grid, save_images
@@ -176,10 +164,8 @@ def generate(
 
     files = file_names(len(captions), n, names, batch_size)
     if output.suffix not in ("", ".png", ".pdf", ".svg", ".jpg"):
-        raise SettingsError(
-            f"--output {output}: give a .png (or .pdf, .svg, .jpg) for one sheet, or a "
-            "folder name without a dot for single images"
-        )
+        mend = "give a .png (or .pdf, .svg, .jpg) for one sheet, or a folder name without a dot for single images"
+        raise SettingsError(f"--output {output}: {mend}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         images = Run(run, device=device, clip_folder=clip_folder).generate(captions, n, seed, batch_size)
@@ -190,7 +176,132 @@ def generate(
         caption_grid(images, captions, output)
     else:
         save_images(images.flatten(0, 1), output, files)
-    say(f"{output}")
+    say(str(output))
+
+
+@app.command()
+def grid(
+    campaign: Annotated[Path | None, typer.Argument(help="run this file's parts, e.g. env/gpu/birds.yaml")] = None,
+    profile: Profile = "demo",
+    group: Annotated[list[str] | None, typer.Option(help="ablation, sweep or versus; repeatable [all]")] = None,
+    run: Annotated[bool, typer.Option("--run", help="train and score what is missing")] = False,
+    minutes: Annotated[float | None, typer.Option(help="stop cleanly after so many minutes")] = None,
+    runner: Annotated[str, typer.Option(help="papermill (keeps each run's notebook) or library")] = "papermill",
+    collect: Annotated[Path | None, typer.Option(help="campaign: copy scores, losses and sample grids there")] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="campaign: collect the checkpoints too")] = False,
+    data: Data = None,
+    out: Out = None,
+    settings: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """List the runs behind notebooks 04 to 08 and their state, or make what is missing, going on where it stopped.
+
+    Exit status 3: the time was used before all runs were done; the same command goes on.
+    """
+    from ratlip.studies import grid
+    from ratlip.workspace import open_workspace
+
+    if campaign:
+        if group or settings or run:
+            raise SettingsError(f"{campaign}: a campaign names its groups and settings itself; leave them out")
+        stages = grid.read_campaign(campaign)
+        left = grid.carry_out(stages, out, data, minutes, not quiet)
+        if collect:
+            say(f"collected in {grid.collect(stages, collect, out, weights)}")
+        total = sum(len(stage.runs()) for stage in stages)
+    else:
+        if collect or weights:
+            raise SettingsError("--collect, --weights: belong to a campaign; give its file, e.g. env/gpu/birds.yaml")
+        if unknown := set(group or ()) - set(grid.GROUPS):
+            raise SettingsError(f"--group {', '.join(unknown)}: should be one of {', '.join(grid.GROUPS)}")
+        if runner not in ("papermill", "library"):
+            raise SettingsError(f"--runner {runner}: should be papermill or library")
+        workspace = open_workspace(profile, out, settings=settings, progress=not quiet)
+        if run:
+            workspace.prepare(data)
+            grid.complete(workspace, *(group or ()), runner=runner, minutes=minutes)
+        runs = grid.unique(grid.plan(workspace.settings, *(group or ())))
+        say(*[f"{r.state(workspace.root):<8} {r.label:<24} seed {r.seed}  {r.name}" for r in runs])
+        left, total = [r for r in runs if not r.complete(workspace.root)], len(runs)
+    say(f"{total - len(left)} of {total} runs done")
+    if left and (run or campaign):
+        say(f"next: {left[0].label}, seed {left[0].seed}; the same command goes on")
+        raise typer.Exit(UNFINISHED)
+
+
+@app.command()
+def report(
+    profile: Profile = "demo",
+    out: Out = None,
+    folder: Annotated[Path | None, typer.Option("--report", help="the report's folder [reports/<profile>]")] = None,
+) -> None:
+    """Make the page of a profile's report (index.html) from its tables, figures, verdicts and notebooks."""
+    from ratlip.report import page
+
+    say(shown(page.build(profile, out, folder)))
+
+
+@app.command()
+def bench(
+    profile: Profile = "cub",
+    batch: Annotated[int, typer.Option(min=1, help="images a training step")] = 4,
+    iterations: Annotated[int, typer.Option(min=1, help="measured rounds of each comparison")] = 5,
+    generation: Annotated[list[int] | None, typer.Option(help="batch size drawn; repeatable [1, 8]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads [PyTorch's choice]")] = None,
+    precision: Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed")] = "32-true",
+    accelerator: Accelerator = "auto",
+    workers: Workers = 0,
+    scaling: Annotated[bool, typer.Option("--scaling", help="also: growth with batch, image size and h")] = False,
+    memory: Annotated[bool, typer.Option(help="peak memory of both forms, in fresh processes")] = True,
+    write: Annotated[Path | None, typer.Option("--json", help="JSON file to write")] = None,
+    show: Annotated[Path | None, typer.Option(help="only print again what was written to this JSON file")] = None,
+    form: Annotated[str | None, typer.Option(hidden=True, help="plain or fast: what --memory starts")] = None,
+    settings: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how fast a training step is here, against the plain form of the same step, and where its time goes."""
+    from ratlip.studies import bench
+
+    how = dict(batch=batch, iterations=iterations, threads=threads, precision=precision, accelerator=accelerator)
+    how["overrides"] = read_overrides(settings)
+    if show:
+        if not show.is_file():
+            raise SettingsError(f"--show {show}: there is no such file; `ratlip bench --json FILE` writes one")
+        say(bench.report(read_json(show)))
+    elif form:
+        print(json.dumps(bench.alone_in_process(profile, form, **how)))
+    else:
+        more = dict(workers=workers, scaling=scaling, with_memory=memory, progress=not quiet, json_path=write)
+        say(bench.report(bench.run(profile, generation=tuple(generation or (1, 8)), **how, **more)))
+
+
+@notebook.command("run")
+def run_notebook(
+    source: Annotated[Path, typer.Argument(help="e.g. notebooks/03_train.ipynb")],
+    out: Annotated[Path, typer.Option(help="the executed notebook")],
+    parameters: Annotated[list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="repeatable")] = None,
+) -> None:
+    """Execute one notebook with parameters; an empty value or None keeps what the notebook says."""
+    from ratlip.report import notebooks
+
+    given = [pair for pair in parameters or [] if pair.partition("=")[2] not in ("", "None") or "=" not in pair]
+    notebooks.execute(source, out, read_overrides(given))
+
+
+@notebook.command()
+def refresh(profile: Profile = "demo") -> None:
+    """Store the outputs of the executed notebooks of reports/<profile>/ in notebooks/."""
+    from ratlip.report import notebooks
+
+    say(*map(shown, notebooks.refresh(profile)))
+
+
+@notebook.command()
+def smoke() -> None:
+    """Make the references of the tests: the story on the profile smoke, executed into tests/notebooks/smoke/."""
+    from ratlip.studies import workflow
+
+    say(*map(shown, workflow.smoke_references()))
 
 
 def main() -> None:

@@ -6,30 +6,18 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "open_clip_torch",
-    "torch-fidelity",
-    "grad-cam",
-    "lightning-fabric",
-    "datasets",
-    "numpy",
-    "pillow",
-    "pydantic",
-)
+PACKAGES = "torch torchvision open_clip_torch torch-fidelity grad-cam lightning-fabric datasets numpy pillow pydantic"
 
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
+        here = Path(__file__).parent
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -37,27 +25,23 @@ def _git(*arguments: str) -> str | None:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
 def describe() -> dict:
     """Commit, versions and hardware of this moment, as plain JSON values. No host name, no user, no path."""
     versions = {}
-    for package in PACKAGES:
+    for package in PACKAGES.split():
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     commit = _git("rev-parse", "HEAD")
-    accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "uncommitted_changes": bool(_git("status", "--porcelain")) if commit else None,
         "python": platform.python_version(),
@@ -67,6 +51,6 @@ def describe() -> dict:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerators": accelerators,
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
     }

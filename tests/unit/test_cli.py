@@ -3,27 +3,38 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from PIL import Image
 
 from ratlip.cli import app
 from ratlip.errors import SettingsError
+from ratlip.report import notebooks
 from ratlip.settings import load_settings, profile_names, read_overrides
 
-COMMANDS = ["profiles", "download", "prepare", "clip", "train", "evaluate", "generate"]
+COMMANDS = ["profiles", "download", "prepare", "clip", "train", "evaluate", "generate", "grid", "report", "bench"]
+NOTEBOOK = ["run", "refresh", "smoke"]
 RED = "a large red ring on the left on a white background"
 
 
 def test_the_commands_are_these():
     assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(COMMANDS)
+    assert [group.name for group in app.registered_groups] == ["notebook"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "notebook", *(f"notebook {name}" for name in NOTEBOOK)])
 def test_each_command_explains_itself(ratlip, command):
-    status, out, _ = ratlip(command, "--help")
+    status, out, _ = ratlip(*command.split(), "--help")
     assert status == 0 and "Usage" in out and command in out
+
+
+def test_every_option_explains_itself():
+    for command in typer.main.get_command(app).commands.values():
+        for each in [command, *getattr(command, "commands", {}).values()]:
+            assert each.help and all(option.help for option in each.params if option.name != "help"), each.name
 
 
 def test_help_does_not_wait_for_torch():
@@ -31,7 +42,7 @@ def test_help_does_not_wait_for_torch():
     code = (
         "import sys; from ratlip import cli; sys.argv = ['ratlip', 'profiles']\n"
         "try: cli.main()\nexcept SystemExit: pass\n"
-        "heavy = ('open_clip', 'lightning_fabric', 'matplotlib', 'datasets')\n"
+        "heavy = ('torch', 'pandas', 'open_clip', 'lightning_fabric', 'matplotlib', 'datasets')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -62,6 +73,17 @@ def test_profiles_are_listed_and_shown(ratlip):
         (["evaluate", "-p", "smoke"], "not trained to its last step"),
         (["generate", RED, "--run", "no such run"], "has no config.yaml"),
         (["download", "cats", "--to", "here"], "cats"),
+        (["grid", "-p", "smok"], "did you mean 'smoke'"),
+        (["grid", "-p", "smoke", "--group", "abation"], "--group abation: should be one of ablation, sweep, versus"),
+        (["grid", "-p", "smoke", "--runner", "door"], "--runner door: should be papermill or library"),
+        (["grid", "-p", "smoke", "--collect", "there"], "belong to a campaign"),
+        (["grid", "birds.yaml"], "no such campaign file"),
+        (["grid", "birds.yaml", "-s", "seed=1"], "names its groups and settings itself"),
+        (["report", "-p", "smok"], "did you mean 'smoke'"),
+        (["bench", "--show", "there.json"], "there is no such file"),
+        (["bench", "-s", "seed"], "should be KEY=VALUE"),
+        (["notebook", "run", "there.ipynb", "--out", "out.ipynb"], "no such notebook"),
+        (["notebook", "run", "there.ipynb", "--out", "out.ipynb", "-p", "profile"], "should be KEY=VALUE"),
     ],
 )
 def test_a_mistake_is_one_message_and_status_two(ratlip, tmp_path, monkeypatch, arguments, said):
@@ -78,6 +100,22 @@ def test_a_mistake_is_one_message_and_status_two(ratlip, tmp_path, monkeypatch, 
 def test_a_wrong_option_is_status_two(ratlip, arguments):
     status, _, err = ratlip(*arguments)
     assert status == 2 and "Traceback" not in err
+
+
+def test_the_grid_is_listed(ratlip, tmp_path):
+    status, out, _ = ratlip("grid", "-p", "smoke", "--out", tmp_path, "--group", "versus")
+    lines = out.splitlines()
+    assert status == 0 and lines[-1] == f"0 of {len(lines) - 1} runs done"
+    assert all(line.startswith("missing ") and "seed" in line for line in lines[:-1])
+
+
+def test_a_notebook_gets_its_parameters(ratlip, monkeypatch):
+    given = []
+    monkeypatch.setattr(notebooks, "execute", lambda *arguments: given.append(arguments))
+    options = ["-p", "profile=smoke", "-p", "data=", "-p", "report=None", "-p", 'settings={"model.attention": "none"}']
+    status, _, _ = ratlip("notebook", "run", "a.ipynb", "--out", "b.ipynb", *options)
+    parameters = {"profile": "smoke", "settings": {"model.attention": "none"}}
+    assert status == 0 and given == [(Path("a.ipynb"), Path("b.ipynb"), parameters)]
 
 
 def test_overrides_are_read_as_yaml():

@@ -1,16 +1,69 @@
-"""The store of what is read off images: goes on where it was, believes nothing damaged, has one writer."""
+"""Identity and caching: digests, a folder of one identity; the store goes on where it was, believes nothing damaged."""
 
+import hashlib
 import json
 import threading
 import time
 
 import numpy as np
 import pytest
+import torch
 
 from ratlip import cache
 from ratlip.cache import Store
+from ratlip.errors import RunError
 
+IDENTITY = {"steps": 3, "model": {"blocks": (1, 2), "width": 8}}
 COLUMNS = {"square": ((2,), "float32"), "odd": ((), "bool")}
+
+
+# ---------------------------------------------------------------------------------------------- identity
+
+
+def test_a_digest_changes_with_a_value_and_not_with_the_order_of_keys():
+    assert cache.digest({"a": 1, "b": [2, 3]}) == cache.digest({"b": (2, 3), "a": 1}) == "fd28b174"
+    assert cache.digest({"a": 1, "b": [2, 4]}) != cache.digest({"a": 1, "b": [2, 3]})
+    assert cache.digest({"a": 1, "b": [2, 3]}, 12).startswith("fd28b174") and len(cache.digest([], 12)) == 12
+
+
+def test_weights_have_a_digest_of_their_own():
+    first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    assert cache.weights_digest(first) != cache.weights_digest(second)
+    second.load_state_dict(first.state_dict())
+    assert cache.weights_digest(first) == cache.weights_digest(second) and len(cache.weights_digest(first)) == 12
+
+
+def test_a_file_has_the_digest_of_its_bytes(tmp_path):
+    (tmp_path / "file").write_bytes(b"bytes")
+    assert cache.file_digest(tmp_path / "file") == hashlib.sha256(b"bytes").hexdigest()
+
+
+def claim(folder, **changes):
+    cache.claim(folder, {**IDENTITY, **changes}, what="a run", error=RunError, file="identity.json", sign="config.yaml")
+
+
+def test_a_folder_belongs_to_the_first_that_claims_it(tmp_path):
+    for _ in range(2):
+        claim(tmp_path / "new")
+    with pytest.raises(RunError, match="new: holds a run of other settings .steps 3 instead of 4.; choose another"):
+        claim(tmp_path / "new", steps=4)
+    with pytest.raises(RunError, match=r"\(model.width 8 instead of 9, model.blocks \[1, 2\] instead of None"):
+        claim(tmp_path / "new", model={"width": 9})
+    claim(tmp_path / "new")
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1, 2]"])
+def test_a_folder_that_does_not_tell_whose_it_is_is_refused(tmp_path, text):
+    claim(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "identity.json").unlink() if text is None else (tmp_path / "identity.json").write_text(text)
+    with pytest.raises(
+        RunError, match="identity.json: missing or damaged, so nothing tells what a run here is made of"
+    ):
+        claim(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- store
 
 
 def read(rows):
