@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from filelock import FileLock
@@ -51,7 +51,7 @@ def differences(found: dict, identity: dict) -> list[str]:
 
 
 def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
@@ -111,14 +111,14 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 
-    def _open(self, mode: str) -> dict[str, np.ndarray]:
+    def _open(self, mode: Literal["r", "r+"]) -> dict[str, Any]:
         arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode=mode) for name in self.columns}
         for name, (shape, dtype) in self.columns.items():
             if arrays[name].shape != (self.rows, *shape) or arrays[name].dtype != np.dtype(dtype):
                 raise ValueError(f"{self.folder / name}.npy: is another array")
         return arrays
 
-    def _create(self) -> dict[str, np.ndarray]:
+    def _create(self) -> dict[str, Any]:
         (self.folder / "progress.json").unlink(missing_ok=True)
         path, create = self.folder, np.lib.format.open_memmap
         return {n: create(path / f"{n}.npy", "w+", dtype, (self.rows, *s)) for n, (s, dtype) in self.columns.items()}

@@ -9,7 +9,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -262,8 +262,8 @@ def bench(
     """Measure how fast a training step is here, against the plain form of the same step, and where its time goes."""
     from ratlip.studies import bench
 
-    how = dict(batch=batch, iterations=iterations, threads=threads, precision=precision, accelerator=accelerator)
-    how["overrides"] = read_overrides(settings)
+    how: dict[str, Any] = dict(batch=batch, iterations=iterations, threads=threads, precision=precision)
+    how |= dict(accelerator=accelerator, overrides=read_overrides(settings))
     if show:
         if not show.is_file():
             raise SettingsError(f"--show {show}: there is no such file; `ratlip bench --json FILE` writes one")
@@ -271,7 +271,9 @@ def bench(
     elif form:
         print(json.dumps(bench.alone_in_process(profile, form, **how)))
     else:
-        more = dict(workers=workers, scaling=scaling, with_memory=memory, progress=not quiet, json_path=write)
+        more: dict[str, Any] = dict(
+            workers=workers, scaling=scaling, with_memory=memory, progress=not quiet, json_path=write
+        )
         say(bench.report(bench.run(profile, generation=tuple(generation or (1, 8)), **how, **more)))
 
 

@@ -35,7 +35,7 @@ def apply(package: str = "torchvision") -> bool:
     if hasattr(getattr(torch.ops, package), "nms"):
         return False
     spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
-    if spec is None or _extension_loads(Path(spec.origin).parent):
+    if spec is None or _extension_loads(Path(str(spec.origin)).parent):
         return False
     library = torch.library.Library(package, "FRAGMENT")
     for schema in SCHEMAS:

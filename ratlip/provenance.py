@@ -33,7 +33,7 @@ def _processor() -> str:
 
 def describe() -> dict:
     """Commit, versions and hardware of this moment, as plain JSON values. No host name, no user, no path."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES.split():
         try:
             versions[package] = importlib.metadata.version(package)

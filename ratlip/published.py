@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+Value = str | bool | int
 NOT_STATED, NO_RAT = "not stated", "no: GALIP has no RAT"
 COLUMNS = {
     "expected": "paper, or what a reader expects",
@@ -26,7 +27,7 @@ class Difference:
     expected: str
     code: str
     default: str
-    back: dict[str, str | bool | int] | str
+    back: dict[str, Value] | str
     inherited: str
     test: str
 
@@ -38,75 +39,65 @@ class Difference:
         return "; ".join(f"{key}: {str(value).lower()}" for key, value in self.back.items())
 
 
-_ROWS = (  # (expected, code), (default, back), (inherited, test)
-    (
+_ROWS: dict[str, tuple[tuple[str, str], tuple[str, dict[str, Value] | str, str]]] = {  # test: the other fields
+    "test_only_the_published_rat_lets_batch_mates_change_an_image": (
         ("each image's scale and shift come from its own text", "the batch is the LSTM's time axis: one state"),
-        ("model.conditioning: rat", {"model.conditioning": "rat-official"}),
-        (NO_RAT, "test_only_the_published_rat_lets_batch_mates_change_an_image"),
+        ("model.conditioning: rat", {"model.conditioning": "rat-official"}, NO_RAT),
     ),
-    (
+    "test_recurrence_is_an_lstm_over_the_layers_fed_with_the_sentence": (
         ("one LSTM runs over the blocks and hands h and c on", "an LSTM for each affine, no state handed on"),
-        ("model.conditioning: rat", {"model.conditioning": "rat-official"}),
-        (NO_RAT, "test_recurrence_is_an_lstm_over_the_layers_fed_with_the_sentence"),
+        ("model.conditioning: rat", {"model.conditioning": "rat-official"}, NO_RAT),
     ),
-    (
+    "test_affines_of_the_published_size_are_counted": (
         ("RAT connects the fusion blocks of the generator", "RAT in the mapper, CAT in the synthesis blocks"),
-        ("model.rat_scope: generator", {"model.rat_scope": "mapper"}),
-        (NO_RAT, "test_affines_of_the_published_size_are_counted"),
+        ("model.rat_scope: generator", {"model.rat_scope": "mapper"}, NO_RAT),
     ),
-    (
+    "test_normalisation_maps_black_grey_white": (
         ("CLIP sees images as it was trained to", "pixels go to [0,1] twice before mean and std"),
         (
             "clip.normalisation: standard",
             {"clip.normalisation": "published", "evaluation.clip_score_normalisation": "published"},
+            "yes, with its CLIP score",
         ),
-        ("yes, with its CLIP score", "test_normalisation_maps_black_grey_white"),
     ),
-    (
+    "test_nearest_leaves_rows_out_as_published": (
         ("real and fake images come the same way", "real images 256 -> 224 by nearest, fakes drawn at 224"),
-        ("training.real_resize: antialias", {"training.real_resize": "nearest"}),
-        (NOT_STATED, "test_nearest_leaves_rows_out_as_published"),
+        ("training.real_resize: antialias", {"training.real_resize": "nearest"}, NOT_STATED),
     ),
-    (
+    "test_the_published_range_is_the_one_that_was_measured": (
         ("FID: Inception sees values in [-1, 1]", "it sees about [-0.2, 0.43]"),
-        ("evaluation.inception_range: standard", {"evaluation.inception_range": "published"}),
-        (NOT_STATED, "test_the_published_range_is_the_one_that_was_measured"),
+        ("evaluation.inception_range: standard", {"evaluation.inception_range": "published"}, NOT_STATED),
     ),
-    (
+    "test_a_batch_of_one_teaches_nothing_about_matching": (
         ("the batch size is the yaml's, 16", "the command line's default, 1, overrides it"),
         (
             "the profile's training.batch_size; 1 is refused",
             {"training.batch_size": 1, "training.mismatch": "published"},
+            NOT_STATED,
         ),
-        (NOT_STATED, "test_a_batch_of_one_teaches_nothing_about_matching"),
     ),
-    (
+    "test_outcomes_of_calls": (
         ("the code runs", "calls that need a process group, a GPU, older pandas and scipy"),
-        ("runs on a CPU alone", "none: it cannot run"),
-        (NOT_STATED, "test_outcomes_of_calls"),
+        ("runs on a CPU alone", "none: it cannot run", NOT_STATED),
     ),
-    (
+    "test_the_published_protocol_by_its_name": (
         ("all test images count", "a last batch that is not full is dropped"),
-        ("evaluation.last_batch: keep", {"evaluation.last_batch": "drop"}),
-        (NOT_STATED, "test_the_published_protocol_by_its_name"),
+        ("evaluation.last_batch: keep", {"evaluation.last_batch": "drop"}, NOT_STATED),
     ),
-    (
+    "test_files_that_survive": (
         ("every generated image is kept", "files are named by the step, later ones overwrite"),
-        ("ratlip generate --names caption", "ratlip generate --names published"),
-        (NOT_STATED, "test_files_that_survive"),
+        ("ratlip generate --names caption", "ratlip generate --names published", NOT_STATED),
     ),
-    (
+    "test_unused_shortcuts_change_no_logit": (
         ("every parameter is used", "1x1 shortcuts are built and never used"),
-        ("model.unused_shortcuts: false", {"model.unused_shortcuts": True}),
-        ("yes: GALIP's checkpoints hold them", "test_unused_shortcuts_change_no_logit"),
+        ("model.unused_shortcuts: false", {"model.unused_shortcuts": True}, "yes: GALIP's checkpoints hold them"),
     ),
-    (
+    "test_the_published_way_begins_an_epoch_with_the_draws_of_a_fresh_start": (
         ("a run that was stopped goes on", "next epoch, neither scaler nor random state restored"),
-        ("training.resume: exact", {"training.resume": "published"}),
-        (NOT_STATED, "test_the_published_way_begins_an_epoch_with_the_draws_of_a_fresh_start"),
+        ("training.resume: exact", {"training.resume": "published"}, NOT_STATED),
     ),
-)
-DIFFERENCES = {n: Difference(*texts, *ours, *shown) for n, (texts, ours, shown) in enumerate(_ROWS, start=1)}
+}
+DIFFERENCES = {n: Difference(*texts, *ours, test) for n, (test, (texts, ours)) in enumerate(_ROWS.items(), start=1)}
 
 
 def rows() -> list[dict[str, str]]:
@@ -114,7 +105,7 @@ def rows() -> list[dict[str, str]]:
     return [{heading: getattr(each, name) for name, heading in COLUMNS.items()} for each in DIFFERENCES.values()]
 
 
-def overrides(*sections: str) -> dict[str, str | bool | int]:
+def overrides(*sections: str) -> dict[str, Value]:
     """The settings of these sections (all if none is named) that switch the differences back, with dotted names.
 
     The batch size of 1 is left out: the profiles keep the yaml's 16 and only allow it (`training.mismatch`).
@@ -130,7 +121,7 @@ def describe(key: str) -> str:
     return f"{str(found[0][1]).lower()}: {parts}"
 
 
-def _settings() -> Iterator[tuple[int, str, str | bool | int]]:
+def _settings() -> Iterator[tuple[int, str, Value]]:
     for number, each in DIFFERENCES.items():
         if isinstance(each.back, dict):
             yield from ((number, key, value) for key, value in each.back.items())

@@ -9,6 +9,7 @@ the settings it depends on, so that changing one setting makes new folders of wh
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -158,19 +159,19 @@ class Workspace:
         return scores
 
 
-def read_records(settings: Settings, data: str | Path | None) -> list[Record]:
+def read_records(settings: Settings, data: str | Path | None) -> Iterable[Record]:
     """Read a dataset root by its official layout, or draw the generated set. DataError lists all problems."""
-    d = settings.data
+    d, root = settings.data, data or ""
     require_data(settings, data)
     match d.dataset:
         case "synthetic":
             return synthetic.records(d.resize, d.train_images, d.test_images, d.seed)
         case "birds":
-            return birds.read(data)
+            return birds.read(root)
         case "flowers":
-            return flowers.read(data, human_captions_only=d.human_captions_only)
+            return flowers.read(root, human_captions_only=d.human_captions_only)
         case _:
-            return faces.read(data, tiny=d.tiny)
+            return faces.read(root, tiny=d.tiny)
 
 
 def require_data(settings: Settings, data: str | Path | None, prepared: bool = False) -> None:

@@ -222,11 +222,11 @@ class Settings(Section):
     seed: Count = 0
     data: DataSettings
     clip: ClipSettings
-    model: ModelSettings = ModelSettings()
+    model: ModelSettings = ModelSettings.model_validate({})
     training: TrainingSettings
-    evaluation: EvaluationSettings = EvaluationSettings()
+    evaluation: EvaluationSettings = EvaluationSettings.model_validate({})
     independent: ClipSettings | None = Field(None, description="a second CLIP, which no generator knows, for scores")
-    experiments: ExperimentSettings = ExperimentSettings()
+    experiments: ExperimentSettings = ExperimentSettings.model_validate({})
 
     @model_validator(mode="after")
     def _fits(self):
