@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from ratlip.clip.frozen import FrozenClip
 from ratlip.clip.loading import load_clip
 from ratlip.clip.retrieval import embed_captions
 from ratlip.clip.small import train_small_clip
-from ratlip.data import birds, faces, flowers, synthetic
 from ratlip.data.prepared import Prepared, existing, load_prepared, prepare
 from ratlip.data.records import Record
 from ratlip.errors import DataError, RunError, SettingsError
@@ -161,17 +161,11 @@ class Workspace:
 
 def read_records(settings: Settings, data: str | Path | None) -> Iterable[Record]:
     """Read a dataset root by its official layout, or draw the generated set. DataError lists all problems."""
-    d, root = settings.data, data or ""
     require_data(settings, data)
-    match d.dataset:
-        case "synthetic":
-            return synthetic.records(d.resize, d.train_images, d.test_images, d.seed)
-        case "birds":
-            return birds.read(root)
-        case "flowers":
-            return flowers.read(root, human_captions_only=d.human_captions_only)
-        case _:
-            return faces.read(root, tiny=d.tiny)
+    reader = import_module(f"ratlip.data.{settings.data.dataset}")
+    if settings.data.dataset == "synthetic":
+        return reader.records(settings.data.resize, **settings.data.options)
+    return reader.read(data, **settings.data.options)
 
 
 def require_data(settings: Settings, data: str | Path | None, prepared: bool = False) -> None:

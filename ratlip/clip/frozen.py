@@ -84,12 +84,12 @@ class FrozenClip(nn.Module):
             )
         return normalise(images, self.mean, self.std, self.normalisation)
 
-    def features(self, images: Tensor, blocks: Sequence[int], embedding: bool = True) -> tuple[Tensor, Tensor | None]:
+    def features(self, images: Tensor, blocks: Sequence[int], embedding: bool = True) -> tuple[Tensor, Any]:
         """Patch tokens after some blocks and, unless not wanted, the image embedding, in one pass.
 
         `images` (B,3,S,S) in [-1,1]; `blocks`: K block numbers from 0, in any order. Returns (B,K,C,g,g) in the order
-        of `blocks` (no `ln_post`), and (B,E), not normalised. Without the embedding, the blocks after the last one
-        asked for are not computed.
+        of `blocks` (no `ln_post`), and (B,E), not normalised. Without the embedding (None), the blocks after the
+        last one asked for are not computed.
         """
         if not len(blocks) or min(blocks) < 0 or max(blocks) >= self.layers:
             raise ValueError(f"blocks must be within 0..{self.layers - 1} and not empty, not {list(blocks)}")

@@ -97,6 +97,3 @@ def _usual(attention: nn.MultiheadAttention) -> bool:
     return (
         attention.batch_first and not attention.dropout and attention._qkv_same_embed_dim and attention.bias_k is None
     )
-
-
-lean_tower = accelerate_tower  # its old name, until nothing calls it so

@@ -8,7 +8,12 @@ differ in the condition h alone:
 * RAT as published: each layer has its own LSTM, whose time axis is the batch (`OfficialRecurrentAffine`).
 """
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
+
+AffineFactory = Callable[[int], nn.Module]  # channels -> affine
 
 
 def _scale_or_shift(condition_size: int, channels: int, start: float) -> nn.Sequential:
@@ -53,6 +58,15 @@ class OfficialRecurrentAffine(ConditionalAffine):
         """x (B,C,H,W), condition (B,D) -> (B,C,H,W), all samples with the same scale and shift."""
         _, (state, _) = self.lstm(condition[None])
         return super().forward(x, state[0])
+
+
+def affine_factories(condition_size: int, hidden_size: int) -> dict[str, AffineFactory]:
+    """The affine of each conditioning by its name: `factories["rat"](channels)`. A new conditioning is a line here."""
+    return {
+        "cat": partial(ConditionalAffine, condition_size),
+        "rat": partial(ConditionalAffine, hidden_size),
+        "rat-official": partial(OfficialRecurrentAffine, condition_size, hidden_size),
+    }
 
 
 class Recurrence(nn.Module):

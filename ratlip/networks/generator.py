@@ -16,18 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ratlip.networks.affine import ConditionalAffine, OfficialRecurrentAffine, Recurrence
+from ratlip.networks.affine import AffineFactory, Recurrence, affine_factories
 from ratlip.networks.attention import ConvShuffle
 
 if TYPE_CHECKING:
     from ratlip.clip.frozen import FrozenClip
 
-CONDITIONINGS = ("cat", "rat", "rat-official")
 SCOPES = ("mapper", "generator")
 ATTENTIONS = ("shuffle", "norm", "none")
 AFFINES = 4  # of one block: two fuses of two affines
 
-AffineFactory = Callable[[int], nn.Module]  # channels -> affine
 ConvFactory = Callable[[int, int], nn.Module]  # channels in, channels out -> convolution after a fuse
 
 
@@ -127,7 +125,7 @@ class Generator(nn.Module):
         hold the generator's own tensors alone, copies share it, and the caller moves it to the device.
     conditioning: "cat", "rat" (the paper) or "rat-official" (the published code); see `affine`.
     rat_scope: "mapper" (as published) or "generator": the layers that are recurrent; others use CAT.
-    hidden_size: of the LSTM; 0 means CAT.
+    hidden_size: of the LSTM, at least 1.
     attention: "shuffle", "norm" (its convolution and norm without the attention) or "none" (plain conv3x3
         with bias, as in GALIP).
     image_size: side of the generated images, by default the CLIP model's.
@@ -154,21 +152,14 @@ class Generator(nn.Module):
         bridge_scale: float = 0.1,
     ):
         super().__init__()
+        affines = affine_factories(latent_size + clip.embed_dim, hidden_size)
         given = {"conditioning": conditioning, "rat_scope": rat_scope, "attention": attention}
-        for (name, value), choices in zip(given.items(), (CONDITIONINGS, SCOPES, ATTENTIONS), strict=True):
+        for (name, value), choices in zip(given.items(), (affines, SCOPES, ATTENTIONS), strict=True):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}")
-        if hidden_size == 0:
-            conditioning = "cat"
         self.latent_size = latent_size
         self.code_shape = (code_channels, clip.grid, clip.grid)
         condition_size = latent_size + clip.embed_dim
-        cat = partial(ConditionalAffine, condition_size)
-        affines: dict[str, AffineFactory] = {
-            "cat": cat,
-            "rat": partial(ConditionalAffine, hidden_size),
-            "rat-official": partial(OfficialRecurrentAffine, condition_size, hidden_size),
-        }
         convs: dict[str, ConvFactory] = {
             "shuffle": partial(ConvShuffle, groups=attention_groups),
             "norm": partial(ConvShuffle, groups=0),
@@ -181,7 +172,7 @@ class Generator(nn.Module):
         self.code = nn.Linear(latent_size, code_channels * clip.grid**2)
         blocks = [FusionBlock(code_channels, recurrent, conv) for _ in range(mapper_blocks)]
         self.mapper = Mapper(clip, blocks, code_channels, widths[0], condition_size, prompt_blocks, bridge_scale)
-        affine = recurrent if rat_scope == "generator" else cat
+        affine = recurrent if rat_scope == "generator" else affines["cat"]
         self.synthesis_blocks = nn.ModuleList(
             SynthesisBlock(before, after, size, affine, conv)
             for before, after, size in zip(widths[:-1], widths[1:], sizes, strict=True)

@@ -91,7 +91,7 @@ def measured_rows(workspace: Workspace, group: str) -> pd.DataFrame:
     if frame.empty:
         return pd.DataFrame(columns=COLUMNS)
     first = read_json(workspace.root / "runs" / frame.run[0] / "scores.json")
-    data, images = f"{DATASETS[s.data.dataset]}, {s.model.image_size} px", int(frame.images.min())
+    data, images = f"{DATASETS.get(s.data.dataset, s.data.dataset)}, {s.model.image_size} px", int(frame.images.min())
     steps = frame.groupby("label")["steps"].first()
     for column in [name for name in SCORES if name in frame]:
         label = first.get("labels", {}).get(column, column.replace("_", " "))

@@ -49,11 +49,15 @@ class DataSettings(Section):
         return self
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The dataset's own settings: what its reader in `ratlip.data` is given."""
+        own = {"synthetic": ("train_images", "test_images", "seed"), "flowers": ("human_captions_only",)}
+        return {name: getattr(self, name) for name in (own | {"faces": ("tiny",)}).get(self.dataset, ())}
+
+    @property
     def stored(self) -> dict[str, Any]:
         """What decides what `prepare` writes: not the crop, the flip, or another dataset's options."""
-        own = {"synthetic": ("train_images", "test_images", "seed"), "flowers": ("human_captions_only",)}
-        used = own.get(self.dataset, ("tiny",) if self.dataset == "faces" else ())
-        return {name: getattr(self, name) for name in ("dataset", "resize", *used)}
+        return {"dataset": self.dataset, "resize": self.resize, **self.options}
 
 
 class ClipSettings(Section):

@@ -91,7 +91,7 @@ def variants(settings: Settings, group: str) -> dict[str, dict[str, Any]]:
         }
     if group == "sweep":
         sizes = settings.experiments.hidden_sizes
-        return {f"h = {h}": {**(RAT if h else CAT), **ATTENTION, "model.hidden_size": h} for h in sizes}
+        return {f"h = {h}": {**RAT, **ATTENTION, "model.hidden_size": h} for h in sizes}
     if group == "versus":
         return {
             "corrected": {**RAT, **ATTENTION},
@@ -142,7 +142,7 @@ def parameters(run: Experiment, root: Path) -> dict[str, Any]:
 
 def _dotted(content: dict, depth: float = math.inf, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one, with dotted names; `depth` dots at most."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in content.items():
         inner = isinstance(value, dict) and depth
         flat |= _dotted(value, depth - 1, f"{prefix}{key}.") if inner else {prefix + key: value}
@@ -262,7 +262,7 @@ def _stage(where: str, content: Any) -> Stage:
 def carry_out(
     stages: list[Stage],
     root: Path | None = None,
-    data: str | None = None,
+    data: str | Path | None = None,
     minutes: float | None = None,
     progress: bool = True,
 ) -> list[Experiment]:

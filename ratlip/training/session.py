@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 OF_GENERATOR = (  # settings of the section model that are arguments of the same name
-    *("image_size", "conditioning", "rat_scope", "hidden_size", "attention", "attention_groups", "latent_size"),
-    *("base_channels", "code_channels", "mapper_blocks", "prompt_blocks", "bridge_scale"),
+    *("image_size", "rat_scope", "hidden_size", "attention", "attention_groups", "latent_size", "base_channels"),
+    *("code_channels", "mapper_blocks", "prompt_blocks", "bridge_scale"),
 )
 OF_DISCRIMINATOR = ("feature_blocks", "d_channels", "logit_channels", "unused_shortcuts", "gate")
 
@@ -45,7 +45,8 @@ def build_networks(settings: Settings, clip: FrozenClip) -> tuple[Generator, Dis
             f"and model.feature_blocks (now {list(m.feature_blocks)}) accordingly"
         )
     torch.manual_seed(settings.seed)
-    generator = Generator(clip, **{name: getattr(m, name) for name in OF_GENERATOR})
+    sizes = {name: getattr(m, name) for name in OF_GENERATOR}
+    generator = Generator(clip, conditioning=m.effective_conditioning, **sizes)
     sizes = {name: getattr(m, name) for name in OF_DISCRIMINATOR}
     discriminator = Discriminator(grid=clip.grid, clip_width=clip.width, sentence_size=clip.embed_dim, **sizes)
     accelerate(generator, discriminator)

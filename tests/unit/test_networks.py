@@ -16,6 +16,7 @@ from ratlip.networks import (
     ShuffleAttention,
 )
 from ratlip.networks.generator import synthesis_channels, synthesis_sizes
+from ratlip.settings.sections import ModelSettings
 
 
 class StandIn(torch.nn.Module):
@@ -154,9 +155,8 @@ def test_recurrent_steps_follow_the_scope_and_hidden_size_0_is_cat():
     }
     assert steps == {"mapper": 4 * 2, "generator": 4 * (2 + 3)}
     for conditioning in ("rat", "rat-official"):
-        none = Generator(StandIn(), conditioning=conditioning, **{**SMALL, "hidden_size": 0})
-        cat = Generator(StandIn(), conditioning="cat", **SMALL)
-        assert none.recurrence is None and none.state_dict().keys() == cat.state_dict().keys()
+        none = ModelSettings(conditioning=conditioning, rat_scope="mapper", hidden_size=0)
+        assert none.effective_conditioning == "cat" and none.variant == "cat-shuffle"
 
 
 def test_clip_is_shared_and_no_part_of_the_generator():
