@@ -50,6 +50,11 @@ def save_verdicts(report: str | Path | None, notebook: str, verdicts: Sequence[d
         write_json(path, [{key: str(value) for key, value in each.items()} for each in verdicts])
 
 
+def verdicts(claims: dict[str, tuple[str, str]]) -> list[dict]:
+    """Answers as `save_verdicts` takes them, from claim -> (verdict, evidence)."""
+    return [{"claim": claim, "verdict": word, "evidence": why} for claim, (word, why) in claims.items()]
+
+
 def load_verdicts(report: str | Path) -> dict[str, list[dict]]:
     """What `save_verdicts` has kept, by notebook, in the notebooks' order. RunError names a damaged file."""
     found, keys = {}, ("claim", "verdict", "evidence")
