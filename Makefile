@@ -1,4 +1,4 @@
-# The only door: `make` lists what it opens. Needs Python 3.11 or newer (with venv) and make, nothing else.
+# The only door: `make` lists what it opens. Needs Python 3.11.4 or newer (with venv) and make, nothing else.
 PYTHON ?= python3
 REQUIREMENTS ?= env/requirements-cpu.txt
 PROFILE ?= demo

@@ -52,9 +52,9 @@ pip_install() {
 }
 
 name_one="name one: make PYTHON=/path/to/python3"
-command -v "$python" >/dev/null || fail "there is no '$python'; install Python 3.11 or newer, or $name_one"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    fail "'$python' is $("$python" -V 2>&1), and ratlip needs Python 3.11 or newer; $name_one"
+command -v "$python" >/dev/null || fail "there is no '$python'; install Python 3.11.4 or newer, or $name_one"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' ||
+    fail "'$python' is $("$python" -V 2>&1), and ratlip needs Python 3.11.4 or newer; $name_one"
 [ -f "$lock" ] || fail "REQUIREMENTS=$lock: there is no such file; env/ holds requirements-{cpu,gpu}.txt"
 
 # In an activated .venv, `python3` is the one that is about to be removed: take the one it was made with.

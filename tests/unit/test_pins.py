@@ -104,4 +104,4 @@ def test_pyproject_takes_the_oldest_pytorch_and_python_we_support():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     torch = next(Requirement(line) for line in project["dependencies"] if line.startswith("torch>"))
     assert "2.11.0" in torch.specifier and "2.10.0" not in torch.specifier
-    assert project["requires-python"] == ">=3.11"
+    assert project["requires-python"] == ">=3.11.4"
