@@ -94,7 +94,8 @@ rule run:
     shell: EXECUTE
 
 
-for name in ("04_ablation", "05_hidden_size_sweep", "06_grad_cam", "07_paper_versus_code"):
+# The notebooks that read runs; which ones, their metadata say.
+for name in PLAN.studies:
 
     rule:
         name: name[3:]
@@ -103,15 +104,6 @@ for name in ("04_ablation", "05_hidden_size_sweep", "06_grad_cam", "07_paper_ver
         log: f"{LOG}/{name}.log"
         params: notebook=name, depends=PLAN.depends[name], given=GIVEN
         shell: EXECUTE
-
-
-rule figures_and_tables:
-    input: PLAN.reads["08_figures_and_tables"], f"{MADE}/03_train"
-    output: executed=PLAN.executed["08_figures_and_tables"]
-    log: f"{LOG}/08_figures_and_tables.log"
-    params: notebook="08_figures_and_tables", depends=PLAN.depends["08_figures_and_tables"], given=GIVEN
-    priority: 1
-    shell: EXECUTE
 
 
 rule report:

@@ -8,6 +8,7 @@
 Both locks hold the same versions for Python 3.11 and newer; the GPU lock adds the CUDA packages of PyTorch's
 Linux build, which the CPU lock leaves to whatever build of PyTorch pip finds.
 """
+
 import subprocess
 import sys
 import tempfile

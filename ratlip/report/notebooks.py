@@ -26,16 +26,8 @@ if TYPE_CHECKING:
     from papermill.exceptions import PapermillExecutionError
 
 # nbformat and papermill are imported where they are used: two seconds, which no kernel of a notebook need wait for.
-STORY = (
-    "01_prepare_data",
-    "02_prepare_clip",
-    "03_train",
-    "04_ablation",
-    "05_hidden_size_sweep",
-    "06_grad_cam",
-    "07_paper_versus_code",
-    "08_figures_and_tables",
-)
+# The story, in its order: every notebook that has a number
+STORY = tuple(sorted(p.stem for p in (Path(__file__).parents[2] / "notebooks").glob("[0-9][0-9]_*.ipynb")))
 HEARTBEAT = 60  # seconds between two lines on a notebook that is still running
 LOCAL = ("profile", "data", "outputs", "report")  # parameters that say where, not what
 
@@ -158,7 +150,8 @@ def tidy(notebook: NotebookNode, hide: dict[str, str] | None = None) -> Notebook
             cell.outputs = merged
     for key in ("papermill", "widgets"):
         notebook.metadata.pop(key, None)
-    notebook.metadata["ratlip"] = {"code_sha256": code_digest(notebook)}
+    kept = {key: value for key, value in notebook.metadata.get("ratlip", {}).items() if key == "reads"}
+    notebook.metadata["ratlip"] = {**kept, "code_sha256": code_digest(notebook)}
     kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     notebook.metadata["kernelspec"], notebook.metadata["language_info"] = kernel, {"name": "python"}
     return notebook

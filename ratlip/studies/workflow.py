@@ -21,13 +21,7 @@ from ratlip.report.notebooks import STORY, execute
 from ratlip.settings import Settings, load_settings
 from ratlip.studies import grid
 
-READS = {  # notebook -> the groups of runs that it reads
-    "04_ablation": ("ablation",),
-    "05_hidden_size_sweep": ("sweep",),
-    "06_grad_cam": ("sweep",),
-    "07_paper_versus_code": ("ablation", "versus"),
-    "08_figures_and_tables": grid.GROUPS,
-}
+MAIN = "main run"
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,7 @@ class Plan:
     outputs: str
     executed: dict[str, str]  # the notebooks with their outputs: of the story in the report, of a run in its folder
     runs: list[str]
+    studies: list[str]  # the notebooks that read runs
     reads: dict[str, list[str]]  # notebook -> executed notebooks of the runs that it reads
     depends: dict[str, str]  # digest of what the result depends on
     parameters: dict[str, str]  # executed notebook -> what `ratlip notebook run` is given, for the shell
@@ -52,16 +47,28 @@ def plan(profile: str, data: str | None = None) -> Plan:
 
         require_data(s, data, prepared=(folder / f"prepared-{s.data_hash}/manifest.json").is_file())
     runs = {run.name: run for run in grid.unique(grid.plan(s))}
-    names = {name: [run.name for run in grid.unique(grid.plan(s, *groups))] for name, groups in READS.items()}
+    groups = studies()
+    names = {name: [run.name for run in grid.unique(_read(s, each))] for name, each in groups.items()}
     names["03_train"] = [name for name in runs if name == s.run_name]  # where it is in the grid, it is not made twice
     executed = {name: f"{report}/notebooks/{name}.ipynb" for name in STORY}
     executed |= {name: shown(folder / "runs" / name / "03_train.ipynb") for name in runs}
     reads = {name: [executed[run] for run in names.get(name, [])] for name in STORY}
+    for name in [name for name, each in groups.items() if MAIN in each]:
+        reads[name].append(f"{shown(folder)}/made/03_train")
     given = {name: {"profile": profile, "report": report} for name in STORY}
     given["01_prepare_data"]["data"] = data or ""
     given |= {name: grid.parameters(run, folder) for name, run in runs.items()}
     words = {executed[name]: _for_shell(content) for name, content in given.items()}
-    return Plan(report, shown(folder), executed, list(runs), reads, _depends(s, runs, names), words)
+    return Plan(report, shown(folder), executed, list(runs), list(groups), reads, _depends(s, runs, names), words)
+
+
+def studies() -> dict[str, list[str]]:
+    """The notebooks that read runs -> the groups of runs (`grid.GROUPS`, MAIN) that their metadata name."""
+    return {name: found for name in STORY if (found := _notebook(name)["metadata"].get("ratlip", {}).get("reads"))}
+
+
+def _read(s: Settings, groups: list[str]) -> list[grid.Experiment]:
+    return [run for group in groups if group != MAIN for run in grid.plan(s, group)]
 
 
 def _depends(s: Settings, runs: dict[str, grid.Experiment], names: dict[str, list[str]]) -> dict[str, str]:
@@ -72,11 +79,12 @@ def _depends(s: Settings, runs: dict[str, grid.Experiment], names: dict[str, lis
     scores = {key: value for key, value in without_study.items() if key not in ("grid_captions", "grid_images")}
     scores["independent"] = s.independent_hash
     clip = [s.clip_hash, s.clip.normalisation, s.independent_hash, s.judge_hash, s.model.feature_blocks]
-    contents = {name: [names[name], scores] for name in READS} | {
+    main = [s.run_hash, e]
+    contents = {name: [names[name], scores, *(main if MAIN in groups else [])] for name, groups in studies().items()}
+    contents |= {
         "01_prepare_data": [s.data.model_dump(mode="json"), s.model.image_size],
         "02_prepare_clip": clip,
         "03_train": [s.run_hash, s.independent_hash, without_study],
-        "08_figures_and_tables": [names["08_figures_and_tables"], scores, s.run_hash, e],
     }
     code = _text("03_train", code_only=True)
     notebooks = {name: digest([contents[name], _text(name)]) for name in STORY}
@@ -85,8 +93,12 @@ def _depends(s: Settings, runs: dict[str, grid.Experiment], names: dict[str, lis
 
 def _text(name: str, code_only: bool = False) -> list[str]:
     """A notebook's cells; its code alone for what words cannot change."""
-    notebook = json.loads((repository() / "notebooks" / f"{name}.ipynb").read_text("utf-8"))
-    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code" or not code_only]
+    cells = _notebook(name)["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code" or not code_only]
+
+
+def _notebook(name: str) -> dict[str, Any]:
+    return json.loads((repository() / "notebooks" / f"{name}.ipynb").read_text("utf-8"))
 
 
 def _for_shell(parameters: dict[str, Any]) -> str:
