@@ -80,7 +80,9 @@ def _depends(s: Settings, runs: dict[str, grid.Experiment], names: dict[str, lis
     scores["independent"] = s.independent_hash
     clip = [s.clip_hash, s.clip.normalisation, s.independent_hash, s.judge_hash, s.model.feature_blocks]
     main = [s.run_hash, e]
-    contents = {name: [names[name], scores, *(main if MAIN in groups else [])] for name, groups in studies().items()}
+    contents: dict[str, list] = {
+        name: [names[name], scores, *(main if MAIN in groups else [])] for name, groups in studies().items()
+    }
     contents |= {
         "01_prepare_data": [s.data.model_dump(mode="json"), s.model.image_size],
         "02_prepare_clip": clip,
