@@ -77,13 +77,7 @@ def read(root: str | Path) -> Records:
         if classes.get(label, folder) != folder:
             problems.add(cub / "image_class_labels.txt", f"image {number} ({name}) is said to be {classes[label]}")
         captions = read_captions(texts / f"{key}.txt", problems) if texts.is_dir() else ()
-        split = splits.get(key, splits.get(folder))
-        if split:
+        if split := splits.get(key, splits.get(folder)):
             records.append(Record(key, split, captions, label, path, box=box))
-    about = {
-        "split": rule,
-        "crop": "square of 1.5 bounding boxes, clipped to the image",
-        "complete_set": COMPLETE,
-        "images_in_no_split": len(images) - len(records),
-    }
-    return finish(records, problems, about)
+    about = {"split": rule, "crop": "square of 1.5 bounding boxes, clipped to the image", "complete_set": COMPLETE}
+    return finish(records, problems, {**about, "images_in_no_split": len(images) - len(records)})
