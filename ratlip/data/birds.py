@@ -12,6 +12,10 @@ from pathlib import Path
 from ratlip.data.layout import Remote, Source, fields, find_root, finish, published_split, read_captions, read_rows
 from ratlip.data.records import Problems, Record, Records
 
+# CaltechDATA record 20098. The sha256 is torchvision's (prototype/datasets/_builtin/cub200.py); the file has the md5
+# 97eceeb196236b17998738112f37df78 that most other loaders state, and 1,150,585,339 bytes.
+CALTECH = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
+SHA256 = "sha256:0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"
 SOURCE = Source(
     name="birds (CUB-200-2011)",
     parts=("CUB_200_2011", "text", "train", "test"),
@@ -29,15 +33,7 @@ By hand, into the same folder:
      and unpack it (and the text.zip in it, if there is one). It gives text/, train/filenames.pickle and
      test/filenames.pickle.""",
     needed=(("text",), ("train/filenames.pickle", "trainvalclasses.txt")),
-    # CaltechDATA record 20098. The sha256 is torchvision's (prototype/datasets/_builtin/cub200.py); the file
-    # has the md5 97eceeb196236b17998738112f37df78 that most other loaders state, and 1,150,585,339 bytes.
-    fetched=(
-        Remote(
-            "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-            "sha256:0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081",
-            "CUB_200_2011",
-        ),
-    ),
+    fetched=(Remote(CALTECH, SHA256, "CUB_200_2011"),),
 )
 COMPLETE = {"images": 11788, "train": 8855, "test": 2933}
 

@@ -98,16 +98,11 @@ def read(root: str | Path, tiny: bool = True, size: int = TINY_SIZE, captions_pe
         records.append(Record(Path(name).stem, split or "train", captions, who[name], folder / name))
     by_identity = f"identity-disjoint: test if {TEST_SHARE} divides the first 8 hex digits of sha256('identity N')"
     by_name = f"by file name, the first {TINY_PER_IDENTITY} images of each identity, then the first {size}"
-    about = {
-        "tiny": tiny,
-        "split": by_identity if official is None else "official list_eval_partition.txt: 0 and 1 are train, 2 is test",
-        "rule": by_name if tiny else "all images of list_attr_celeba.txt",
-        "expected_images": size if tiny else COMPLETE["images"],
-        "found_images": len(records),
-        "captions": f"up to {captions_per_image} an image, made from the attributes: see ratlip.data.faces",
-        "complete_set": COMPLETE,
-        "images_without_attributes": len(on_disk - positives.keys()),
-    }
+    rule = by_identity if official is None else "official list_eval_partition.txt: 0 and 1 are train, 2 is test"
+    about = {"tiny": tiny, "split": rule, "rule": by_name if tiny else "all images of list_attr_celeba.txt"}
+    about |= {"expected_images": size if tiny else COMPLETE["images"], "found_images": len(records)}
+    about |= {"captions": f"up to {captions_per_image} an image, made from the attributes: see ratlip.data.faces"}
+    about |= {"complete_set": COMPLETE, "images_without_attributes": len(on_disk - positives.keys())}
     return finish(records, problems, about)
 
 

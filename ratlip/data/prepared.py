@@ -184,7 +184,7 @@ def _write_dataset(encoded: Iterable[tuple], draft: Path, problems: Problems, he
 
 
 def _wrong_with(record: Record, row: dict | str, known: Container[str]) -> list[str]:
-    """What to say of a record, of `_encode`'s answer, and of a key that is among the `known` ones."""
+    """Everything that is wrong with a record and with the `row` that `_encode` made of it."""
     wrong = [row] if isinstance(row, str) else []
     if record.key in known:
         wrong.append(f"the key {record.key!r} occurs twice")
