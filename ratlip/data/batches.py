@@ -1,8 +1,7 @@
 """Training batches as a pure function of (seed, step), and the way from stored pixels to a network's input.
 
-Nothing here carries state from one step to the next: epoch order, caption, crop and flip of a step follow from the seed
-and the step's number. That is why a run that was killed at any step goes on bit for bit, whatever the number of loader
-processes.
+Nothing here carries state from one step to the next. That is why a run that was killed at any step goes on bit for bit,
+whatever the number of loader processes.
 """
 
 from __future__ import annotations
@@ -41,27 +40,21 @@ class Batches(Dataset):
         self, split: Split, *, crop: int, flip: bool, batch_size: int, seed: int, rank: int = 0, world: int = 1
     ):
         if batch_size % world:
-            shared = f"cannot be shared by {world} processes; make it a multiple of {world}"
-            raise DataError(f"batch_size={batch_size} {shared}")
+            wrong = f"batch_size={batch_size} cannot be shared by {world} processes"
+            raise DataError(f"{wrong}; make it a multiple of {world}")
         self.split, self.crop, self.flip, self.batch_size, self.seed = split, crop, flip, batch_size, seed
         self.part = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
-    def _image_number(self, position: int) -> int:
-        epoch, index = divmod(position, len(self.split))
-        return int(_order(self.seed, epoch, len(self.split))[index])
-
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         """images uint8 (B,3,crop,crop); caption int64 (B,): rows of `all_captions`; image int64 (B,)."""
-        rng = np.random.default_rng([self.seed, DRAW, step])
-        draws = rng.random((self.batch_size, 4))[self.part]
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)[self.part]
-        numbers = [self._image_number(position) for position in positions]
+        draws = np.random.default_rng([self.seed, DRAW, step]).random((self.batch_size, 4))[self.part]
+        count, positions = len(self.split), range(step * self.batch_size, (step + 1) * self.batch_size)[self.part]
+        numbers = [int(_order(self.seed, position // count, count)[position % count]) for position in positions]
         pairs = zip(numbers, draws, strict=True)
         images = np.stack([random_crop(self.split.image(n), self.crop, self.flip, draw[1:]) for n, draw in pairs])
         first, last = self.split.caption_offsets[numbers], self.split.caption_offsets[np.array(numbers) + 1]
         captions = first + (draws[:, 0] * (last - first)).astype(np.int64)
-        found = {"images": torch.from_numpy(images), "caption": torch.from_numpy(captions)}
-        return {**found, "image": torch.tensor(numbers)}
+        return dict(images=torch.from_numpy(images), caption=torch.from_numpy(captions), image=torch.tensor(numbers))
 
 
 def cut(pixels: np.ndarray, top: int, left: int, side: int, mirrored: bool = False) -> np.ndarray:

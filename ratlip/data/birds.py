@@ -12,6 +12,10 @@ from pathlib import Path
 from ratlip.data.layout import Remote, Source, fields, find_root, finish, published_split, read_captions, read_rows
 from ratlip.data.records import Problems, Record, Records
 
+# CaltechDATA record 20098. The sha256 is torchvision's (prototype/datasets/_builtin/cub200.py); the file has the md5
+# 97eceeb196236b17998738112f37df78 that most other loaders state, and 1,150,585,339 bytes.
+CALTECH = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
+SHA256 = "sha256:0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"
 SOURCE = Source(
     name="birds (CUB-200-2011)",
     parts=("CUB_200_2011", "text", "train", "test"),
@@ -29,15 +33,7 @@ By hand, into the same folder:
      and unpack it (and the text.zip in it, if there is one). It gives text/, train/filenames.pickle and
      test/filenames.pickle.""",
     needed=(("text",), ("train/filenames.pickle", "trainvalclasses.txt")),
-    # CaltechDATA record 20098. The sha256 is torchvision's (prototype/datasets/_builtin/cub200.py); the file
-    # has the md5 97eceeb196236b17998738112f37df78 that most other loaders state, and 1,150,585,339 bytes.
-    fetched=(
-        Remote(
-            "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-            "sha256:0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081",
-            "CUB_200_2011",
-        ),
-    ),
+    fetched=(Remote(CALTECH, SHA256, "CUB_200_2011"),),
 )
 COMPLETE = {"images": 11788, "train": 8855, "test": 2933}
 
@@ -77,13 +73,7 @@ def read(root: str | Path) -> Records:
         if classes.get(label, folder) != folder:
             problems.add(cub / "image_class_labels.txt", f"image {number} ({name}) is said to be {classes[label]}")
         captions = read_captions(texts / f"{key}.txt", problems) if texts.is_dir() else ()
-        split = splits.get(key, splits.get(folder))
-        if split:
+        if split := splits.get(key, splits.get(folder)):
             records.append(Record(key, split, captions, label, path, box=box))
-    about = {
-        "split": rule,
-        "crop": "square of 1.5 bounding boxes, clipped to the image",
-        "complete_set": COMPLETE,
-        "images_in_no_split": len(images) - len(records),
-    }
-    return finish(records, problems, about)
+    about = {"split": rule, "crop": "square of 1.5 bounding boxes, clipped to the image", "complete_set": COMPLETE}
+    return finish(records, problems, {**about, "images_in_no_split": len(images) - len(records)})

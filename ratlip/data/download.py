@@ -1,7 +1,7 @@
 """Fetching what has a stable public address and a checksum, and saying where the rest comes from.
 
-Public and checked here: the CUB-200-2011 images and the Oxford-102 images. The captions of Reed et al. lie on Google
-Drive, CelebA asks each user to agree to its terms: those are fetched by hand, and `instructions` says how.
+Public are the images of CUB-200-2011 and Oxford-102. The captions of Reed et al. (Google Drive) and CelebA (whose terms
+each user must accept) are fetched by hand, and `instructions` says how.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import tarfile
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 import pooch
@@ -91,10 +91,9 @@ def _fetch(remote: Remote, root: Path, progress: bool) -> Path:
 
 
 class ResumingDownloader:
-    """A downloader for pooch that goes on where an earlier or broken-off download stopped.
+    """A downloader for pooch that goes on where an earlier or broken-off download stopped, as pooch's own does not.
 
-    pooch's own gives its file a new random name in each call, so it must begin again each time. This one writes to
-    `part`, asks the server for the rest by an HTTP Range, and moves the file to where pooch checks it.
+    It writes to `part`, asks the server for the rest by an HTTP Range, and moves the file to where pooch checks it.
     """
 
     def __init__(self, part: Path, progress: bool = True, attempts: int = 3):
@@ -107,11 +106,9 @@ class ResumingDownloader:
             before = self._have()
             try:
                 complete = self._get_rest(url)
-            except requests.HTTPError:
-                raise
-            except requests.RequestException:
+            except requests.RequestException as error:
                 failures = 0 if self._have() > before else failures + 1
-                if failures >= self.attempts:
+                if isinstance(error, requests.HTTPError) or failures >= self.attempts:
                     raise
                 time.sleep(failures)
         shutil.move(self.part, output_file)
@@ -133,14 +130,11 @@ class ResumingDownloader:
             response.raise_for_status()
             start = have if response.status_code == 206 else 0  # 200: the server knows no ranges and sends all
             total = start + int(response.headers.get("Content-Length", 0)) or None
-            name, mode = self.part.stem, "ab" if start else "wb"
-            shown = progress_bar(
-                desc=name, total=total, initial=start, unit="B", unit_scale=True, enabled=self.progress
-            )
-            with open(self.part, mode) as file, shown:
+            size: dict[str, Any] = {"total": total, "initial": start, "unit": "B", "unit_scale": True}
+            shown = progress_bar(desc=self.part.stem, **size, enabled=self.progress)
+            with open(self.part, "ab" if start else "wb") as file, shown:
                 for chunk in response.iter_content(1 << 16):
-                    file.write(chunk)
-                    shown.update(len(chunk))
+                    shown.update(file.write(chunk))
         return True
 
 
@@ -151,9 +145,8 @@ def unpack(archive: str | Path, root: str | Path, wanted: str) -> Path:
     """
     archive, root = Path(archive), Path(root)
     try:
-        with atomic_path(root / wanted) as draft:
-            with tarfile.open(archive) as tar:
-                tar.extractall(draft.parent, filter="data")
+        with atomic_path(root / wanted) as draft, tarfile.open(archive) as tar:
+            tar.extractall(draft.parent, filter="data")
             if not draft.exists():
                 raise DataError(f"{archive}: holds no {wanted}")
     except (tarfile.TarError, EOFError, OSError) as error:  # OSError: also gzip's own, and a full disk

@@ -1,34 +1,26 @@
 """CelebA faces, complete, partial or our CelebA-tiny, with captions made from the 40 attributes.
 
-CelebA-tiny. The paper trains on "CelebA-tiny" without saying how large it is or how it was chosen. Ours, in the open:
-go through list_attr_celeba.txt by file name, keep the first two images of each identity, take the first 6,000 of those.
-Two, so that few people are not most of the set. Where fewer are there, all are taken, and the manifest states the
-expected and the found number.
+CelebA-tiny. The paper does not say how large it is or how it was chosen. Ours: by file name, the first two images of
+each identity (so that few people are not most of the set), and of those the first 6,000, or as many as are there.
 
 Split. By identity, so nobody is in both: an identity is test if the first 8 hex digits of the sha256 of "identity N",
 read as a number, are divisible by 5 (about 20 %). With tiny=False and a list_eval_partition.txt, the official partition
 instead: 0 and 1 (training and validation) are train, 2 is test.
 
-Captions. The attributes become phrases; a caption draws some of them and one of four sentences. Everything is drawn by
-a generator seeded with the file name alone, so a caption depends neither on the order nor on the other files.
-
-    a young woman with wavy blond hair and bangs, wearing earrings, smiling
-    this older man has gray hair and bushy eyebrows, wears a necktie and is smiling
-    a photo of a smiling young woman who has straight black hair and rosy cheeks and wears lipstick
-    a young man wearing eyeglasses has brown hair, a goatee and sideburns
-
-"Attractive" and "Blurry" are left out: one is an opinion, the other is about the photograph. Both of two attributes
-that exclude each other (wavy and straight, bald and bangs) say nothing, and are left out too. The sex is the attribute
-"Male" as the set's annotators ticked it; "older" is its "not Young".
+Captions. The attributes become phrases; a caption draws some of them and one of four sentences, by a generator seeded
+with the file name alone, so it depends neither on the order nor on the other files. "Attractive" (an opinion), "Blurry"
+(about the photograph) and both of two attributes that exclude each other (wavy and straight, bald and bangs) are left
+out. The sex is the attribute "Male" as the set's annotators ticked it; "older" is its "not Young".
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+import pandas as pd
 
 from ratlip.data.layout import Source, fields, find_root, finish, read_rows, read_text
 from ratlip.data.records import Problems, Record, Records
@@ -89,12 +81,12 @@ def read(root: str | Path, tiny: bool = True, size: int = TINY_SIZE, captions_pe
     positives = _read_attributes(root / "list_attr_celeba.txt", problems)
     identities = read_rows(root / "identity_CelebA.txt", fields(str, int), "'image identity'", problems)
     on_disk = {path.name for path in folder.iterdir()}
-    for name in sorted(positives):
+    who = {name: (identities or {}).get(name, -1) for name in sorted(positives)}
+    for name in who:
         if name not in on_disk:
             problems.add(folder / name, "the image is missing, list_attr_celeba.txt names it")
         if identities is not None and name not in identities:
             problems.add(root / "identity_CelebA.txt", f"there is no identity for {name}")
-    who = {name: (identities or {}).get(name, -1) for name in sorted(positives)}
     partition, official, records = root / "list_eval_partition.txt", None, []
     if not tiny and partition.is_file():
         official = read_rows(partition, fields(str, OFFICIAL_SPLITS.get), "'image partition'", problems)
@@ -106,28 +98,18 @@ def read(root: str | Path, tiny: bool = True, size: int = TINY_SIZE, captions_pe
         records.append(Record(Path(name).stem, split or "train", captions, who[name], folder / name))
     by_identity = f"identity-disjoint: test if {TEST_SHARE} divides the first 8 hex digits of sha256('identity N')"
     by_name = f"by file name, the first {TINY_PER_IDENTITY} images of each identity, then the first {size}"
-    about = {
-        "tiny": tiny,
-        "split": by_identity if official is None else "official list_eval_partition.txt: 0 and 1 are train, 2 is test",
-        "rule": by_name if tiny else "all images of list_attr_celeba.txt",
-        "expected_images": size if tiny else COMPLETE["images"],
-        "found_images": len(records),
-        "captions": f"up to {captions_per_image} an image, made from the attributes: see ratlip.data.faces",
-        "complete_set": COMPLETE,
-        "images_without_attributes": len(on_disk - positives.keys()),
-    }
+    rule = by_identity if official is None else "official list_eval_partition.txt: 0 and 1 are train, 2 is test"
+    about = {"tiny": tiny, "split": rule, "rule": by_name if tiny else "all images of list_attr_celeba.txt"}
+    about |= {"expected_images": size if tiny else COMPLETE["images"], "found_images": len(records)}
+    about |= {"captions": f"up to {captions_per_image} an image, made from the attributes: see ratlip.data.faces"}
+    about |= {"complete_set": COMPLETE, "images_without_attributes": len(on_disk - positives.keys())}
     return finish(records, problems, about)
 
 
 def tiny_subset(identities: dict[str, int], size: int = TINY_SIZE) -> list[str]:
     """The file names of CelebA-tiny among {file name: identity}: see the module's text for the rule."""
-    taken: Counter[int] = Counter()
-    chosen = []
-    for name, identity in sorted(identities.items()):
-        taken[identity] += 1
-        if taken[identity] <= TINY_PER_IDENTITY:
-            chosen.append(name)
-    return chosen[:size]
+    people = pd.Series(identities, dtype=object).sort_index()
+    return people.groupby(people).head(TINY_PER_IDENTITY).index[:size].tolist()
 
 
 def split_of_identity(identity: int) -> str:
@@ -172,10 +154,7 @@ def caption_image(name: str, attributes: Iterable[str], number: int = 10) -> tup
 
 
 def _phrases(has: frozenset[str]) -> dict[str, list[str]]:
-    """The phrases that the attributes allow, by their part in a sentence.
-
-    Under "hair", the phrase of the hair itself comes first, if there is one; then what is on it or beside it.
-    """
+    """The phrases that the attributes allow, by their part in a sentence; under "hair", the hair itself comes first."""
 
     def said(part: str) -> list[str]:
         return [phrase for attribute, phrase in PHRASES[part].items() if attribute in has]
@@ -203,12 +182,10 @@ def _phrases(has: frozenset[str]) -> dict[str, list[str]]:
 
 def _some(phrases: Sequence[str], most: int, draw: Callable[[], float]) -> list[str]:
     """None to `most` of the phrases, in random order."""
-    shuffled = sorted(phrases, key=lambda phrase: draw())
-    return shuffled[: int(draw() * (most + 1))]
+    return sorted(phrases, key=lambda phrase: draw())[: int(draw() * (most + 1))]
 
 
-def _listed(items: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+def _listed(items: Sequence[str]) -> str:  # "a", "a and b", "a, b and c"
     return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
 
 
@@ -217,9 +194,7 @@ def _a(words: str) -> str:
 
 
 def _sentence(phrases: dict[str, list[str]], draw: Callable[[], float]) -> str:
-    """One caption. Drawn are age (4 in 5), each build word (1 in 2), hair (9 in 10), up to two details of it,
-    two of the face and two things worn, smile and mouth (4 in 5), and the form of the sentence.
-    """
+    """One caption; how often each part of it is named stands at its draw."""
     age = phrases["age"] if draw() < 0.8 else []
     subject = " ".join([*age, *(word for word in phrases["build"] if draw() < 0.5), *phrases["noun"]])
     hair, details = phrases["hair"][:1], phrases["hair"][1:]
@@ -227,10 +202,10 @@ def _sentence(phrases: dict[str, list[str]], draw: Callable[[], float]) -> str:
     worn = _some(phrases["worn"], 2, draw)
     smiling = bool(phrases["smiling"]) and draw() < 0.8
     mouth = phrases["mouth"] if draw() < 0.8 else []
+    form = int(draw() * 4)
     has = [f"has {_listed(features)}"] if features else []
     wears = [f"wears {_listed(worn)}"] if worn else []
     ending = ["is smiling"] if smiling else []
-    form = int(draw() * 4)
     if form == 1 and has + wears + ending:  # this older man has ..., wears ... and is smiling
         return f"this {subject} {_listed(has + wears + (ending or [f'has {m}' for m in mouth]))}"
     if form == 2:  # a photo of a smiling young woman who has ... and wears ...

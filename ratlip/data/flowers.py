@@ -1,9 +1,8 @@
 """Oxford-102 flowers with the captions of Reed et al. (2016), complete or partial, in the official layout.
 
 Split: `train/filenames.pickle` and `test/filenames.pickle` where they are, else `trainvalclasses.txt` and
-`testclasses.txt` (Reed et al.: 82 classes to train, 20 to test), else our own rule of the same proportion: the 20 of
-the 102 classes whose sha256 of "class_00001" ... "class_00102" is smallest are test. The rule looks at the class number
-alone, so a class is in the same split however many images there are. It is not the published list of classes.
+`testclasses.txt` (Reed et al.: 82 classes to train, 20 to test), else our own rule of the same proportion, which is not
+the published list: the 20 of the 102 classes whose sha256 of "class_00001" ... "class_00102" is smallest are test.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def own_split() -> dict[str, str]:
     """{class folder: "train" or "test"} by our own rule."""
     folders = [f"class_{number:05d}" for number in range(1, CLASSES + 1)]
     test = sorted(folders, key=lambda folder: hashlib.sha256(folder.encode()).hexdigest())[:TEST_CLASSES]
-    return {folder: "test" if folder in test else "train" for folder in folders}
+    return dict.fromkeys(folders, "train") | dict.fromkeys(test, "test")
 
 
 def read(root: str | Path, human_captions_only: bool = False) -> Records:
@@ -77,20 +76,13 @@ def read(root: str | Path, human_captions_only: bool = False) -> Records:
             problems.add(root / "jpg" / f"{key}.jpg", f"the image of {file.relative_to(root)} is missing")
             continue
         captions = read_captions(file, problems) if (root / "text_c10").is_dir() else ()
-        split = splits.get(key, splits.get(f"class_{label:05d}"))
-        if split is None:
+        if split := splits.get(key, splits.get(f"class_{label:05d}")):
+            used[kind] += 1
+            records.append(Record(key, split, captions, label, images[key]))
+        else:
             unlisted += 1
-            continue
-        used[kind] += 1
-        records.append(Record(key, split, captions, label, images[key]))
-    about = {
-        "split": rule,
-        "human_captions_only": human_captions_only,
-        "caption_kinds": dict(used),
-        "complete_set": COMPLETE,
-        "images_in_no_split": unlisted,
-    }
-    return finish(records, problems, about)
+    about = {"split": rule, "human_captions_only": human_captions_only, "caption_kinds": dict(used)}
+    return finish(records, problems, {**about, "complete_set": COMPLETE, "images_in_no_split": unlisted})
 
 
 def _caption_files(folder: Path, problems: Problems) -> dict[str, tuple[int, Path]]:
@@ -120,9 +112,8 @@ def _check_labels(path: Path, texts: dict[str, tuple[int, Path]], problems: Prob
         return
     for key, (label, file) in texts.items():
         number = re.fullmatch(r"image_(\d+)", key)
-        official = labels.get(int(number[1]), label) if number else label
-        if official != label:
-            problems.add(file, f"lies in class {label}, imagelabels.mat says {official}")
+        if number and labels.get(int(number[1]), label) != label:
+            problems.add(file, f"lies in class {label}, imagelabels.mat says {labels[int(number[1])]}")
 
 
 def _caption_kinds(path: Path, problems: Problems) -> dict[str, str]:

@@ -14,14 +14,11 @@ from ratlip.errors import DataError
 
 @dataclass(frozen=True)
 class Remote:
-    """A file with a public address, its checksum as pooch writes it, and what it becomes in the dataset root.
-
-    gives: the file or folder that is there afterwards, relative to the root; for an archive, the one thing taken out.
-    """
+    """A file with a public address, and what it becomes in the dataset root."""
 
     url: str
-    checksum: str
-    gives: str
+    checksum: str  # as pooch writes it
+    gives: str  # the file or folder that is there afterwards; for an archive, the one thing taken out
 
 
 @dataclass(frozen=True)
@@ -109,9 +106,7 @@ def read_captions(path: Path, problems: Problems) -> tuple[str, ...]:
 
 
 class _NamesOnly(pickle.Unpickler):
-    """A pickle is a program: the ordinary loader imports and calls whatever the file names. This one imports nothing,
-    so the only things that can come out are those that need no import: lists, tuples, strings, numbers.
-    """
+    """A pickle is a program that may import and call anything; here only what needs no import comes out: lists, str."""
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it wants to import {module}.{name}, which was refused")
@@ -170,8 +165,8 @@ def published_split(
 def finish(records: list[Record], problems: Problems, about: dict) -> Records:
     """The reader's result with the counts that every manifest states; or DataError if there are any problems.
 
-    Before it stops it decodes the images too, so that the message is complete: mending one thing does not bring up the
-    next. Where nothing is wrong `prepare` does the same, as it resizes.
+    Before it stops it decodes the images too, so that mending one thing does not bring up the next. Where nothing is
+    wrong `prepare` does the same, as it resizes.
     """
 
     def trouble(record: Record) -> str:

@@ -58,10 +58,9 @@ def prepare(
     """Decode, crop (birds), resize and store all images and captions in folder `out`, whole or not at all.
 
     The shorter side of each image becomes `resize` pixels by Pillow's antialiased bilinear filter, as torchvision's
-    Resize does in the published code (official.md: "images are resized to 304"). The pass that resizes is the pass that
-    validates: every image is decoded in full, once, into a temporary folder beside `out`. `records` may be a generator;
-    memory does not grow with their number. `settings` (JSON values; its "dataset" names the set) are kept in the
-    manifest with `records.about`. `source` is the name of the dataset root (a path is cut to its last part).
+    Resize does in the published code (official.md: "images are resized to 304"). `records` may be a generator; memory
+    does not grow with their number. `settings` (JSON values; its "dataset" names the set) are kept in the manifest with
+    `records.about`. `source` is the name of the dataset root (a path is cut to its last part).
 
     An `out` prepared before with equal settings is opened, not written. Raises DataError that lists everything wrong
     with the records, or says that `out` holds something else.
@@ -79,18 +78,10 @@ def prepare(
     try:
         with atomic_path(out) as draft:
             checksums = _write_dataset(rows, draft, Problems(f"{name} ({source})"), BATCH_BYTES // (3 * resize**2))
-            manifest = {
-                "format": FORMAT,
-                "name": name,
-                "source": source,
-                "resize": resize,
-                **_counts(draft),
-                **checksums,
-                "settings": settings,
-                "hash": settings_hash(settings, resize),
-                "about": getattr(records, "about", {}),
-                "versions": {"ratlip": __version__, **{library: version(library) for library in LIBRARIES}},
-            }
+            versions = {"ratlip": __version__, **{library: version(library) for library in LIBRARIES}}
+            manifest = {"format": FORMAT, "name": name, "source": source, "resize": resize, **_counts(draft)}
+            manifest |= {**checksums, "settings": settings, "hash": settings_hash(settings, resize)}
+            manifest |= {"about": getattr(records, "about", {}), "versions": versions}
             write_json(draft / "manifest.json", manifest)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error}); free disk space or choose another") from error
@@ -106,8 +97,7 @@ def existing(out: str | Path, *, resize: int, settings: dict) -> Prepared | None
     if not (out / "manifest.json").is_file():
         return None
     prepared, wanted = load_prepared(out), {"resize": resize, "settings": settings}
-    found = {key: prepared.manifest[key] for key in wanted}
-    check_identity(out, found, wanted, what="prepared data", error=DataError)
+    check_identity(out, {key: prepared.manifest[key] for key in wanted}, wanted, what="prepared data", error=DataError)
     return prepared
 
 
@@ -168,8 +158,7 @@ def _write_dataset(encoded: Iterable[tuple], draft: Path, problems: Problems, he
     split_of: dict[str, str] = {}
     given, stored = hashlib.sha256(), hashlib.sha256()
     with ExitStack() as stack:
-        paths = {split: str(draft / f"{split}.arrow") for split in SPLITS}
-        files = {split: stack.enter_context(pa.ipc.new_stream(path, SCHEMA)) for split, path in paths.items()}
+        files = {s: stack.enter_context(pa.ipc.new_stream(str(draft / f"{s}.arrow"), SCHEMA)) for s in SPLITS}
 
         def flush(split: str) -> None:
             files[split].write_batch(pa.RecordBatch.from_pylist(rows[split], schema=SCHEMA))
@@ -187,16 +176,15 @@ def _write_dataset(encoded: Iterable[tuple], draft: Path, problems: Problems, he
                     flush(record.split)
         for split in SPLITS:
             flush(split)
-    problems.raise_if_any()
-    for split in SPLITS:
-        if split not in split_of.values():
-            problems.add(split, "the split has no image")
+    empty = [f"{split}: the split has no image" for split in SPLITS if split not in split_of.values()]
+    problems.found = problems.found or empty
     problems.raise_if_any()
     _save(draft)
     return {"records_sha256": given.hexdigest(), "content_sha256": stored.hexdigest()}
 
 
 def _wrong_with(record: Record, row: dict | str, known: Container[str]) -> list[str]:
+    """Everything that is wrong with a record and with the `row` that `_encode` made of it."""
     wrong = [row] if isinstance(row, str) else []
     if record.key in known:
         wrong.append(f"the key {record.key!r} occurs twice")
@@ -211,38 +199,37 @@ def _save(draft: Path) -> None:
     """Turn the streamed files into a saved DatasetDict, memory-mapped from one to the other."""
     import datasets  # here, because it takes 0.6 s and only writing needs it
 
-    streams = {split: draft / f"{split}.arrow" for split in SPLITS}
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # `prepare` has its own
     try:
-        parts = {split: datasets.Dataset.from_file(str(path)) for split, path in streams.items()}
+        parts = {split: datasets.Dataset.from_file(str(draft / f"{split}.arrow")) for split in SPLITS}
         datasets.DatasetDict(parts).save_to_disk(str(draft / "dataset"))
     finally:
         if shown:
             datasets.enable_progress_bars()
-    for path in streams.values():
+    for path in draft.glob("*.arrow"):
         path.unlink()
 
 
 def _counts(folder: Path) -> dict[str, dict]:
     """What the manifest counts of each split; image sizes are height, width."""
     splits = [Split(folder, name) for name in SPLITS]
-    return {
-        "counts": {s.name: len(s) for s in splits},
-        "captions": {s.name: len(s.all_captions) for s in splits},
-        "image_sizes": {
-            s.name: {"smallest": s.sizes.min(0).tolist(), "largest": s.sizes.max(0).tolist()} for s in splits
-        },
-    }
+    sizes = {s.name: {"smallest": s.sizes.min(0).tolist(), "largest": s.sizes.max(0).tolist()} for s in splits}
+    captions = {s.name: len(s.all_captions) for s in splits}
+    return {"counts": {s.name: len(s) for s in splits}, "captions": captions, "image_sizes": sizes}
 
 
-def _read_manifest(folder: Path) -> dict:
-    path = folder / "manifest.json"
+def load_prepared(folder: str | Path) -> Prepared:
+    """Open a prepared folder (memory-mapped: nothing is read until it is asked for).
+
+    Raises DataError if it is missing, incomplete, damaged, or of another version of the format.
+    """
+    folder = Path(folder)
+    path, wrong = folder / "manifest.json", ""
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder; make it with `ratlip prepare`")
     if not path.is_file():
         raise DataError(f"{folder}: has no manifest.json, so it is not prepared, or not completely; {AGAIN}")
-    wrong = ""
     try:
         manifest = read_json(path)
         if manifest["format"] != FORMAT:
@@ -253,24 +240,14 @@ def _read_manifest(folder: Path) -> dict:
         wrong = f"is damaged ({error!r})"
     if wrong:
         raise DataError(f"{path}: {wrong}; {AGAIN}")
-    return manifest
-
-
-def load_prepared(folder: str | Path) -> Prepared:
-    """Open a prepared folder (memory-mapped: nothing is read until it is asked for).
-
-    Raises DataError if it is missing, incomplete, damaged, or of another version of the format.
-    """
-    folder = Path(folder)
-    manifest = _read_manifest(folder)
     try:
         prepared = Prepared(folder, manifest, Split(folder, "train"), Split(folder, "test"))
     except Exception as error:  # whatever Arrow makes of a missing or damaged file
         raise DataError(f"{folder / 'dataset'}: is damaged or incomplete ({error}); {AGAIN}") from error
     for name, number in manifest["counts"].items():
         if len(prepared[name]) != number:
-            found = f"has {len(prepared[name])} images, the manifest says {number}"
-            raise DataError(f"{folder / 'dataset' / name}: {found}; {AGAIN}")
+            wrong = f"has {len(prepared[name])} images, the manifest says {number}"
+            raise DataError(f"{folder / 'dataset' / name}: {wrong}; {AGAIN}")
     return prepared
 
 

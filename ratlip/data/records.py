@@ -26,21 +26,18 @@ Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 class Record:
     """One captioned image, not yet decoded.
 
-    key: unique and stable. split: "train" or "test". captions: at least one, stripped, none empty. label: class (birds,
-    flowers), identity (faces) or kind of object (synthetic); -1 unknown. path: the image file, or pixels: uint8 (H,W,3)
-    RGB. box: in pixels of the image file, for `published_crop`. attributes, mask (bool (H,W)): what a synthetic image
-    shows, and where.
+    A record has either a path or pixels. A synthetic one also says what its image shows (attributes), and where (mask).
     """
 
-    key: str
-    split: str
-    captions: tuple[str, ...]
-    label: int = -1
+    key: str  # unique and stable
+    split: str  # "train" or "test"
+    captions: tuple[str, ...]  # at least one, stripped, none empty
+    label: int = -1  # class (birds, flowers), identity (faces) or kind of object (synthetic); -1 unknown
     path: Path | None = None
-    pixels: np.ndarray | None = None
-    box: Box | None = None
+    pixels: np.ndarray | None = None  # uint8 (H,W,3) RGB
+    box: Box | None = None  # in pixels of the image file, for `published_crop`
     attributes: dict[str, str] | None = None
-    mask: np.ndarray | None = None
+    mask: np.ndarray | None = None  # bool (H,W)
 
     @property
     def where(self) -> str:
@@ -78,17 +75,15 @@ class Problems:
     def raise_if_any(self) -> None:
         """Raise DataError that lists the problems, each with its path (the first 50, and how many more)."""
         if self.found:
-            number = f"{len(self)} problem{'s' if len(self) > 1 else ''}"
+            title = f"{len(self)} problem{'s' if len(self) > 1 else ''} in {self.subject}; nothing was written:"
             more = [f"... and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
-            listed = "\n  ".join([f"{number} in {self.subject}; nothing was written:", *self.found[:SHOWN], *more])
-            raise DataError(listed)
+            raise DataError("\n  ".join([title, *self.found[:SHOWN], *more]))
 
 
 def in_order(work: Callable, items: Iterable, workers: int | None = None) -> Iterator:
     """Yield `work(item)` in the order of `items`, computed by threads, never more than a few items ahead.
 
-    Threads, because Pillow's decoding and resizing and hashlib let go of the interpreter lock. `Executor.map` would
-    read all items and keep all results, so memory would grow with the dataset.
+    Threads, because Pillow and hashlib let go of the interpreter lock. `Executor.map` would read all items at once.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = workers or cores
@@ -106,8 +101,7 @@ def published_crop(box: Box, width: int, height: int) -> tuple[int, int, int, in
     """Left, top, right, bottom of a bird's crop as published: a square 1.5 boxes wide, clipped to the image.
 
     The rule of the text-to-image line since AttnGAN, to the pixel (official.md: "birds are first cropped to a square
-    about 1.5 boxes wide"): box numbers are cut to whole pixels, r = int(0.75 * the longer side), and the crop reaches r
-    to each side of the box's centre. Where the image ends earlier the crop ends with it and is no square.
+    about 1.5 boxes wide"). Where the image ends earlier the crop ends with it and is no square.
     """
     x, y, box_width, box_height = (int(number) for number in box)
     r = int(max(box_width, box_height) * 0.75)
@@ -116,12 +110,11 @@ def published_crop(box: Box, width: int, height: int) -> tuple[int, int, int, in
 
 
 def _check_box(box: Box, width: int, height: int) -> None:
-    x, y, box_width, box_height = box
-    numbers = f"box x={x:g} y={y:g} width={box_width:g} height={box_height:g}"
-    if not (box_width >= 1 and box_height >= 1):
+    x, y, w, h = box
+    numbers = f"box x={x:g} y={y:g} width={w:g} height={h:g}"
+    if not (w >= 1 and h >= 1):
         raise ValueError(f"{numbers} is empty")
-    beyond = max(max(-x, x + box_width - width) / box_width, max(-y, y + box_height - height) / box_height)
-    if not beyond <= BOX_OVERSHOOT:  # also true of nan
+    if not max(max(-x, x + w - width) / w, max(-y, y + h - height) / h) <= BOX_OVERSHOOT:  # also true of nan
         raise ValueError(f"{numbers} lies outside the image of {width}x{height} pixels")
 
 
@@ -144,10 +137,9 @@ def _decode(record: Record) -> Image.Image:
 
 
 def open_image(record: Record) -> tuple[Image.Image, Image.Image | None]:
-    """Decode the record's image in full, and crop it as published if it has a box.
+    """The record's image in RGB and its mask (mode "L", 0 and 255) or None, cropped as published if it has a box.
 
-    Returns (RGB image, mask image of mode "L" with 0 and 255, or None). Raises ValueError that says what is wrong; the
-    caller adds the path.
+    Raises ValueError that says what is wrong; the caller adds the path.
     """
     image, mask = _decode(record), None
     if record.mask is not None:

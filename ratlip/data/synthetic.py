@@ -1,13 +1,11 @@
 """A generated, captioned set whose truth is known: one object, with kind, colour, size, place and background.
 
-Why it exists: on photographs nobody can say which share of a caption a generated image shows. Here every attribute
-named by a caption can be checked against the image by a classifier (`ratlip.scores.judge`), and the object's mask is
-known, so that "where does the network look" has a right answer. It needs no download; a laptop learns it in minutes.
+On photographs nobody can say which share of a caption a generated image shows. Here a classifier can check every
+attribute (`ratlip.scores.judge`), and the object's mask is known, so "where does the network look" has a right answer.
 
-Rule. An image is one combination of `OBJECTS` x `COLOURS` x `SIZES` x `PLACES` x `BACKGROUNDS` (960 of them) with
-position, scale, rotation, shade and a faint background gradient drawn at random. Every `HELD_OUT`-th combination, in an
-order shuffled by the seed, belongs to the test split: its captions are never seen in training, although each of its
-attributes is.
+An image is one of 960 combinations of attributes with position, scale, rotation, shade and a faint background gradient
+drawn at random. One combination in `HELD_OUT`, drawn by the seed, belongs to the test split: its captions are never
+seen in training, although each of its attributes is.
 """
 
 from __future__ import annotations
@@ -23,25 +21,12 @@ from ratlip.data.records import Record
 from ratlip.errors import SettingsError
 
 OBJECTS = ("ring", "cross", "triangle", "square")
-COLOURS = {
-    "red": (214, 39, 40),
-    "orange": (250, 140, 20),
-    "yellow": (245, 220, 40),
-    "green": (40, 160, 60),
-    "cyan": (60, 205, 215),
-    "blue": (40, 80, 220),
-    "purple": (130, 50, 170),
-    "pink": (245, 130, 190),
-}
+COLOURS = {"red": (214, 39, 40), "orange": (250, 140, 20), "yellow": (245, 220, 40), "green": (40, 160, 60)}
+COLOURS |= {"cyan": (60, 205, 215), "blue": (40, 80, 220), "purple": (130, 50, 170), "pink": (245, 130, 190)}
 SIZES = {"small": 0.5, "large": 0.76}  # width of the object / width of the image
 PLACES = {"left": 0.37, "centre": 0.5, "right": 0.63}  # centre of the object / width of the image
-BACKGROUNDS = {
-    "white": (245, 245, 245),
-    "black": (15, 15, 15),
-    "grey": (125, 125, 125),
-    "brown": (110, 72, 40),
-    "navy": (18, 26, 84),
-}
+BACKGROUNDS = {"white": (245, 245, 245), "black": (15, 15, 15), "grey": (125, 125, 125)}
+BACKGROUNDS |= {"brown": (110, 72, 40), "navy": (18, 26, 84)}
 VALUES = (OBJECTS, tuple(COLOURS), tuple(SIZES), tuple(PLACES), tuple(BACKGROUNDS))
 ATTRIBUTES = dict(zip(("object", "colour", "size", "place", "background"), VALUES, strict=True))
 W = 0.32  # half the width of a bar of the cross
@@ -77,8 +62,7 @@ def caption(attributes: dict[str, str], template: int = 0) -> str:
 def combinations(seed: int = 0) -> dict[str, list[dict[str, str]]]:
     """All attribute combinations as `train` and `test` (one in `HELD_OUT`), in an order given by `seed`."""
     every = [dict(zip(ATTRIBUTES, values, strict=True)) for values in itertools.product(*ATTRIBUTES.values())]
-    order = np.random.default_rng([seed, 1]).permutation(len(every))
-    shuffled = [every[i] for i in order]
+    shuffled = [every[i] for i in np.random.default_rng([seed, 1]).permutation(len(every))]
     cut = len(shuffled) // HELD_OUT
     return {"test": shuffled[:cut], "train": shuffled[cut:]}
 
@@ -97,18 +81,17 @@ def render(attributes: dict[str, str], image_size: int, rng: np.random.Generator
         angle = rng.uniform(-0.06, 0.06)  # in radians
         cos, sin = math.cos(angle), math.sin(angle)
         corners = zip(*OUTLINES[attributes["object"]], strict=True)
-        outline = [(cx + radius * (x * cos - y * sin), cy + radius * (x * sin + y * cos)) for x, y in corners]
-        draw.polygon(outline, fill=255)
-    small = mask.resize((image_size, image_size), Image.Resampling.BOX)
-    cover = np.asarray(small, dtype=np.float64)[..., None] / 255
+        draw.polygon([(cx + radius * (x * cos - y * sin), cy + radius * (x * sin + y * cos)) for x, y in corners], 255)
+    mask = mask.resize((image_size, image_size), Image.Resampling.BOX)
+    cover = np.asarray(mask, dtype=np.float64)[..., None] / 255
 
     shade = np.clip(np.array(COLOURS[attributes["colour"]]) + rng.uniform(-12, 12, 3), 0, 255)
     ground = np.array(BACKGROUNDS[attributes["background"]]) + rng.uniform(-8, 8)
     slope = rng.uniform(-10, 10, 2)
     yy, xx = np.mgrid[0:image_size, 0:image_size] / image_size - 0.5
     backdrop = ground + (slope[0] * xx + slope[1] * yy)[..., None]
-    pixels = cover * shade + (1 - cover) * backdrop
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8), cover[..., 0] > 0.5
+    pixels = np.rint(cover * shade + (1 - cover) * backdrop)
+    return np.clip(pixels, 0, 255).astype(np.uint8), cover[..., 0] > 0.5
 
 
 def object_mask(pixels: np.ndarray, backgrounds: Sequence[str]) -> np.ndarray:
@@ -116,8 +99,7 @@ def object_mask(pixels: np.ndarray, backgrounds: Sequence[str]) -> np.ndarray:
 
     pixels uint8 (N,S,S,3), generated ones too; `backgrounds`: N names. A pixel belongs to the object where its distance
     d to the background's colour (the largest of the channels) exceeds half of that of the object (the 95th percentile
-    of d: the smallest object fills more than 5 %), and `FAINT` at least, which no drawn background reaches. For images
-    of the set, the exact mask is stored beside them (`Split.mask`).
+    of d: the smallest object fills more than 5 %), and `FAINT` at least. The set's own masks are exact (`Split.mask`).
     """
     if len(pixels) != len(backgrounds):
         raise ValueError(f"{len(pixels)} images and {len(backgrounds)} backgrounds: one each is needed")
@@ -136,8 +118,7 @@ def records(image_size: int = 32, train_images: int = 4096, test_images: int = 5
         raise SettingsError(f"data.resize={image_size}: the generated set needs at least 16 px to show an object")
     split = combinations(seed)
     for name, count, stream in (("train", train_images, 2), ("test", test_images, 3)):
-        for i in range(count):
-            attributes = split[name][i % len(split[name])]
+        for i, attributes in zip(range(count), itertools.cycle(split[name])):
             pixels, mask = render(attributes, image_size, np.random.default_rng([seed, stream, i]))
             captions = tuple(caption(attributes, template) for template in range(len(TEMPLATES)))
             key, label = f"{name}/{i:06d}", OBJECTS.index(attributes["object"])
