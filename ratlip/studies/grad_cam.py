@@ -11,10 +11,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -94,11 +93,6 @@ def _patches(clip: FrozenClip, tokens: Tensor) -> Tensor:
     return tokens[:, -(clip.grid**2) :].transpose(1, 2).unflatten(2, (clip.grid, clip.grid))
 
 
-def _similarity(sentence: Tensor, target: str, embedding: Tensor) -> Tensor:
-    """Scalar of a sentence and an image embedding, each (E,)."""
-    return (F.normalize(embedding, dim=0) if target == "cosine" else embedding) @ F.normalize(sentence, dim=0)
-
-
 def similarity_maps(
     clip: FrozenClip, images: Tensor, sentences: Tensor, method: Method = PAPER, batch_size: int = 64
 ) -> Tensor:
@@ -114,7 +108,8 @@ def similarity_maps(
         raise ValueError(f"{method}: {clip.name} has the blocks 0 to {clip.layers - 1}")
     if not len(images):
         return torch.empty(0, *images.shape[2:])
-    device, maps = clip.mean.device, []
+    device, maps, unit = clip.mean.device, [], partial(F.normalize, dim=0)
+    seen: Callable[[Tensor], Tensor] = unit if method.target == "cosine" else nn.Identity()
     texts = sentences.to(device).split(batch_size)
     layer = clip.model.visual.transformer.resblocks[method.block].ln_1
     with torch.enable_grad(), contextlib.redirect_stderr(io.StringIO()):  # Score-CAM draws a progress bar an image
@@ -122,7 +117,7 @@ def similarity_maps(
         cam.batch_size = 256  # read by Score-CAM: channels at once
         try:
             for batch, wanted in zip(images.split(batch_size), texts, strict=True):
-                targets = [partial(_similarity, sentence, method.target) for sentence in wanted]
+                targets = [lambda embedding, text=text: seen(embedding) @ unit(text) for text in wanted]
                 maps.append(torch.from_numpy(cam(batch.to(device), targets)))
         finally:
             cam.activations_and_grads.release()
@@ -210,9 +205,7 @@ def real_masks(split: Split, numbers: Sequence[int], crop: int, image_size: int)
 
 
 def estimated_masks(images: Tensor, backgrounds: Sequence[str]) -> Tensor:
-    """Objects on images (N,3,S,S) in [-1,1] of the generated set's kind, by the background that each caption names:
-    bool (N,S,S). See `synthetic.object_mask`.
-    """
+    """`synthetic.object_mask` of images (N,3,S,S) in [-1,1], by the background each caption names: bool (N,S,S)."""
     return torch.from_numpy(object_mask(as_pixels(images), backgrounds))
 
 
@@ -227,9 +220,7 @@ def plausible(masks: Tensor, reference: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Material:
-    """What maps are made for: images (N,3,S,S) in [-1,1], sentences (N,E), captions, masks (N,S,S) or None, and the
-    backgrounds named by the captions (or None).
-    """
+    """Images (N,3,S,S) in [-1,1], sentences (N,E), captions; masks (N,S,S) and the captions' backgrounds, or None."""
 
     images: Tensor
     sentences: Tensor
@@ -242,8 +233,7 @@ class Material:
 
     def first(self, count: int) -> Material:
         """The first `count` of it."""
-        parts: list[Any] = [None if part is None else part[:count] for part in vars(self).values()]
-        return Material(*parts)
+        return Material(*(None if part is None else part[:count] for part in vars(self).values()))
 
 
 def real_material(workspace: Workspace, split: str, count: int, seed: int = 0) -> Material:
@@ -287,9 +277,7 @@ def margins(energies: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare_methods(clip: FrozenClip, material: Material, methods: Sequence[Method]) -> pd.DataFrame:
-    """One row a method: mean energy on the object, that of each control, smallest margin, its standard error, and
-    whether all controls are beaten.
-    """
+    """One row a method: means of `validate`, smallest margin, its standard error, whether all controls are beaten."""
     random_clip, rows = shuffled(clip), {}
     for method in methods:
         energies = validate(clip, random_clip, material, method)
@@ -343,9 +331,7 @@ def whole_object(frame: pd.DataFrame, label: str) -> tuple[float, str]:
 
 
 def against_others(frame: pd.DataFrame, label: str, column: str = "coverage") -> pd.DataFrame:
-    """The variant `label` minus each other one by `compare.paired`: one row a variant: difference, low, high, verdict
-    on "more than there". Variants without a number (no object found) are "undecided".
-    """
+    """`compare.paired` of the variant `label` with each other one, a row each; "undecided" where one has no number."""
     rows = {}
     for other in [name for name in frame["label"].unique() if name != label]:
         both = frame[frame["label"].isin([label, other])].pivot(index="seed", columns="label", values=column)
