@@ -14,6 +14,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -233,7 +234,8 @@ class Material:
 
     def first(self, count: int) -> Material:
         """The first `count` of it."""
-        return Material(*(None if part is None else part[:count] for part in vars(self).values()))
+        parts: list[Any] = [None if part is None else part[:count] for part in vars(self).values()]
+        return Material(*parts)
 
 
 def real_material(workspace: Workspace, split: str, count: int, seed: int = 0) -> Material:
@@ -332,11 +334,9 @@ def whole_object(frame: pd.DataFrame, label: str) -> tuple[float, str]:
 
 def against_others(frame: pd.DataFrame, label: str, column: str = "coverage") -> pd.DataFrame:
     """`compare.paired` of the variant `label` with each other one, a row each; "undecided" where one has no number."""
-    rows = {}
+    rows, unknown = {}, compare.Difference(np.nan, np.nan, np.nan, 0, "undecided")
     for other in [name for name in frame["label"].unique() if name != label]:
         both = frame[frame["label"].isin([label, other])].pivot(index="seed", columns="label", values=column)
-        found = compare.Difference(np.nan, np.nan, np.nan, 0, "undecided")
-        if not both.dropna().empty:
-            found = compare.paired(frame, label, other, column)
+        found = unknown if both.dropna().empty else compare.paired(frame, label, other, column)
         rows[other] = {"difference": found.mean, "low": found.low, "high": found.high, "verdict": found.verdict}
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -124,7 +124,8 @@ class _Study:
         few = np.linspace(0, train - 1, min(test, train)).astype(int)
         side = data.crop if data.resize > data.crop else data.crop * 7 // 8
         random, mirrored = f"random crops, {side} px", "half of them mirrored"
-        via, resizing = size * 3 // 4, {"not resized": {}} if data.crop == size else {}
+        via = size * 3 // 4
+        resizing: dict[str, dict] = {"not resized": {}} if data.crop == size else {}
         for how in ("antialias", "bicubic", "nearest"):
             if data.crop == size:
                 resizing[f"to {via} px and back, {how}"] = {"how": how, "via": via}
@@ -157,6 +158,7 @@ class _Study:
     def rows(self, aspect: str) -> list[dict]:
         """What every variant of an aspect gives."""
         rows, names = [], ("features", *self.others) if aspect == "extractor" else ("features", "published")
+        title = {"range": "numeric range", "last_batch": "last batch"}.get(aspect, aspect)
         store = self.generated(names, self.e.images if aspect == "extractor" else self.total)
         for variant, changes in self.variants()[aspect].items():
             options = dict(images=self.e.images, extractor="features", reference=("train", self.numbers)) | changes
@@ -167,14 +169,9 @@ class _Study:
                 real = self.real(name, "test", np.arange(test))[:count] if count <= test else None
             elif aspect in BESIDE_REAL:
                 real = self.real(name, "test", np.arange(min(test, self.e.images)))
-            row = {
-                "aspect": {"range": "numeric range", "last_batch": "last batch"}.get(aspect, aspect),
-                "variant": variant,
-                "images": count,
-                "value": _rounded(frechet_distance(every[:count], reference)),
-                "label": self.used[name].label("frechet_distance"),
-                "real": _rounded(frechet_distance(real, reference)) if real is not None else None,
-            }
+            value, label = frechet_distance(every[:count], reference), self.used[name].label("frechet_distance")
+            row = {"aspect": title, "variant": variant, "images": count, "value": _rounded(value), "label": label}
+            row["real"] = _rounded(frechet_distance(real, reference)) if real is not None else None
             if aspect == "images":
                 parts = min(len(every) // count, PARTS)
                 found = [frechet_distance(every[i * count : (i + 1) * count], reference) for i in range(parts)]
