@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ratlip.studies.compare import Difference
     from ratlip.studies.neighbours import Neighbours
 
+Shares = dict[str, float]  # attribute -> 0 to 1
 sns.set_theme(**style.THEME)
 MULTIPLES = (0.1, 0.25, 0.5, 1, 2, 4, 10)  # ticks of `study_chart`
 
@@ -156,15 +157,9 @@ def leads(found: dict[str, pd.DataFrame], title: str = "") -> Figure:
 
 
 def shares(
-    groups: dict[str, dict[str, float]],
-    chance: dict[str, float] | None = None,
-    errors: dict[str, dict[str, float]] | None = None,
-    title: str = "",
+    groups: dict[str, Shares], chance: Shares | None = None, errors: dict[str, Shares] | None = None, title: str = ""
 ) -> Figure:
-    """Shares (0 to 1) of images as bars, `groups[who][attribute]`, with error bars and chance levels where given.
-
-    One group alone has its numbers beside its bars.
-    """
+    """Bars of shares (0 to 1) of images, `groups[who][attribute]`; one group alone has its numbers beside its bars."""
     names, alone = list(next(iter(groups.values()))), len(groups) == 1
     figure, ax = _one_panel(5.8, 1.0 + 0.42 * len(names) * (1 if alone else 0.6 * len(groups)))
     rows = pd.DataFrame(groups).loc[names].rename_axis("name").reset_index().melt("name")

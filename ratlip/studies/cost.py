@@ -32,10 +32,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make and that are still alive, and their highest number.
-
-    (torch's profiler counts the libraries' workspaces too; its MemTracker fails at networks that are partly frozen.)
-    """
+    """Bytes of live tensors that operations made (torch's MemTracker fails at networks that are partly frozen)."""
 
     def __init__(self, known: Sequence[Tensor]):
         super().__init__()
@@ -140,9 +137,8 @@ def step_times(workspace: Workspace, frame: pd.DataFrame) -> pd.DataFrame:
         log = grid.training_log(workspace, run).drop_duplicates("step", keep="last")
         stretches = (log.seconds.diff() / log.step.diff()).dropna()
         step = stretches[stretches > 0].median() if len(stretches) else log.seconds.iloc[-1] / log.step.iloc[-1]
-        row = {"label": run.label, "seed": run.seed, "steps": run.steps, "seconds_a_step": step}
-        rows.append(row | {"seconds": run.training_seconds})
-    return pd.DataFrame(rows)
+        rows.append((run.label, run.seed, run.steps, step, run.training_seconds))
+    return pd.DataFrame(rows, columns=["label", "seed", "steps", "seconds_a_step", "seconds"])
 
 
 def table(workspace: Workspace, generated: pd.DataFrame, runs: pd.DataFrame) -> Table:

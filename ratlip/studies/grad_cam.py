@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -94,11 +94,6 @@ def _patches(clip: FrozenClip, tokens: Tensor) -> Tensor:
     return tokens[:, -(clip.grid**2) :].transpose(1, 2).unflatten(2, (clip.grid, clip.grid))
 
 
-def _similarity(sentence: Tensor, target: str, embedding: Tensor) -> Tensor:
-    """Scalar of a sentence and an image embedding, each (E,)."""
-    return (F.normalize(embedding, dim=0) if target == "cosine" else embedding) @ F.normalize(sentence, dim=0)
-
-
 def similarity_maps(
     clip: FrozenClip, images: Tensor, sentences: Tensor, method: Method = PAPER, batch_size: int = 64
 ) -> Tensor:
@@ -114,7 +109,8 @@ def similarity_maps(
         raise ValueError(f"{method}: {clip.name} has the blocks 0 to {clip.layers - 1}")
     if not len(images):
         return torch.empty(0, *images.shape[2:])
-    device, maps = clip.mean.device, []
+    device, maps, unit = clip.mean.device, [], partial(F.normalize, dim=0)
+    seen: Callable[[Tensor], Tensor] = unit if method.target == "cosine" else nn.Identity()
     texts = sentences.to(device).split(batch_size)
     layer = clip.model.visual.transformer.resblocks[method.block].ln_1
     with torch.enable_grad(), contextlib.redirect_stderr(io.StringIO()):  # Score-CAM draws a progress bar an image
@@ -122,7 +118,7 @@ def similarity_maps(
         cam.batch_size = 256  # read by Score-CAM: channels at once
         try:
             for batch, wanted in zip(images.split(batch_size), texts, strict=True):
-                targets = [partial(_similarity, sentence, method.target) for sentence in wanted]
+                targets = [lambda embedding, text=text: seen(embedding) @ unit(text) for text in wanted]
                 maps.append(torch.from_numpy(cam(batch.to(device), targets)))
         finally:
             cam.activations_and_grads.release()
@@ -210,9 +206,7 @@ def real_masks(split: Split, numbers: Sequence[int], crop: int, image_size: int)
 
 
 def estimated_masks(images: Tensor, backgrounds: Sequence[str]) -> Tensor:
-    """Objects on images (N,3,S,S) in [-1,1] of the generated set's kind, by the background that each caption names:
-    bool (N,S,S). See `synthetic.object_mask`.
-    """
+    """`synthetic.object_mask` of images (N,3,S,S) in [-1,1], by the background each caption names: bool (N,S,S)."""
     return torch.from_numpy(object_mask(as_pixels(images), backgrounds))
 
 
@@ -227,9 +221,7 @@ def plausible(masks: Tensor, reference: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Material:
-    """What maps are made for: images (N,3,S,S) in [-1,1], sentences (N,E), captions, masks (N,S,S) or None, and the
-    backgrounds named by the captions (or None).
-    """
+    """Images (N,3,S,S) in [-1,1], sentences (N,E), captions; masks (N,S,S) and the captions' backgrounds, or None."""
 
     images: Tensor
     sentences: Tensor
@@ -287,9 +279,7 @@ def margins(energies: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare_methods(clip: FrozenClip, material: Material, methods: Sequence[Method]) -> pd.DataFrame:
-    """One row a method: mean energy on the object, that of each control, smallest margin, its standard error, and
-    whether all controls are beaten.
-    """
+    """One row a method: means of `validate`, smallest margin, its standard error, whether all controls are beaten."""
     random_clip, rows = shuffled(clip), {}
     for method in methods:
         energies = validate(clip, random_clip, material, method)
@@ -343,14 +333,10 @@ def whole_object(frame: pd.DataFrame, label: str) -> tuple[float, str]:
 
 
 def against_others(frame: pd.DataFrame, label: str, column: str = "coverage") -> pd.DataFrame:
-    """The variant `label` minus each other one by `compare.paired`: one row a variant: difference, low, high, verdict
-    on "more than there". Variants without a number (no object found) are "undecided".
-    """
-    rows = {}
+    """`compare.paired` of the variant `label` with each other one, a row each; "undecided" where one has no number."""
+    rows, unknown = {}, compare.Difference(np.nan, np.nan, np.nan, 0, "undecided")
     for other in [name for name in frame["label"].unique() if name != label]:
         both = frame[frame["label"].isin([label, other])].pivot(index="seed", columns="label", values=column)
-        found = compare.Difference(np.nan, np.nan, np.nan, 0, "undecided")
-        if not both.dropna().empty:
-            found = compare.paired(frame, label, other, column)
+        found = unknown if both.dropna().empty else compare.paired(frame, label, other, column)
         rows[other] = {"difference": found.mean, "low": found.low, "high": found.high, "verdict": found.verdict}
     return pd.DataFrame.from_dict(rows, orient="index")

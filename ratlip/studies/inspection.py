@@ -18,18 +18,15 @@ from ratlip.training.step import sample_latents
 
 
 def standard_error(share: float, count: int) -> float:
-    """Binomial standard error of a share (0 to 1) of `count` independent trials, with two successes and two failures
-    added (Agresti and Coull 1998), so that 0 and 1 are not certain.
-    """
+    """Of a share (0 to 1) of `count` trials, after Agresti and Coull (1998), who add two of each outcome."""
     share = (share * count + 2) / (count + 4)
     return float(np.sqrt(share * (1 - share) / (count + 4)))
 
 
 def parameter_counts(network: nn.Module) -> dict[str, int]:
     """Trainable parameters of each direct part of a network."""
-    return {
-        name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in network.named_children()
-    }
+    parts = network.named_children()
+    return {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts}
 
 
 @torch.no_grad()
@@ -115,9 +112,7 @@ def between_captions(run: Run, first: str, last: str, steps: int = 7, seed: int 
 
 @torch.no_grad()
 def between_latents(run: Run, caption: str, steps: int = 7, seed: int = 1) -> Tensor:
-    """Images (steps,3,S,S) in [-1,1] of one caption, the latent on a great circle from one draw to another: halfway
-    along a straight line, a latent is shorter than any that the generator knows.
-    """
+    """Images (steps,3,S,S) in [-1,1] of one caption, the latent on a great circle of two draws, so never too short."""
     first, last = sample_latents(seed, 0, 2, run.settings.model.latent_size)
     angle = torch.linspace(0, torch.pi / 2, steps)[:, None]
     sentence = run.clip.embed_text([caption]).cpu().expand(steps, -1)

@@ -32,10 +32,9 @@ def features(images: Tensor, clip: FrozenClip, batch_size: int = 128) -> dict[st
     CLIP embeddings have length 1; pixels are averaged down to 32 px at most and scaled, so that the distance is the
     root mean square difference of values in [-1,1].
     """
-    embedded = embed(clip, images, batch_size)
-    small = images if images.shape[-1] <= THUMB else F.adaptive_avg_pool2d(images, THUMB)
-    small = small.flatten(1)
-    return dict(zip(SPACES, (F.normalize(embedded, dim=1), small / small.shape[1] ** 0.5), strict=True))
+    embedded = F.normalize(embed(clip, images, batch_size), dim=1)
+    small = (images if images.shape[-1] <= THUMB else F.adaptive_avg_pool2d(images, THUMB)).flatten(1)
+    return dict(zip(SPACES, (embedded, small / small.shape[1] ** 0.5), strict=True))
 
 
 def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:

@@ -152,34 +152,31 @@ def matching_learned(workspace: Workspace, batch_size: int, images: int = 1600, 
         discriminator = build_networks(s, clip)[1].to(device)
     optimiser = torch.optim.Adam(discriminator.parameters(), s.training.lr_d, betas=s.training.betas)
     data = Batches(prepared.train, crop=s.data.crop, flip=s.data.flip, seed=seed, batch_size=batch_size)
-    same = []
+    same, right = [], []
+
+    def logits(images: Tensor, *sentences: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            features, _ = clip.features(images.to(device), s.model.feature_blocks, embedding=False)
+        return discriminator(features, *sentences)
+
     for step in range(-(-images // batch_size)):
         batch = data[step]
         own = sentences[batch["caption"]]
         other = mismatch(batch["caption"], sentences, groups, "published", seed, step)
         same.append(float((own == other).all(1).float().mean()))
-        real = to_network(batch["images"], s.model.image_size).to(device)
-        true, false = _logits(discriminator, s, clip, real, own.to(device), other.to(device))
+        true, false = logits(to_network(batch["images"], s.model.image_size), own.to(device), other.to(device))
         optimiser.zero_grad()
         (hinge(true, real=True) + hinge(false, real=False) / 2).backward()
         optimiser.step()
     numbers, captions = test_pairs(prepared, min(240, len(prepared.test)))
     shown = real_images(prepared.test, numbers, s.data.crop, s.model.image_size)
-    sentence, right = clip.embed_text(captions), []
+    sentence = clip.embed_text(captions)
     kept = [i for i in range(len(captions) - 1) if captions[i] != captions[i + 1]]
     for rows in torch.tensor(kept).split(64):
         with torch.no_grad():
-            true, false = _logits(discriminator, s, clip, shown[rows].to(device), sentence[rows], sentence[rows + 1])
+            true, false = logits(shown[rows], sentence[rows], sentence[rows + 1])
         right.append((true > false).float() + (true == false).float() / 2)
     return {"same": float(np.mean(same)), "right": float(torch.cat(right).mean())}
-
-
-def _logits(
-    discriminator: Discriminator, settings: Settings, clip: FrozenClip, images: Tensor, *sentences: Tensor
-) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        features, _ = clip.features(images, settings.model.feature_blocks, embedding=False)
-    return discriminator(features, *sentences)
 
 
 def calls_today() -> dict[str, str]:
@@ -213,10 +210,10 @@ def surviving_files(images: Tensor, names: str, batch_size: int) -> int:
 
 def without_gradient(discriminator: Discriminator, clip: FrozenClip, batch_size: int = 4) -> dict[str, int]:
     """Parameters of D that a whole D loss, penalty included, gives no gradient: name -> their number."""
-    draw, depth = torch.Generator().manual_seed(0), len(discriminator.blocks) + 1
-    real, fake = torch.randn(2, batch_size, depth, clip.width, clip.grid, clip.grid, generator=draw)
-    sentence = torch.randn(batch_size, clip.embed_dim, generator=draw)
-    real, fake, sentence = (each.to(clip.mean.device) for each in (real, fake, sentence))
+    draw, device = torch.Generator().manual_seed(0), clip.mean.device
+    size = (batch_size, len(discriminator.blocks) + 1, clip.width, clip.grid, clip.grid)
+    real, fake = torch.randn(2, *size, generator=draw).to(device)
+    sentence = torch.randn(batch_size, clip.embed_dim, generator=draw).to(device)
     discriminator.zero_grad()
     discriminator_loss(discriminator, real, fake, sentence, sentence.roll(-1, 0)).total.backward()
     return {name: p.numel() for name, p in discriminator.named_parameters() if p.grad is None}

@@ -37,9 +37,7 @@ PARTS = 8  # disjoint parts, at most, over which the spread is taken
 
 
 def resize(images: Tensor, size: int, how: str) -> Tensor:
-    """float32 (B,3,c,c) in [0,255] at another size. "antialias": bilinear with a low-pass filter (standard);
-    "bicubic": with one too; "nearest": as published (difference 5).
-    """
+    """float32 (B,3,c,c) in [0,255] by "antialias" (bilinear), "bicubic", or "nearest" as published (difference 5)."""
     mode = "bilinear" if how == "antialias" else how
     return F.interpolate(images, size=size, mode=mode, antialias=mode != "nearest").clamp(0, 255)
 
@@ -93,16 +91,10 @@ class _Study:
         base, published, *others = self._extractors()
         self.others = [f"other{i}" for i in range(len(others))]
         self.used = {"features": base, "published": published, **dict(zip(self.others, others, strict=True))}
-        self.identity = {
-            "generator": weights_digest(self.generator),
-            "seed": self.settings.seed,
-            "data": self.prepared.manifest["content_sha256"],
-            "extractor": base.key,
-            "images": self.e.images,
-            "batch_size": self.e.batch_size,
-            "others": [each.key for each in others],
-            "study": sorted(set(self.e.study)),
-        }
+        self.identity = {"generator": weights_digest(self.generator), "seed": self.settings.seed}
+        self.identity |= {"data": self.prepared.manifest["content_sha256"], "extractor": base.key}
+        self.identity |= {"images": self.e.images, "batch_size": self.e.batch_size}
+        self.identity |= {"others": [each.key for each in others], "study": sorted(set(self.e.study))}
 
     def _extractors(self) -> list[Extractor]:
         """That of the standard protocol, the same in the published range, and what else needs no download."""
@@ -132,14 +124,13 @@ class _Study:
         few = np.linspace(0, train - 1, min(test, train)).astype(int)
         side = data.crop if data.resize > data.crop else data.crop * 7 // 8
         random, mirrored = f"random crops, {side} px", "half of them mirrored"
-        resizing: dict[str, dict]
-        if data.crop != size:
-            resizing = {f"{data.crop} to {size} px, antialias": {}}
-            resizing |= {f"{data.crop} to {size} px, {how}": {"how": how} for how in ("bicubic", "nearest")}
-        else:
-            via, every = size * 3 // 4, ("antialias", "bicubic", "nearest")
-            resizing = {f"to {via} px and back, {how}": {"how": how, "via": via} for how in every}
-            resizing = {"not resized": {}} | resizing
+        via = size * 3 // 4
+        resizing: dict[str, dict] = {"not resized": {}} if data.crop == size else {}
+        for how in ("antialias", "bicubic", "nearest"):
+            if data.crop == size:
+                resizing[f"to {via} px and back, {how}"] = {"how": how, "via": via}
+            else:
+                resizing[f"{data.crop} to {size} px, {how}"] = {"how": how} if how != "antialias" else {}
         passes = min(PUBLISHED_PASSES * test, self.total)  # 12 over the captions, or all images that there are
         return {
             "images": {f"{count} images": {"images": count} for count in sorted(set(e.study))},
@@ -167,6 +158,7 @@ class _Study:
     def rows(self, aspect: str) -> list[dict]:
         """What every variant of an aspect gives."""
         rows, names = [], ("features", *self.others) if aspect == "extractor" else ("features", "published")
+        title = {"range": "numeric range", "last_batch": "last batch"}.get(aspect, aspect)
         store = self.generated(names, self.e.images if aspect == "extractor" else self.total)
         for variant, changes in self.variants()[aspect].items():
             options = dict(images=self.e.images, extractor="features", reference=("train", self.numbers)) | changes
@@ -177,14 +169,9 @@ class _Study:
                 real = self.real(name, "test", np.arange(test))[:count] if count <= test else None
             elif aspect in BESIDE_REAL:
                 real = self.real(name, "test", np.arange(min(test, self.e.images)))
-            row = {
-                "aspect": {"range": "numeric range", "last_batch": "last batch"}.get(aspect, aspect),
-                "variant": variant,
-                "images": count,
-                "value": _rounded(frechet_distance(every[:count], reference)),
-                "label": self.used[name].label("frechet_distance"),
-                "real": _rounded(frechet_distance(real, reference)) if real is not None else None,
-            }
+            value, label = frechet_distance(every[:count], reference), self.used[name].label("frechet_distance")
+            row = {"aspect": title, "variant": variant, "images": count, "value": _rounded(value), "label": label}
+            row["real"] = _rounded(frechet_distance(real, reference)) if real is not None else None
             if aspect == "images":
                 parts = min(len(every) // count, PARTS)
                 found = [frechet_distance(every[i * count : (i + 1) * count], reference) for i in range(parts)]
