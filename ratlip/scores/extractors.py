@@ -1,9 +1,8 @@
 """Feature extractors of the distances between sets of images, registered with torch-fidelity.
 
 * Inception-v3, as torch-fidelity has it, from a local file or by download: FID, KID, IS as the field means them.
-* A CLIP, for where no such weights are to be had: features are image embeddings, classes (for IS) are captions. What
-  is measured with it is called FD, KD and IS *of that CLIP* in every table: it compares runs that share the CLIP, and
-  nothing else.
+* A CLIP, for where no such weights are to be had: features are image embeddings, classes (for IS) are captions. Tables
+  call the scores FD, KD and IS *of that CLIP*: they compare runs that share the CLIP, and nothing else.
 
 All take 8-bit images, as torch-fidelity's do: a generated image is rounded as if it were saved first.
 """
@@ -41,9 +40,7 @@ INCEPTION_NAMES = NAMES | {"frechet_distance": "FID", "kernel_distance": "KID", 
 
 
 def fit(images: Tensor, size: int) -> Tensor:
-    """Images (B,3,S,S) in [-1,1] at another size, as CLIP's own preprocessing resizes: bicubic with a low-pass filter,
-    clamped. Unchanged where they have that size.
-    """
+    """Images (B,3,S,S) in [-1,1] at another size, as CLIP resizes: bicubic with a low-pass filter, clamped."""
     if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
@@ -52,11 +49,10 @@ def fit(images: Tensor, size: int) -> Tensor:
 def published_range(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Images (B,3,H,W) in [-1,1] as the published evaluation shows them to its network (difference 6).
 
-    Our reading of "values in about [-0.2, 0.43] instead of [-1,1]": pixels are brought to [0,1], and then taken for
-    values that were already normalised with the network's mean and standard deviation (1,3,1,1). Undoing a
-    normalisation that never was, pixel u in [0,1] becomes u * std + mean. With ImageNet's, and 2x - 1 after it, that is
-    [-0.03, 0.43], [-0.09, 0.36] and [-0.19, 0.26] for red, green, blue: a quarter of the contrast. For a CLIP the same
-    formula with its own mean and std: its first layer then gets u instead of (u - mean) / std.
+    Our reading of "values in about [-0.2, 0.43] instead of [-1,1]": undoing a normalisation that never was, pixel u in
+    [0,1] becomes u * std + mean (1,3,1,1). With ImageNet's, and 2x - 1 after it, that is [-0.03, 0.43], [-0.09, 0.36]
+    and [-0.19, 0.26] for red, green, blue: a quarter of the contrast. With a CLIP's own, its first layer gets u instead
+    of (u - mean) / std.
     """
     return 2 * ((images + 1) / 2 * std + mean) - 1
 
@@ -65,9 +61,8 @@ def published_range(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 class Extractor:
     """A registered extractor, ready for use. `module(uint8 images)` is what torch-fidelity calls.
 
-    `name`: what tables print. `key`: its name in torch-fidelity's registry; it differs where weights, numeric range or
-    classes do. `features_key`: the same but for the classes, on which features do not depend. `names`: printed name of
-    each score.
+    `name`: what tables print. `key`: its name in torch-fidelity's registry, which tells weights, numeric range and
+    classes. `features_key`: the same without the classes. `names`: printed name of each score.
     """
 
     name: str
@@ -117,7 +112,7 @@ def class_captions(split: Split, limit: int = CLASSES) -> list[str]:
 
 
 def clip_extractor(clip: FrozenClip, captions: Sequence[str] = (), value_range: str = "standard") -> Extractor:
-    """A CLIP as extractor: image embeddings, not normalised, and, with `captions`, its zero-shot logits against them.
+    """A CLIP as extractor: image embeddings (raw) and, with `captions`, its zero-shot logits against them.
 
     Images of another size are resized (`fit`). The standard normalisation, whatever `clip` has.
     """
@@ -142,9 +137,7 @@ def clip_extractor(clip: FrozenClip, captions: Sequence[str] = (), value_range: 
 
 
 def judge_extractor(judge: Judge, digest: str) -> Extractor:
-    """The last hidden layer of the attribute classifier: a network of another kind, which learned from attributes, not
-    from captions. `digest`: that of its weights.
-    """
+    """The last hidden layer of the attribute classifier, which saw no captions. `digest`: that of its weights."""
     key = f"judge-{digest}"
     module = _register(key, ("features",), judge, lambda images: (judge.trunk(images),))
     return Extractor("judge", key, key, module, {"features": WIDTH}, NAMES)
@@ -161,10 +154,8 @@ def inception_extractor(
     """
     path, own = Path(weights) if weights else _downloaded_inception(), Path(URL_INCEPTION_V3).name
     if not path.is_file():
-        raise WeightsError(
-            f"evaluation.extractor_weights={path}: there is no such file; give torch-fidelity's {own} "
-            f"({URL_INCEPTION_V3}), or set evaluation.extractor: clip, or use the profile demo, which needs none"
-        )
+        mend = f"give torch-fidelity's {own} ({URL_INCEPTION_V3}), or set evaluation.extractor: clip"
+        raise WeightsError(f"evaluation.extractor_weights={path}: no such file; {mend}, or use the profile demo")
     layers, digest = ["2048", "logits_unbiased"], file_digest(path)[:8]
     key = "inception-v3-compat" if value_range == "standard" else "inception-v3-compat-published"
     try:
@@ -172,10 +163,8 @@ def inception_extractor(
         with torch.random.fork_rng(devices=[]):  # it draws weights before it reads them
             module = FeatureExtractorInceptionV3(key, layers, feature_extractor_weights_path=str(path))
     except Exception as error:  # unpickling, zip and shape errors share no base class
-        raise WeightsError(
-            f"{path}: is no intact file of torch-fidelity's Inception ({brief(error)[:120]}); copy {own} again "
-            "(pickled code is never run)"
-        ) from error
+        problem = f"is no intact file of torch-fidelity's Inception ({brief(error)[:120]})"
+        raise WeightsError(f"{path}: {problem}; copy {own} again (pickled code is never run)") from error
     if value_range == "published":
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         # The network's own first step gives (byte - 128) / 128. Resizing is linear, so this may come after.
@@ -215,9 +204,7 @@ def _downloaded_inception() -> Path:
 def choose_extractor(
     settings: Settings, prepared: Prepared, clip: FrozenClip, independent: FrozenClip | None = None
 ) -> Extractor:
-    """The extractor that `settings.evaluation` asks for: Inception, or the independent CLIP (the CLIP of the training
-    where the profile names no other), with test captions as classes.
-    """
+    """What `settings.evaluation` asks for: Inception, or the independent CLIP (else `clip`) with test captions."""
     e = settings.evaluation
     if e.extractor == "inception":
         return inception_extractor(e.extractor_weights, e.inception_range, clip.mean.device)
