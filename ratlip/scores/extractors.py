@@ -36,6 +36,7 @@ OFFICIAL_INCEPTION = "6726825d"  # first digits of the SHA-256 of torch-fidelity
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NAMES = {"frechet_distance": "FD", "kernel_distance": "KD", "kernel_distance_sd": "sd of KD", "inception_score": "IS"}
 NAMES |= {"precision": "precision", "recall": "recall"}
+RANGES = {"standard": "", "published": ", published range"}  # what is added to the name of an extractor
 INCEPTION_NAMES = NAMES | {"frechet_distance": "FID", "kernel_distance": "KID", "kernel_distance_sd": "sd of KID"}
 
 
@@ -133,7 +134,7 @@ def clip_extractor(clip: FrozenClip, captions: Sequence[str] = (), value_range: 
     widths |= {"logits": len(captions)} if captions else {}
     class_digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:8] if captions else "none"
     module = _register(key := f"{features_key}-{class_digest}", tuple(widths), clip, read)
-    return Extractor(_ranged(clip.name, value_range), key, features_key, module, widths, NAMES)
+    return Extractor(clip.name + RANGES[value_range], key, features_key, module, widths, NAMES)
 
 
 def judge_extractor(judge: Judge, digest: str) -> Extractor:
@@ -172,12 +173,8 @@ def inception_extractor(
             lambda _, inputs: (published_range((inputs[0] * 128 + 128) / 127.5 - 1, mean, std),)
         )
     official, key, widths = digest == OFFICIAL_INCEPTION, f"{key}-{digest}", {"features": 2048, "logits": 1008}
-    name = _ranged("Inception-v3" if official else f"Inception-v3, other weights {digest}", value_range)
+    name = ("Inception-v3" if official else f"Inception-v3, other weights {digest}") + RANGES[value_range]
     return Extractor(name, key, key, module.to(device), widths, INCEPTION_NAMES if official else NAMES)
-
-
-def _ranged(name: str, value_range: str) -> str:
-    return name if value_range == "standard" else f"{name}, published range"
 
 
 def cached_inception() -> Path:
