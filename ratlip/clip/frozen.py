@@ -35,9 +35,7 @@ class FrozenClip(nn.Module):
 
     `model`: an open_clip `CLIP` or `CustomTextCLIP`. `tokenizer`: list of N strings -> LongTensor (N,L). `name`: what
     figures and tables call it. `normalisation`: see `normalise`. `checkpointing`: the blocks of the image tower are
-    computed again in the backward pass, not kept: less memory, more time.
-
-    Gradients pass through the towers to their inputs; no parameter receives one.
+    computed again in the backward pass: less memory, more time. Gradients reach the towers' inputs, no parameter.
     """
 
     model: Any
@@ -60,10 +58,9 @@ class FrozenClip(nn.Module):
         self.width: int = visual.transformer.width
         self.layers: int = visual.transformer.layers
         self.embed_dim: int = visual.output_dim
-        mean = getattr(visual, "image_mean", None) or OPENAI_DATASET_MEAN
-        std = getattr(visual, "image_std", None) or OPENAI_DATASET_STD
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        for name, default in (("mean", OPENAI_DATASET_MEAN), ("std", OPENAI_DATASET_STD)):
+            values = getattr(visual, f"image_{name}", None) or default
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.train(False)
 
     def train(self, mode: bool = True) -> FrozenClip:
@@ -77,11 +74,9 @@ class FrozenClip(nn.Module):
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Images (B,3,S,S) in [-1,1] -> CLIP's input, S = `image_size` (else ValueError); see `normalise`."""
-        size = self.image_size
-        if images.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"{self.name} takes images (B,3,{size},{size}), not {tuple(images.shape)}: resize them first"
-            )
+        size, shape = self.image_size, tuple(images.shape)
+        if shape[1:] != (3, size, size):
+            raise ValueError(f"{self.name} takes images (B,3,{size},{size}), not {shape}: resize them first")
         return normalise(images, self.mean, self.std, self.normalisation)
 
     def features(self, images: Tensor, blocks: Sequence[int], embedding: bool = True) -> tuple[Tensor, Any]:
@@ -137,17 +132,12 @@ class FrozenClip(nn.Module):
         first = visual.class_embedding.expand(len(patches), 1, -1)
         tokens = torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
         tokens = visual.ln_pre(tokens + visual.positional_embedding)
+        again = self.checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(visual.transformer.resblocks):
-            if number in prompt_of:
-                tokens = self._block(block, torch.cat([tokens, prompt_of[number]], dim=1))[:, :-1]
-            else:
-                tokens = self._block(block, tokens)
+            x = torch.cat([tokens, prompt_of[number]], dim=1) if number in prompt_of else tokens
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if again else block(x)
+            tokens = x[:, :-1] if number in prompt_of else x
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
-
-    def _block(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)
-        return block(tokens)
 
 
 def with_normalisation(clip: FrozenClip, normalisation: str) -> FrozenClip:

@@ -36,10 +36,9 @@ def build_small_clip(
 ) -> open_clip.CLIP:
     """A small CLIP of open_clip's own classes, randomly initialised from torch's global generator.
 
-    Two of open_clip's options are chosen for a training of minutes. Fixed sines and cosines as positions: the learned
-    ones start so small beside the patches that it takes long to find out where things are. The mean of the patch
-    tokens as the image: the patches, which the GAN reads, then have to know what they show; the class token would have
-    to learn first where to look.
+    Two of open_clip's options suit a training of minutes: fixed sines and cosines as positions (learned ones start
+    small beside the patches), and the mean of the patch tokens as the image (the GAN reads the patches, so they must
+    know what they show).
     """
     vision: dict = dict(image_size=image_size, patch_size=patch_size, width=width, layers=layers)
     vision |= dict(head_width=width // heads, pos_embed_type="sin_cos_2d", pool_type="avg")
@@ -88,13 +87,9 @@ def _open_clip(settings: ClipSettings) -> FrozenClip:
     """An architecture that open_clip knows by name, with weights from the network or a file."""
     name, path = settings.model, Path(settings.path or "")
     if name not in open_clip.list_models():
-        raise WeightsError(
-            f"clip.model={name}: open_clip knows no such architecture; open_clip.list_models() lists all"
-        )
-    if settings.source == "file":
-        model, weights = _model_from_file(name, path), path.name
-    else:
-        model, weights = _downloaded_model(name, settings.pretrained), settings.pretrained
+        raise WeightsError(f"clip.model={name}: open_clip has no such architecture; see open_clip.list_models()")
+    local, tag = settings.source == "file", settings.pretrained
+    model = _model_from_file(name, path) if local else _downloaded_model(name, tag)
     try:
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:
@@ -102,7 +97,7 @@ def _open_clip(settings: ClipSettings) -> FrozenClip:
             f"clip.model={name}: its tokenizer cannot be had ({brief(error)}); those with OpenAI's vocabulary "
             "(ViT-B-32-quickgelu) need no download"
         ) from error
-    return FrozenClip(model, tokenizer, f"{name}/{weights}", settings.normalisation)
+    return FrozenClip(model, tokenizer, f"{name}/{path.name if local else tag}", settings.normalisation)
 
 
 def _downloaded_model(model: str, tag: str) -> nn.Module:
@@ -112,10 +107,8 @@ def _downloaded_model(model: str, tag: str) -> nn.Module:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
         raise WeightsError(f"clip.pretrained={tag}: open_clip has no such weights for {model}; it has {tags}")
     if known.get("quick_gelu", False) != open_clip.get_model_config(model).get("quick_gelu", False):
-        twin = model.removesuffix("-quickgelu") if model.endswith("-quickgelu") else f"{model}-quickgelu"
-        raise WeightsError(
-            f"clip.model={model}: the weights {tag} belong to the other kind of GELU; set clip.model: {twin}"
-        )
+        twin = f"{model}-quickgelu".removesuffix("-quickgelu-quickgelu")
+        raise WeightsError(f"clip.model={model}: the weights {tag} belong to the other GELU; set clip.model: {twin}")
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)  # without network, the client logs some forty lines before it gives up
     try:

@@ -11,10 +11,8 @@ from ratlip.data.prepared import Split
 
 
 def group_names(split: Split) -> list[str]:
-    """For each image, a text that it shares with those whose captions are true of it too, and with no other.
-
-    Its attributes, where they are known; else its set of captions (template captions made of a class name or of
-    facial attributes repeat). Images of one group are positives of one another.
+    """For each image, a text that it shares with those whose captions are true of it too, its positives: its attributes
+    where they are known, else its set of captions (template captions repeat).
     """
     if split.attributes is not None:
         return [json.dumps(a, sort_keys=True) for a in split.attributes]
@@ -29,15 +27,11 @@ def caption_groups(split: Split) -> np.ndarray:
 def neighbourhoods(split: Split) -> list[np.ndarray]:
     """Groupings, int64 (n,) each, that say which images are hard to tell apart: equal number = neighbours.
 
-    With known attributes, one grouping for each attribute: images that agree in all the others. Else, one: images of
-    the same class. An empty list where neither is known.
+    With known attributes, one for each: images that agree in all the others. Else one, the class; none if unknown.
     """
-    if split.attributes is not None:
-        texts = [
-            [json.dumps({k: v for k, v in a.items() if k != left_out}, sort_keys=True) for a in split.attributes]
-            for left_out in split.attributes[0]
-        ]
-        return [_numbered(each) for each in texts]
+    if (known := split.attributes) is not None:
+        others = [[{k: v for k, v in a.items() if k != left_out} for a in known] for left_out in known[0]]
+        return [_numbered([json.dumps(a, sort_keys=True) for a in each]) for each in others]
     labels = np.asarray(split.labels)
     return [_numbered(labels)] if (labels >= 0).all() and len(np.unique(labels)) > 1 else []
 
@@ -49,10 +43,9 @@ def _numbered(keys: Sequence | np.ndarray) -> np.ndarray:
 class PairBatches:
     """Which images, and which of their captions, make up the batch of a step: a pure function of (seed, step).
 
-    Without hard negatives, images are drawn at random. Colour and background alone tell most random pairs apart, so a
-    CLIP trained on them learns little else. With hard negatives, half of the batch is drawn at random and each of the
-    others is a neighbour of one of these (`neighbourhoods`, the grouping drawn at random each time) of another group:
-    for images of known attributes the two differ in one attribute only, for others they are of one class.
+    Without hard negatives, images are drawn at random: colour and background tell most pairs apart, and a CLIP learns
+    little else. With them, half of the batch is drawn at random, and each of the others is a neighbour (of a grouping
+    of `neighbourhoods` drawn each time) of one of these, of another group.
     """
 
     def __init__(self, split: Split, batch_size: int, seed: int, hard_negatives: bool = True):
@@ -76,11 +69,7 @@ class PairBatches:
 
 
 class _Neighbours:
-    """Draws, for an image, another one of its neighbourhood but not of its group.
-
-    Sorted by neighbourhood, then group, a neighbourhood is one stretch and the group within it another: a draw from
-    the first that skips the second.
-    """
+    """Draws another image of a neighbourhood but not of the group: sorted by both, a stretch less one within it."""
 
     def __init__(self, neighbourhood: np.ndarray, group: np.ndarray):
         self.order = np.lexsort((group, neighbourhood))

@@ -45,16 +45,15 @@ def retrieval(
 ) -> dict:
     """How well CLIP finds the caption of an image among others, and the image of a caption.
 
-    Candidates are one caption of each image of `split` (image i gives its caption number i modulo their count, so
-    that all wordings occur), equal strings counted once. `distractors`, another split, adds its captions as wrong
-    candidates: among a few held-out captions, three right attributes may single out the right one. Right are the
-    captions that the image itself has, and those of images of its group (`group_names`).
+    Candidates are one caption of each image of `split` (image i gives its caption i modulo their count), equal strings
+    counted once; `distractors`, another split, adds its captions as wrong ones. Right are the captions of the image
+    itself and of images of its group (`group_names`).
 
     Returns the number of `images`, `captions` (distinct candidates) and `distractors`, and for "image_to_text" and
     "text_to_image" each `R@1` and `R@10` (share of queries, 0 to 1, with a right answer among the first 1 or 10),
-    `median_rank` (of the best right answer, from 1), what chance gives (`chance_R@1`, `chance_R@10`, `chance_rank`),
-    and, where attributes are known, `attributes` (the share of queries whose first answer has it right) and
-    `chance_attributes`. Ties count as wrong. Holds all similarities, images x candidates, in memory.
+    `median_rank` (of the best right answer, from 1), `chance_R@1`, `chance_R@10`, `chance_rank`, and, where attributes
+    are known, `attributes` (the share of queries whose first answer has it right) and `chance_attributes`. Ties count
+    as wrong. Holds all similarities, images x candidates, in memory.
     """
     own, others = _candidates(split), _candidates(distractors) if distractors is not None else {}
     others = {text: i for text, i in others.items() if text not in own}
@@ -119,8 +118,7 @@ def _ranking(similarity: Tensor, right: Tensor) -> dict:
 
 def _attributes_right(asked: list[dict], answers: list[dict], similarity: Tensor) -> dict[str, dict[str, float]]:
     """For each attribute, the share of rows whose most similar column agrees in it, and of all pairs that do."""
-    first = similarity.argmax(1).tolist()
-    right, chance = {}, {}
+    first, right, chance = similarity.argmax(1).tolist(), {}, {}
     for name in asked[0]:
         found, truth = (np.array([each[name] for each in side]) for side in (answers, asked))
         right[name] = round(float((found[first] == truth).mean()), 5)

@@ -71,13 +71,11 @@ def train_small_clip(
     """Train a small CLIP on `prepared.train`, go on where a training was interrupted, or load a finished one.
 
     `image_size`: its input side in pixels; `crop`: side of the random square cut from the stored images (default
-    `image_size`) and resized to it; `flip`: mirror half of them.
-
-    Writes into `folder`: settings.json, vocabulary.json, arch.json, metrics.jsonl (loss, temperature, images/s),
-    training.pt (checkpoint, while it lasts), clip.safetensors and, last, manifest.json. On the CPU the weights are a
-    function of settings and data alone, an interruption included (with the same number of threads). Returns the
-    FrozenClip on `device`. Raises WeightsError where `folder` belongs to another training, DataError where images are
-    smaller than the crop, RunError where the loss is no number.
+    `image_size`) and resized to it; `flip`: mirror half of them. Writes into `folder`: settings.json, vocabulary.json,
+    arch.json, metrics.jsonl, training.pt (checkpoint, while it lasts), clip.safetensors and, last, manifest.json. On
+    the CPU the weights are a function of settings and data alone, an interruption included (with as many threads).
+    Raises WeightsError where `folder` belongs to another training, DataError where images are smaller than the crop,
+    RunError where the loss is no number.
     """
     folder, split = Path(folder), prepared.train
     view: dict[str, Any] = dict(image_size=image_size, crop=crop or image_size, flip=flip)
@@ -87,14 +85,11 @@ def train_small_clip(
     if (folder / "manifest.json").is_file():
         return load_clip(settings, folder, device)
     if view["crop"] > (side := prepared.manifest["resize"]):
-        raise DataError(
-            f"{prepared.folder}: its images have {side} px, too few to cut {view['crop']} px out of them; lower "
-            "data.crop, or prepare with a larger data.resize"
-        )
+        why = f"its images have {side} px, too few to cut {view['crop']} px"
+        raise DataError(f"{prepared.folder}: {why}; lower data.crop, or prepare with a larger data.resize")
     vocabulary = Vocabulary.build(split.all_captions, settings.context_length)
     vocabulary.save(folder / "vocabulary.json")
-    sizes = {name: trained_by[name] for name in ARCHITECTURE}
-    arch = dict(image_size=image_size, **sizes, vocab_size=len(vocabulary))
+    arch = dict(image_size=image_size, **{n: trained_by[n] for n in ARCHITECTURE}, vocab_size=len(vocabulary))
     write_json(folder / "arch.json", arch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -151,10 +146,8 @@ def _fit(
             write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             steps_bar.set_postfix(loss=f"{mean_loss:.3f}", images_per_s=speed)
             if not math.isfinite(mean_loss):
-                raise RunError(
-                    f"{folder}: the loss of the small CLIP is {mean_loss} at step {step + 1}; lower clip.lr (now "
-                    f"{s.lr}) or raise clip.warmup (now {s.warmup})"
-                )
+                mend = f"lower clip.lr (now {s.lr}) or raise clip.warmup (now {s.warmup})"
+                raise RunError(f"{folder}: the loss of the small CLIP is {mean_loss} at step {step + 1}; {mend}")
             if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, log=log)
                 with atomic_path(folder / "training.pt") as draft:
@@ -189,6 +182,4 @@ def _resume(folder: Path, model: CLIP, optimizer: torch.optim.Optimizer) -> tupl
         optimizer.load_state_dict(state["optimizer"])
         return state["step"], state["log"]
     except Exception as error:
-        raise WeightsError(
-            f"{path} is damaged ({type(error).__name__}); remove it to train the small CLIP from the start"
-        ) from error
+        raise WeightsError(f"{path} is damaged ({type(error).__name__}); remove it to start again") from error

@@ -24,9 +24,8 @@ def split_words(text: str) -> list[str]:
 class Vocabulary:
     """A word tokenizer: list of N strings -> LongTensor (N, `context_length`).
 
-    A row is start, words, end, padding. The end token has the largest number, because open_clip's text tower reads
-    the sentence where the number is largest. Words it has never seen become "unknown"; a longer caption loses its
-    last words, never its end token.
+    A row is start, words, end, padding. The end token has the largest number: open_clip's text tower reads the sentence
+    there. Words never seen become "unknown"; a longer caption loses its last words, never its end token.
     """
 
     def __init__(self, words: Sequence[str], context_length: int):

@@ -1,14 +1,12 @@
 """Scores of a finished run, each next to what real images get, without which none of them means much.
 
-* CLIP similarity: mean cosine of image and caption embedding, by the CLIP that the generator was trained with (it
-  flatters: the generator learned to raise exactly this number), and by an independent one that it never saw.
-* Frechet and kernel distance to real training images, inception score, precision and recall, in the features of the
-  extractor that the settings name. `labels` holds the name to print: FID is what Inception gives, others are an FD.
-* On the generated set, the share of captions whose object, colour, size, place and background a classifier trained on
-  real images alone finds in the generated image (`ratlip.scores.judge`).
+* CLIP similarity: mean cosine of image and caption embedding, by the CLIP of the training (it flatters: the generator
+  learned to raise exactly this number), and by an independent one that it never saw.
+* Frechet and kernel distance to real training images, inception score, precision and recall, in an extractor's
+  features. `labels` holds the name to print: FID is what Inception gives, others are an FD.
+* On the generated set, the share of captions that an attribute classifier finds in the image (`ratlip.scores.judge`).
 
-Images are made and read batch by batch, and what is read off them goes to disk (`ratlip.cache.Store`): memory does not
-grow with their number, and an interrupted evaluation goes on where it was.
+Images are made and read batch by batch into a `ratlip.cache.Store`: an interrupted evaluation goes on where it was.
 """
 
 from __future__ import annotations
@@ -48,8 +46,7 @@ PUBLISHED_PASSES = 12  # over the test captions: the other part of the published
 def protocol_settings(name: str, test_images: int) -> dict:
     """Overrides that set a protocol by its name, e.g. {"evaluation.last_batch": "drop", ...}.
 
-    "published" (differences 4, 6 and 9) also takes 12 passes over the `test_images` captions. "standard" leaves the
-    number of images to the profile; distances of different numbers do not compare.
+    "published" (differences 4, 6 and 9) takes 12 passes over the `test_images` captions; "standard" sets no number.
     """
     found = {f"evaluation.{key}": value for key, value in PROTOCOLS[name].items()}
     return found | ({"evaluation.images": PUBLISHED_PASSES * test_images} if name == "published" else {})
@@ -66,17 +63,16 @@ def counted_images(settings: Settings) -> int:
     e = settings.evaluation
     count = e.images - (e.images % e.batch_size if e.last_batch == "drop" else 0)
     if not count:
+        found = f"evaluation.images={e.images} at evaluation.batch_size={e.batch_size}"
         raise SettingsError(
-            f"evaluation.last_batch=drop leaves none of evaluation.images={e.images} at evaluation.batch_size="
-            f"{e.batch_size}; lower the batch size, or keep the batch"
+            f"evaluation.last_batch=drop leaves none of {found}; lower the batch size, or keep the batch"
         )
     return count
 
 
 def test_pairs(prepared: Prepared, count: int) -> tuple[np.ndarray, list[str]]:
-    """Numbers (n,) of test images and one caption of each.
-
-    The split in order, again and again; image i gives its caption i, then i + 1, ..., so that all wordings occur.
+    """Numbers (n,) of test images and one caption of each: the split in order, again and again; image i gives its
+    caption i, then i + 1, ..., so that all wordings occur.
     """
     rounds, numbers = np.divmod(np.arange(count), len(prepared.test))
     captions = prepared.test.captions
@@ -98,9 +94,8 @@ class Instruments:
     ):
         e, self.settings, self.prepared, self.judge = settings.evaluation, settings, prepared, judge
         self.extractor = choose_extractor(settings, prepared, clip, second)
-        clips = {"clip_similarity": clip, "independent_similarity": second}
+        clips, way = {"clip_similarity": clip, "independent_similarity": second}, e.clip_score_normalisation
         # One normalisation for all runs, whatever each was trained with: runs are compared.
-        way = e.clip_score_normalisation
         self.clips = {score: with_normalisation(each, way) for score, each in clips.items() if each is not None}
         widths = self.extractor.widths
         self.columns: dict[str, tuple[tuple[int, ...], str]] = {n: ((w,), "float32") for n, w in widths.items()}
@@ -188,12 +183,11 @@ def evaluate(
 ) -> dict:
     """All scores of the run in `folder` as one dict of plain numbers; `real` holds those of real test images.
 
-    Test captions in order, one image each from a latent that follows from the run's seed; the reference of the
-    distances are training images, spread evenly over the split. `root`: the folder of the workspace, where features of
-    real images are kept (default: two folders above the run). Images are not kept, and what was read off the generated
-    ones goes when the scores are made. `seconds_per_image` is the time of generating, on the device at hand. Without an
-    independent CLIP, `independent_similarity` is None and the extractor is `clip`. Real images are counted once each,
-    so there may be fewer of them: a distance falls as the number grows.
+    Test captions in order, one image each from a latent that follows from the run's seed; the reference are training
+    images. `root`: the folder of the workspace, where features of real images are kept (default: two folders above the
+    run). `seconds_per_image` is the time of generating, on the device at hand. Without an independent CLIP,
+    `independent_similarity` is None and the extractor is `clip`. Real images are counted once each, so there may be
+    fewer of them: a distance falls as the number grows.
     """
     folder, root = Path(folder), Path(root) if root else Path(folder).resolve().parents[1]
     count, instruments = counted_images(settings), Instruments(settings, prepared, clip, independent, judge)

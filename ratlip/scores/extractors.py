@@ -1,9 +1,8 @@
 """Feature extractors of the distances between sets of images, registered with torch-fidelity.
 
 * Inception-v3, as torch-fidelity has it, from a local file or by download: FID, KID, IS as the field means them.
-* A CLIP, for where no such weights are to be had: features are image embeddings, classes (for IS) are captions. What
-  is measured with it is called FD, KD and IS *of that CLIP* in every table: it compares runs that share the CLIP, and
-  nothing else.
+* A CLIP, for where no such weights are to be had: features are image embeddings, classes (for IS) are captions. Tables
+  call the scores FD, KD and IS *of that CLIP*: they compare runs that share the CLIP, and nothing else.
 
 All take 8-bit images, as torch-fidelity's do: a generated image is rounded as if it were saved first.
 """
@@ -37,13 +36,12 @@ OFFICIAL_INCEPTION = "6726825d"  # first digits of the SHA-256 of torch-fidelity
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NAMES = {"frechet_distance": "FD", "kernel_distance": "KD", "kernel_distance_sd": "sd of KD", "inception_score": "IS"}
 NAMES |= {"precision": "precision", "recall": "recall"}
+RANGES = {"standard": "", "published": ", published range"}  # what is added to the name of an extractor
 INCEPTION_NAMES = NAMES | {"frechet_distance": "FID", "kernel_distance": "KID", "kernel_distance_sd": "sd of KID"}
 
 
 def fit(images: Tensor, size: int) -> Tensor:
-    """Images (B,3,S,S) in [-1,1] at another size, as CLIP's own preprocessing resizes: bicubic with a low-pass filter,
-    clamped. Unchanged where they have that size.
-    """
+    """Images (B,3,S,S) in [-1,1] at another size, as CLIP resizes: bicubic with a low-pass filter, clamped."""
     if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
@@ -52,11 +50,10 @@ def fit(images: Tensor, size: int) -> Tensor:
 def published_range(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Images (B,3,H,W) in [-1,1] as the published evaluation shows them to its network (difference 6).
 
-    Our reading of "values in about [-0.2, 0.43] instead of [-1,1]": pixels are brought to [0,1], and then taken for
-    values that were already normalised with the network's mean and standard deviation (1,3,1,1). Undoing a
-    normalisation that never was, pixel u in [0,1] becomes u * std + mean. With ImageNet's, and 2x - 1 after it, that is
-    [-0.03, 0.43], [-0.09, 0.36] and [-0.19, 0.26] for red, green, blue: a quarter of the contrast. For a CLIP the same
-    formula with its own mean and std: its first layer then gets u instead of (u - mean) / std.
+    Our reading of "values in about [-0.2, 0.43] instead of [-1,1]": undoing a normalisation that never was, pixel u in
+    [0,1] becomes u * std + mean (1,3,1,1). With ImageNet's, and 2x - 1 after it, that is [-0.03, 0.43], [-0.09, 0.36]
+    and [-0.19, 0.26] for red, green, blue: a quarter of the contrast. With a CLIP's own, its first layer gets u instead
+    of (u - mean) / std.
     """
     return 2 * ((images + 1) / 2 * std + mean) - 1
 
@@ -65,9 +62,8 @@ def published_range(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 class Extractor:
     """A registered extractor, ready for use. `module(uint8 images)` is what torch-fidelity calls.
 
-    `name`: what tables print. `key`: its name in torch-fidelity's registry; it differs where weights, numeric range or
-    classes do. `features_key`: the same but for the classes, on which features do not depend. `names`: printed name of
-    each score.
+    `name`: what tables print. `key`: its name in torch-fidelity's registry, which tells weights, numeric range and
+    classes. `features_key`: the same without the classes. `names`: printed name of each score.
     """
 
     name: str
@@ -117,7 +113,7 @@ def class_captions(split: Split, limit: int = CLASSES) -> list[str]:
 
 
 def clip_extractor(clip: FrozenClip, captions: Sequence[str] = (), value_range: str = "standard") -> Extractor:
-    """A CLIP as extractor: image embeddings, not normalised, and, with `captions`, its zero-shot logits against them.
+    """A CLIP as extractor: image embeddings (raw) and, with `captions`, its zero-shot logits against them.
 
     Images of another size are resized (`fit`). The standard normalisation, whatever `clip` has.
     """
@@ -138,13 +134,11 @@ def clip_extractor(clip: FrozenClip, captions: Sequence[str] = (), value_range: 
     widths |= {"logits": len(captions)} if captions else {}
     class_digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:8] if captions else "none"
     module = _register(key := f"{features_key}-{class_digest}", tuple(widths), clip, read)
-    return Extractor(_ranged(clip.name, value_range), key, features_key, module, widths, NAMES)
+    return Extractor(clip.name + RANGES[value_range], key, features_key, module, widths, NAMES)
 
 
 def judge_extractor(judge: Judge, digest: str) -> Extractor:
-    """The last hidden layer of the attribute classifier: a network of another kind, which learned from attributes, not
-    from captions. `digest`: that of its weights.
-    """
+    """The last hidden layer of the attribute classifier, which saw no captions. `digest`: that of its weights."""
     key = f"judge-{digest}"
     module = _register(key, ("features",), judge, lambda images: (judge.trunk(images),))
     return Extractor("judge", key, key, module, {"features": WIDTH}, NAMES)
@@ -161,10 +155,8 @@ def inception_extractor(
     """
     path, own = Path(weights) if weights else _downloaded_inception(), Path(URL_INCEPTION_V3).name
     if not path.is_file():
-        raise WeightsError(
-            f"evaluation.extractor_weights={path}: there is no such file; give torch-fidelity's {own} "
-            f"({URL_INCEPTION_V3}), or set evaluation.extractor: clip, or use the profile demo, which needs none"
-        )
+        mend = f"give torch-fidelity's {own} ({URL_INCEPTION_V3}), or set evaluation.extractor: clip"
+        raise WeightsError(f"evaluation.extractor_weights={path}: no such file; {mend}, or use the profile demo")
     layers, digest = ["2048", "logits_unbiased"], file_digest(path)[:8]
     key = "inception-v3-compat" if value_range == "standard" else "inception-v3-compat-published"
     try:
@@ -172,10 +164,8 @@ def inception_extractor(
         with torch.random.fork_rng(devices=[]):  # it draws weights before it reads them
             module = FeatureExtractorInceptionV3(key, layers, feature_extractor_weights_path=str(path))
     except Exception as error:  # unpickling, zip and shape errors share no base class
-        raise WeightsError(
-            f"{path}: is no intact file of torch-fidelity's Inception ({brief(error)[:120]}); copy {own} again "
-            "(pickled code is never run)"
-        ) from error
+        problem = f"is no intact file of torch-fidelity's Inception ({brief(error)[:120]})"
+        raise WeightsError(f"{path}: {problem}; copy {own} again (pickled code is never run)") from error
     if value_range == "published":
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         # The network's own first step gives (byte - 128) / 128. Resizing is linear, so this may come after.
@@ -183,12 +173,8 @@ def inception_extractor(
             lambda _, inputs: (published_range((inputs[0] * 128 + 128) / 127.5 - 1, mean, std),)
         )
     official, key, widths = digest == OFFICIAL_INCEPTION, f"{key}-{digest}", {"features": 2048, "logits": 1008}
-    name = _ranged("Inception-v3" if official else f"Inception-v3, other weights {digest}", value_range)
+    name = ("Inception-v3" if official else f"Inception-v3, other weights {digest}") + RANGES[value_range]
     return Extractor(name, key, key, module.to(device), widths, INCEPTION_NAMES if official else NAMES)
-
-
-def _ranged(name: str, value_range: str) -> str:
-    return name if value_range == "standard" else f"{name}, published range"
 
 
 def cached_inception() -> Path:
@@ -215,9 +201,7 @@ def _downloaded_inception() -> Path:
 def choose_extractor(
     settings: Settings, prepared: Prepared, clip: FrozenClip, independent: FrozenClip | None = None
 ) -> Extractor:
-    """The extractor that `settings.evaluation` asks for: Inception, or the independent CLIP (the CLIP of the training
-    where the profile names no other), with test captions as classes.
-    """
+    """What `settings.evaluation` asks for: Inception, or the independent CLIP (else `clip`) with test captions."""
     e = settings.evaluation
     if e.extractor == "inception":
         return inception_extractor(e.extractor_weights, e.inception_range, clip.mean.device)

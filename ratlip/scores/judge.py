@@ -1,8 +1,7 @@
 """The attribute classifier of the generated set: a small CNN that reads the attributes of `data.synthetic`.
 
-It is trained on real training images alone, never on generated ones and never on captions, so it cannot be flattered
-by what the generator was trained on. `judge.json` keeps its accuracy on real test images: a score on generated images
-means something only next to that.
+It is trained on real images alone, never on generated ones or captions. `judge.json` keeps its accuracy on real test
+images: a score on generated images means something only next to that.
 """
 
 from __future__ import annotations
@@ -84,9 +83,8 @@ def load_judge(
         try:
             judge.load_state_dict(torch.load(weights, weights_only=True))
         except Exception as error:  # a torn file raises a dozen classes
-            raise WeightsError(
-                f"{weights}: not readable ({type(error).__name__}); delete the folder and the judge is trained anew"
-            ) from error
+            mend = "delete the folder and the judge is trained anew"
+            raise WeightsError(f"{weights}: not readable ({type(error).__name__}); {mend}") from error
         return judge.eval()
     _fit(judge, prepared.train, crop, image_size, steps, progress)
     accuracy = judge_shares(judge, real_images(test, range(len(test)), crop, image_size), test.attributes or [])

@@ -71,10 +71,7 @@ def inception_score(logits: np.ndarray) -> float:
 
 
 def precision_recall(generated: np.ndarray, real: np.ndarray) -> tuple[float, float]:
-    """Share of generated images within the manifold of real ones, and the reverse.
-
-    Source: Kynkaanniemi et al. (2019), in the features of whatever extractor made them.
-    """
+    """Share of generated images within the manifold of real ones, and the reverse: Kynkaanniemi et al. (2019)."""
     neighbours = min(NEIGHBOURHOOD, len(generated) - 1, len(real) - 1)
     options = dict(prc_neighborhood=neighbours, prc_batch_size=1000, save_cpu_ram=True, verbose=False)
     found = prc_features_to_metric(torch.from_numpy(generated), torch.from_numpy(real), **options)
@@ -82,10 +79,7 @@ def precision_recall(generated: np.ndarray, real: np.ndarray) -> tuple[float, fl
 
 
 def distances_and_diversity(features: np.ndarray, logits: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """The scores that compare a set of images with a reference, rounded to 5 significant digits.
-
-    features (N,E), logits (N,C), reference (M,E).
-    """
+    """The scores of features (N,E) and logits (N,C) beside a reference (M,E), rounded to 5 significant digits."""
     found = {"frechet_distance": frechet_distance(features, reference)}
     found["kernel_distance"], found["kernel_distance_sd"] = kernel_distance(features, reference)
     found["inception_score"] = inception_score(logits)
