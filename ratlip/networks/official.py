@@ -207,16 +207,12 @@ def _published_clip(clip: nn.Module) -> FrozenClip:
     frozen = FrozenClip(model, tokenizer, name="ViT-B-32 (published)", normalisation="published")
     sizes = {field: getattr(frozen, field) for field in CLIP_SIZES}
     if sizes != CLIP_SIZES:
-        raise WeightsError(
-            f"the published networks see through CLIP ViT-B/32 {CLIP_SIZES}, this CLIP has "
-            f"{sizes}: pass open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai')"
-        )
+        mend = "pass open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai')"
+        raise WeightsError(f"the published networks need CLIP ViT-B/32 {CLIP_SIZES}, this one has {sizes}: {mend}")
     if not any(isinstance(module, QuickGELU) for module in model.get_submodule("visual").modules()):
-        warnings.warn(
-            "the published networks see through OpenAI's CLIP, whose activation is QuickGELU; this "
-            "CLIP has another one and gives other images: use 'ViT-B-32-quickgelu'",
-            stacklevel=3,
-        )
+        other = "this CLIP has another one and gives other images: use 'ViT-B-32-quickgelu'"
+        text = f"the published networks see through OpenAI's CLIP, whose activation is QuickGELU; {other}"
+        warnings.warn(text, stacklevel=3)
     return frozen
 
 
