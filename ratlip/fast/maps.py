@@ -177,8 +177,12 @@ def _shuffled(y: Tensor, x: Tensor) -> Tensor:
 
 def checkpointed(block: nn.Module, *arguments, forward: Callable | None = None):
     """`block(*arguments)`, or its `forward`; what lies within is made again for the backward pass, not kept."""
-    how = {"use_reentrant": False, "preserve_rng_state": False}
-    return checkpoint(forward or block, *arguments, **how, context_fn=lambda: (nullcontext(), _norms_at_rest(block)))
+
+    def contexts():
+        return nullcontext(), _norms_at_rest(block)
+
+    work = forward or block
+    return checkpoint(work, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 @contextmanager

@@ -157,8 +157,8 @@ def save_checkpoint(networks: PublishedNetworks, path: str | os.PathLike) -> Non
         torch.save({"optimizers": {}, "epoch": 0, **networks.rest, "model": model}, draft)
 
 
-def published_names(network: Generator | Discriminator, kind: str) -> dict[str, tuple[str, str]]:
-    """Our name of each tensor of the network -> (part, published key); kind: "RATLIP" or "GALIP"."""
+def published_names(network: nn.Module, kind: str) -> dict[str, tuple[str, str]]:
+    """Our name of each tensor of a generator or discriminator -> (part, published key); kind: "RATLIP" or "GALIP"."""
 
     def renamed(key: str, rules: tuple[tuple[str, str], ...]) -> str:
         for pattern, replacement in rules:
