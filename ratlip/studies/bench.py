@@ -329,19 +329,13 @@ def run(
         overlaid = {"training.precision": precision, **settings}
         worlds = {form: world(profile, batch, Path(folder) / form, overlaid, form=form, **options) for form in FORMS}
         fast = worlds["fast"].run
-        found |= {
-            "profile": profile,
-            "settings": [f"{key}={value}" for key, value in settings.items()],
-            "batch": batch,
-            "precision": precision,
-            "image_size": fast.settings.model.image_size,
-            "device": fast.device.type,
-            "environment": describe(),
-            "step": compare(worlds, World.step, iterations, "training step", progress),
-            "parts": parts(worlds, iterations),
-            "waiting": waiting(worlds["fast"], iterations, workers),
-            "generation": [],
-        }
+        changed = [f"{key}={value}" for key, value in settings.items()]
+        found |= dict(profile=profile, settings=changed, batch=batch, precision=precision)
+        found |= dict(image_size=fast.settings.model.image_size, device=fast.device.type, environment=describe())
+        found["step"] = compare(worlds, World.step, iterations, "training step", progress)
+        found["parts"] = parts(worlds, iterations)
+        found["waiting"] = waiting(worlds["fast"], iterations, workers)
+        found["generation"] = []
         for count, (kind, work) in itertools.product(generation, {"generation": draw, "evaluation": score}.items()):
             both = compare(worlds, partial(work, count=count), iterations, f"{kind}, batch {count}", progress, True)
             rate = {form: count / both[form]["median"] for form in FORMS}
@@ -362,9 +356,9 @@ def report(found: dict) -> str:
         return f"{name:26s}{plain:9.3f} s {fast:9.3f} s   {spans}"
 
     machine = f"{found['precision']}, {found['device']}, {found['environment']['threads']} threads"
+    profile = " ".join([found["profile"], *found["settings"]])
     lines = [
-        f"profile {' '.join([found['profile'], *found['settings']])}, {found['image_size']} px, "
-        f"batch {found['batch']}, {machine}",
+        f"profile {profile}, {found['image_size']} px, batch {found['batch']}, {machine}",
         f"{'':26s}{'plain':>11s} {'fast':>11s}   ratio (range)",
         line("training step", found["step"]),
         *(line(f"{row['kind']}, batch {row['batch']}", row) for row in found["generation"]),
