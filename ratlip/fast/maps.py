@@ -20,11 +20,8 @@ PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # row and column of an output pixel w
 
 def usable(x: Tensor) -> bool:
     """Whether the functions of this module may work on `x`: 32 or 64 bits, no autocast, not traced."""
-    return (
-        not torch.compiler.is_compiling()
-        and x.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+    traced = torch.compiler.is_compiling()
+    return not traced and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
 
 
 def resized_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Tensor:
@@ -99,10 +96,10 @@ class _ResizedConv(Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         large = F.interpolate(x, size=ctx.size)
-        of_large, of_weight, of_bias = _conv_backward(grad, large, weight, ctx.needs_input_grad[:3])
+        of_large, *others = _conv_backward(grad, large, weight, ctx.needs_input_grad[:3])
         if of_large is not None:
             of_large = torch.ops.aten.upsample_nearest2d_backward(of_large, ctx.size, x.shape)
-        return of_large, of_weight, of_bias, None
+        return of_large, *others, None
 
 
 def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted) -> tuple[Tensor | None, ...]:
@@ -180,13 +177,12 @@ def _shuffled(y: Tensor, x: Tensor) -> Tensor:
 
 def checkpointed(block: nn.Module, *arguments, forward: Callable | None = None):
     """`block(*arguments)`, or its `forward`; what lies within is made again for the backward pass, not kept."""
-    return checkpoint(
-        forward or block,
-        *arguments,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), _norms_at_rest(block)),
-    )
+
+    def contexts():
+        return nullcontext(), _norms_at_rest(block)
+
+    work = forward or block
+    return checkpoint(work, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 @contextmanager

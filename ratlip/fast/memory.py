@@ -31,16 +31,14 @@ def keep_freed_memory(largest: int = LARGEST) -> bool:
 
 def return_freed_memory() -> bool:
     """Return freed memory to the system, as glibc does by default."""
-    done = _set(trim=64 * MIB, mapped=32 * MIB)
+    return _set(trim=64 * MIB, mapped=32 * MIB, now=True)
+
+
+def _set(trim: int, mapped: int, now: bool = False) -> bool:
+    """Set from how many bytes on free memory is returned (-1: never; `now`: at once), and a piece is the system's."""
     if glibc := _glibc():
-        glibc.malloc_trim(0)
-    return done
-
-
-def _set(trim: int, mapped: int) -> bool:
-    """Set from how many bytes on free memory is returned (-1: never), and a piece is the system's own."""
-    glibc = _glibc()
-    if glibc is not None:
         glibc.mallopt(M_TRIM_THRESHOLD, trim)
         glibc.mallopt(M_MMAP_THRESHOLD, mapped)
-    return glibc is not None
+        if now:
+            glibc.malloc_trim(0)
+    return bool(glibc)

@@ -29,10 +29,9 @@ class FastRecurrence(Recurrence):
     """The product of sentence and input weights is the same at all steps: made once."""
 
     def forward(self, latent: Tensor, sentence: Tensor) -> list[Tensor]:
-        cell = self.cell
+        cell, states = self.cell, []
         h, c = self.initial(latent).chunk(2, dim=1)
         text = F.linear(sentence, cell.weight_ih, cell.bias_ih)
-        states = []
         for _ in range(self.steps):
             gates = text + F.linear(h, cell.weight_hh, cell.bias_hh)
             write, keep, new, read = gates.chunk(4, dim=1)  # i, f, g, o in PyTorch's order
@@ -62,8 +61,7 @@ class FastShuffleAttention(ShuffleAttention):
         gate = torch.sigmoid(self.channel_weight * channel.mean(dim=(3, 4), keepdim=True) + self.channel_bias)
         variance, mean = Moments.apply(spatial)
         norm = self.norm
-        weight = self.spatial_weight * norm.weight[:, None, None]
-        scale = weight * torch.rsqrt(variance + norm.eps)
+        scale = self.spatial_weight * norm.weight[:, None, None] * torch.rsqrt(variance + norm.eps)
         shift = self.spatial_weight * norm.bias[:, None, None] + self.spatial_bias - scale * mean
         return ShuffledGates.apply(parts, gate, scale, shift)
 

@@ -46,10 +46,8 @@ class RealFeatures:
 
     def __init__(self, clip: FrozenClip, blocks: Sequence[int], split: Split, data: DataSettings):
         if data.crop != data.resize or data.flip:
-            raise SettingsError(
-                f"training.cached_features keeps one view of each image: data.crop={data.crop} must be "
-                f"data.resize={data.resize}, and data.flip false"
-            )
+            mend = f"data.crop={data.crop} must be data.resize={data.resize}, and data.flip false"
+            raise SettingsError(f"training.cached_features keeps one view of each image: {mend}")
         self.clip, self.blocks, self.split, self.crop = clip, blocks, split, data.crop
         self.rows: dict[int, Tensor] = {}
 
@@ -57,13 +55,11 @@ class RealFeatures:
         """real (B,3,S,S) in [-1,1], the images with these numbers (B,) -> (B,K,C,g,g) on their device."""
         wanted = numbers.tolist()
         new = [position for position, number in enumerate(wanted) if number not in self.rows]
-        for position in new:
-            shape = self.split.image(wanted[position]).shape[:2]
-            if shape != (self.crop, self.crop):
-                raise SettingsError(
-                    f"training.cached_features: image {wanted[position]} has {shape[1]} x {shape[0]} px, "
-                    f"of which each visit cuts another square of {self.crop} px; switch it off"
-                )
+        for number in (wanted[position] for position in new):
+            height, width = self.split.image(number).shape[:2]
+            if height != self.crop or width != self.crop:
+                cut = f"of which each visit cuts another square of {self.crop} px; switch it off"
+                raise SettingsError(f"training.cached_features: image {number} has {width} x {height} px, {cut}")
         if new:
             features, _ = self.clip.features(real[new], self.blocks, embedding=False)
             self.rows |= {wanted[position]: row for position, row in zip(new, features.cpu(), strict=True)}

@@ -47,17 +47,10 @@ class _FrozenProduct(Function):
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` with weights that want no gradient. x (...,C_in), weight (C_out,C_in), bias (C_out) or None."""
-    if (
-        not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and not weight.requires_grad
-        and onednn_is_faster()
-    ):
-        flat = x.reshape(-1, x.shape[-1])
-        return _FrozenProduct.apply(flat, weight, bias).unflatten(0, x.shape[:-1])
-    return F.linear(x, weight, bias)
+    single = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not weight.requires_grad
+    if torch.compiler.is_compiling() or not single or torch.is_autocast_enabled("cpu") or not onednn_is_faster():
+        return F.linear(x, weight, bias)
+    return _FrozenProduct.apply(x.reshape(-1, x.shape[-1]), weight, bias).unflatten(0, x.shape[:-1])
 
 
 class FrozenLinear(nn.Linear):
@@ -86,14 +79,10 @@ def accelerate_tower(visual: nn.Module, on: bool = True) -> None:
     """Give attention and linear layers of an image tower's blocks their fast form, in place; `on=False`: the plain."""
     for block in visual.get_submodule("transformer.resblocks").children():
         attention: Any = getattr(block, "attn", None) if type(block) is ResidualAttentionBlock else None
-        if type(attention) in (nn.MultiheadAttention, FrozenAttention) and _usual(attention):
+        if type(attention) not in (nn.MultiheadAttention, FrozenAttention) or not attention.batch_first:
+            continue
+        if not attention.dropout and attention._qkv_same_embed_dim and attention.bias_k is None:
             attention.__class__ = FrozenAttention if on else nn.MultiheadAttention
             for layer in block.get_submodule("mlp").children():
                 if type(layer) in (nn.Linear, FrozenLinear):
                     layer.__class__ = FrozenLinear if on else nn.Linear
-
-
-def _usual(attention: nn.MultiheadAttention) -> bool:
-    return (
-        attention.batch_first and not attention.dropout and attention._qkv_same_embed_dim and attention.bias_k is None
-    )

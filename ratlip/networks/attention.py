@@ -19,9 +19,9 @@ class ShuffleAttention(nn.Module):
     def __init__(self, channels: int, groups: int = 8):
         super().__init__()
         if channels % (2 * groups):
+            mend = f"choose attention_groups so that {channels} is a multiple of 2 * attention_groups"
             raise ValueError(
-                f"shuffle attention cuts each of {groups} groups in two halves, which {channels} channels do "
-                f"not allow: choose attention_groups so that {channels} is a multiple of 2 * attention_groups"
+                f"shuffle attention halves {groups} groups, which {channels} channels do not allow: {mend}"
             )
         self.groups = groups
         half = channels // (2 * groups)

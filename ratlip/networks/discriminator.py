@@ -85,10 +85,8 @@ class Discriminator(nn.Module):
         """All layers before the sentence enters: features (B,K,C,g,g) -> (B,C_out,g,g)."""
         x, *others = features.unbind(dim=1)
         if len(others) != len(self.blocks):
-            raise ValueError(
-                f"features come from {features.shape[1]} CLIP blocks, the discriminator was built for "
-                f"{len(self.blocks) + 1}: tap as many blocks as its feature_blocks has"
-            )
+            built = f"the discriminator was built for {len(self.blocks) + 1}: tap as many as its feature_blocks has"
+            raise ValueError(f"features come from {features.shape[1]} CLIP blocks, {built}")
         for block, feature in zip(self.blocks, others, strict=True):
             x = block(x, feature)
         return self.main(x)

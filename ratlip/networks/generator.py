@@ -34,8 +34,7 @@ class Fuse(nn.Module):
 
     def __init__(self, channels: int, affine: AffineFactory):
         super().__init__()
-        self.affine0 = affine(channels)
-        self.affine1 = affine(channels)
+        self.affine0, self.affine1 = affine(channels), affine(channels)
 
     def forward(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
         """x (B,C,H,W), two conditions (B,D) -> (B,C,H,W)."""
@@ -70,8 +69,7 @@ class SynthesisBlock(nn.Module):
         self.conv1 = conv(in_channels, out_channels)
         self.fuse2 = Fuse(out_channels, affine)
         self.conv2 = conv(out_channels, out_channels)
-        same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
         """x (B,C_in,s,s), four conditions (B,D) -> (B,C_out,size,size)."""
@@ -98,9 +96,7 @@ class Mapper(nn.Module):
         scale: float,
     ):
         super().__init__()
-        self._clip = _Aside(clip)
-        self.prompt_blocks = tuple(prompt_blocks)
-        self.scale = scale
+        self._clip, self.prompt_blocks, self.scale = _Aside(clip), tuple(prompt_blocks), scale
         self.fusion_blocks = nn.ModuleList(fusion_blocks)
         self.to_clip = nn.Conv2d(channels, clip.width, 5, padding=2)
         self.prompts = nn.Linear(condition_size, len(self.prompt_blocks) * clip.width)
@@ -152,14 +148,14 @@ class Generator(nn.Module):
         bridge_scale: float = 0.1,
     ):
         super().__init__()
-        affines = affine_factories(latent_size + clip.embed_dim, hidden_size)
+        condition_size = latent_size + clip.embed_dim
+        affines = affine_factories(condition_size, hidden_size)
         given = {"conditioning": conditioning, "rat_scope": rat_scope, "attention": attention}
         for (name, value), choices in zip(given.items(), (affines, SCOPES, ATTENTIONS), strict=True):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}")
         self.latent_size = latent_size
         self.code_shape = (code_channels, clip.grid, clip.grid)
-        condition_size = latent_size + clip.embed_dim
         convs: dict[str, ConvFactory] = {
             "shuffle": partial(ConvShuffle, groups=attention_groups),
             "norm": partial(ConvShuffle, groups=0),

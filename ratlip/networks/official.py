@@ -4,9 +4,8 @@ A published checkpoint is a file or dict {"model": {"netG", "netD", "netC"}, "op
 the generator, `netD` the discriminator without its logit head, `netC` the logit head. RATLIP's and GALIP's
 files have the same form and are told apart by their keys. Keys may carry the prefix `module.`.
 
-Assumption: `netG` also holds the frozen CLIP image tower under `mapping.CLIP_ViT.`, and names its tensors as
-OpenAI's CLIP and open_clip do, with or without a leading `visual.`, all or only some of them. Our description of the
-published code does not list these names.
+Assumption (our description of the published code does not list these names): `netG` also holds the frozen CLIP image
+tower under `mapping.CLIP_ViT.`, all or some of its tensors, named as in open_clip, with or without `visual.`.
 """
 
 import os
@@ -28,9 +27,7 @@ from ratlip.files import atomic_path
 from ratlip.networks import Discriminator, Generator
 
 FEATURE_BLOCKS = (1, 4, 8)
-GENERATORS: dict[
-    str, dict[str, Any]
-] = {  # what sets the two published generators apart; all other settings are the defaults
+GENERATORS: dict[str, dict[str, Any]] = {  # what sets the two apart; all other settings are the defaults
     "RATLIP": dict(conditioning="rat-official", rat_scope="mapper", hidden_size=64, attention="shuffle"),
     "GALIP": dict(conditioning="cat", attention="none"),
 }
@@ -101,10 +98,8 @@ class PublishedNetworks:
         """
         absent = sorted({"netD", "netC"}.difference(self.parts if self.judge else ()))
         if absent or self.judge is None:
-            raise WeightsError(
-                f"the checkpoint has no {' and no '.join(absent)}: "
-                "load one that holds both to judge images, this one only generates"
-            )
+            mend = "load one that holds both to judge images, this one only generates"
+            raise WeightsError(f"the checkpoint has no {' and no '.join(absent)}: {mend}")
         return self.judge
 
 
@@ -112,37 +107,35 @@ def load_checkpoint(source: str | os.PathLike | dict, clip: nn.Module) -> Publis
     """Read a published RATLIP or GALIP checkpoint into our modules.
 
     source: path of the `.pth` file (read with weights_only=True), or the same content as a dict.
-    clip: the open_clip model that the networks were trained with, ViT-B/32 (`ViT-B-32-quickgelu`); it is
-        frozen in place. Entries `mapping.CLIP_ViT.*` of the checkpoint must agree with it; what is absent
-        comes from it.
+    clip: the open_clip model that the networks were trained with, ViT-B/32 (`ViT-B-32-quickgelu`); it is frozen in
+        place. Entries `mapping.CLIP_ViT.*` of the checkpoint must agree with it; what is absent comes from it.
 
     Raises one WeightsError that lists every key that is missing, left over or of another shape, in all parts.
     """
     checkpoint, name = _read(source)
     model = {part: {k.removeprefix("module."): v for k, v in s.items()} for part, s in checkpoint["model"].items()}
-    clip = _published_clip(clip)
+    clip, judge = _published_clip(clip), None
     tower = {key: model["netG"].pop(key) for key in list(model["netG"]) if key.startswith(CLIP_PREFIX)}
-    kind = _kind(model["netG"], clip)
     with torch.device("meta"):  # shapes only: the checkpoint brings the values
-        generator, judge = Generator(clip, **GENERATORS[kind]).eval(), None
+        generators = {kind: Generator(clip, **settings).eval() for kind, settings in GENERATORS.items()}
         if {"netD", "netC"} & set(model):
             judge = Discriminator(
                 grid=clip.grid, clip_width=clip.width, sentence_size=clip.embed_dim, unused_shortcuts=True
             ).eval()
-    rest = {key: value for key, value in checkpoint.items() if key != "model"}
-    networks = PublishedNetworks(kind, clip, generator, judge, tuple(model), tuple(tower), rest)
 
-    expected = _published_tensors(networks)
-    problems = _problems(expected, model) + _clip_problems(tower, clip)
-    problems += [f"left over: {part}, no part of a checkpoint" for part in model if part not in expected]
-    if problems:
+    def likeness(kind: str) -> int:  # so that the kind of a damaged checkpoint is known too
+        keys = {key for _, key in published_names(generators[kind], kind).values()}
+        return len(keys & model["netG"].keys()) - len(keys - model["netG"].keys())
+
+    kind = max(generators, key=likeness)
+    rest = {key: value for key, value in checkpoint.items() if key != "model"}
+    networks = PublishedNetworks(kind, clip, generators[kind], judge, tuple(model), tuple(tower), rest)
+    if problems := _problems(networks, model, tower):
         raise WeightsError(
             f"{name} is not a {kind} checkpoint for this CLIP; {len(problems)} entries do not fit (use an unmodified "
             "published checkpoint, and the CLIP it was trained with):\n  " + "\n  ".join(problems)
         )
-    for network in (
-        (generator, judge) if judge else (generator,)
-    ):  # values in float32; those of absent parts stay undefined
+    for network in filter(None, (generators[kind], judge)):  # in float32; values of absent parts stay undefined
         names = published_names(network, kind).items()
         state = {ours: model[part][key] for ours, (part, key) in names if part in model}
         network.to_empty(device=clip.mean.device).load_state_dict(state, strict=False)
@@ -164,24 +157,22 @@ def save_checkpoint(networks: PublishedNetworks, path: str | os.PathLike) -> Non
         torch.save({"optimizers": {}, "epoch": 0, **networks.rest, "model": model}, draft)
 
 
-def published_names(network: Generator | Discriminator, kind: str) -> dict[str, tuple[str, str]]:
-    """Our name of each tensor of the network -> (part, published key); kind: "RATLIP" or "GALIP"."""
-    names = {}
-    for key in network.state_dict():
-        if isinstance(network, Generator):
-            name = _rename(key, GENERATOR_NAMES)
-            # The two published affines name their layers differently; RATLIP uses GALIP's outside the mapper.
-            cat = kind != "RATLIP" or not name.startswith("mapping.")
-            names[key] = ("netG", _rename(name, CAT_NAMES) if cat else name)
-        else:
-            names[key] = ("netC" if key.startswith("logit.") else "netD", _rename(key, DISCRIMINATOR_NAMES))
-    return names
+def published_names(network: nn.Module, kind: str) -> dict[str, tuple[str, str]]:
+    """Our name of each tensor of a generator or discriminator -> (part, published key); kind: "RATLIP" or "GALIP"."""
 
+    def renamed(key: str, rules: tuple[tuple[str, str], ...]) -> str:
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        return key
 
-def _rename(key: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
+    def named(key: str) -> tuple[str, str]:
+        if isinstance(network, Discriminator):
+            return "netC" if key.startswith("logit.") else "netD", renamed(key, DISCRIMINATOR_NAMES)
+        name = renamed(key, GENERATOR_NAMES)
+        # The two published affines name their layers differently; RATLIP uses GALIP's outside the mapper.
+        return "netG", name if kind == "RATLIP" and name.startswith("mapping.") else renamed(name, CAT_NAMES)
+
+    return {key: named(key) for key in network.state_dict()}
 
 
 def _tower_name(key: str) -> str:
@@ -198,15 +189,12 @@ def _read(source) -> tuple[dict, str]:
             raise WeightsError(f"{name} does not exist: give the path of a published .pth file") from None
         except Exception as error:  # torch.load raises half a dozen kinds for damaged or unsafe files
             brief = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            raise WeightsError(
-                f"{name} cannot be read as a checkpoint of tensors; download it again ({brief})"
-            ) from error
+            message = f"{name} cannot be read as a checkpoint of tensors; download it again ({brief})"
+            raise WeightsError(message) from error
     model = source.get("model") if isinstance(source, dict) else None
     if not isinstance(model, dict) or not all(isinstance(state, dict) for state in model.values()):
-        raise WeightsError(
-            f'{name} is no published checkpoint: it needs an entry "model" with netG '
-            "(and netD, netC), each a dict of tensors"
-        )
+        needs = 'an entry "model" with netG (and netD, netC), each a dict of tensors'
+        raise WeightsError(f"{name} is no published checkpoint: it needs {needs}")
     if "netG" not in model:
         raise WeightsError(f'{name} holds no generator: its "model" has {sorted(model)} and needs netG')
     return source, name
@@ -219,75 +207,53 @@ def _published_clip(clip: nn.Module) -> FrozenClip:
     frozen = FrozenClip(model, tokenizer, name="ViT-B-32 (published)", normalisation="published")
     sizes = {field: getattr(frozen, field) for field in CLIP_SIZES}
     if sizes != CLIP_SIZES:
-        raise WeightsError(
-            f"the published networks see through CLIP ViT-B/32 {CLIP_SIZES}, this CLIP has "
-            f"{sizes}: pass open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai')"
-        )
+        mend = "pass open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai')"
+        raise WeightsError(f"the published networks need CLIP ViT-B/32 {CLIP_SIZES}, this one has {sizes}: {mend}")
     if not any(isinstance(module, QuickGELU) for module in model.get_submodule("visual").modules()):
-        warnings.warn(
-            "the published networks see through OpenAI's CLIP, whose activation is QuickGELU; this "
-            "CLIP has another one and gives other images: use 'ViT-B-32-quickgelu'",
-            stacklevel=3,
-        )
+        other = "this CLIP has another one and gives other images: use 'ViT-B-32-quickgelu'"
+        text = f"the published networks see through OpenAI's CLIP, whose activation is QuickGELU; {other}"
+        warnings.warn(text, stacklevel=3)
     return frozen
-
-
-def _kind(state: dict[str, Tensor], clip: FrozenClip) -> str:
-    """The kind of generator that shares the most keys with `state`, so that a damaged one is known too."""
-
-    def shared(kind: str) -> int:
-        with torch.device("meta"):
-            names = published_names(Generator(clip, **GENERATORS[kind]), kind).values()
-        keys = {key for _, key in names}
-        return len(keys & state.keys()) - len(keys - state.keys())
-
-    return max(GENERATORS, key=shared)
 
 
 def _published_tensors(networks: PublishedNetworks) -> dict[str, dict[str, Tensor]]:
     """Our tensors by part and published key, for the parts that the networks have."""
     tensors: dict[str, dict[str, Tensor]] = {}
-    for network in (networks.generator, networks.judge):
-        if network is not None:
-            state = network.state_dict()
-            for ours, (part, key) in published_names(network, networks.kind).items():
-                if part in networks.parts:
-                    tensors.setdefault(part, {})[key] = state[ours]
+    for network in filter(None, (networks.generator, networks.judge)):
+        state = network.state_dict()
+        for ours, (part, key) in published_names(network, networks.kind).items():
+            if part in networks.parts:
+                tensors.setdefault(part, {})[key] = state[ours]
     return tensors
 
 
-def _problems(expected: dict[str, dict[str, Tensor]], model: dict[str, dict[str, Tensor]]) -> list[str]:
-    """Every difference of keys and shapes, a line each."""
-    problems = []
+def _problems(networks: PublishedNetworks, model: dict[str, dict], tower: dict[str, Any]) -> list[str]:
+    """Everything in which a checkpoint's networks and CLIP tower differ from what they must be, a line each."""
+    problems, expected = [], _published_tensors(networks)
     for part, tensors in expected.items():
-        given = model[part]
-        problems += [
-            f"missing: {part} {key} {tuple(tensor.shape)}" for key, tensor in tensors.items() if key not in given
-        ]
-        problems += [f"left over: {part} {key}" for key in given if key not in tensors]
-        for key, tensor in tensors.items():
-            other = given.get(key, tensor)
-            shape = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
-            if shape != tuple(tensor.shape):
-                problems.append(f"other shape: {part} {key} is {shape}, needs {tuple(tensor.shape)}")
-    return problems
-
-
-def _clip_problems(tower: dict[str, Tensor], clip: FrozenClip) -> list[str]:
-    """Every entry of the checkpoint's CLIP tower that is not in ours or not the same there, a line each."""
-    ours = clip.model.get_submodule("visual").state_dict()
-    problems = []
-    for key, tensor in tower.items():
-        other = ours.get(_tower_name(key))
-        if other is None:
-            problems.append(f"left over: netG {key}")
-        elif not isinstance(tensor, Tensor) or tensor.shape != other.shape:
-            problems.append(
-                f"other shape: netG {key} is {tuple(getattr(tensor, 'shape', ()))}, "
-                f"the CLIP that was passed has {tuple(other.shape)}"
-            )
-        else:  # half precision of the same weights is agreement: compare as the narrower of the two
-            narrow = min(tensor.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-            if not torch.equal(tensor.cpu().to(narrow), other.cpu().to(narrow)):
+        absent = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key not in model[part]}
+        problems += [f"missing: {part} {key} {shape}" for key, shape in absent.items()]
+        problems += _misfits(part, model[part], tensors, "needs")
+    visual = networks.clip.model.get_submodule("visual").state_dict()
+    ours = {key: visual[_tower_name(key)] for key in tower if _tower_name(key) in visual}
+    problems += _misfits("netG", tower, ours, "the CLIP that was passed has")
+    for key, tensor in ours.items():
+        if _shape(tower[key]) == _shape(tensor):  # half precision of the same weights agrees: the narrower counts
+            narrow = min(tensor.dtype, tower[key].dtype, key=lambda dtype: dtype.itemsize)
+            if not torch.equal(tower[key].cpu().to(narrow), tensor.cpu().to(narrow)):
                 problems.append(f"other values: netG {key} differs from the CLIP that was passed")
+    return problems + [f"left over: {part}, no part of a checkpoint" for part in model if part not in expected]
+
+
+def _misfits(part: str, given: dict[str, Any], ours: dict[str, Tensor], whose: str) -> list[str]:
+    """Every given entry that is left over or of another shape than ours, a line each."""
+    problems = [f"left over: {part} {key}" for key in given if key not in ours]
+    for key, tensor in ours.items():
+        shape, needed = _shape(given.get(key, tensor)), _shape(tensor)
+        if shape != needed:
+            problems.append(f"other shape: {part} {key} is {shape}, {whose} {needed}")
     return problems
+
+
+def _shape(value: Any) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -1,11 +1,8 @@
 """How fast training and generation are, in their plain and their fast form, on the machine at hand.
 
-The plain form computes everything that the published step computes, as it is written down: the networks of
-`ratlip.networks`, CLIP as open_clip has it, and the plain order of work (`plain_step`). The fast form is what runs:
-`ratlip.fast` and `training.step`. Both are timed in turn, on generated shapes and with random weights, which change no
-time. Times belong to one machine: tests assert that both forms compute the same (tests/unit/test_bench.py).
-
-Where a step's time goes is read off the labels of `training.step` by torch.profiler. They cannot divide the generator's
+Plain: the networks as `ratlip.networks` has them, CLIP as open_clip has it, the order of work of `plain_step`. Fast, as
+what runs: `ratlip.fast` and `training.step`. Both are timed in turn, on generated shapes and with random weights, which
+change no time. Where a step's time goes is read off the labels of `training.step`; they cannot divide the generator's
 backward pass, one call through D, CLIP, synthesis blocks and mapper.
 """
 
@@ -30,9 +27,7 @@ from unittest.mock import patch
 
 import open_clip
 import torch
-from torch import Tensor
-from torch.profiler import ProfilerActivity, record_function
-from torch.profiler import profile as torch_profile
+from torch import Tensor, profiler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import flop_registry
@@ -96,7 +91,7 @@ def world(
     plain = {f"training.{option}": False for option in OPTIONS} if form == "plain" else {}
     settings = load_settings(profile, {**shapes, **sizes, **(overrides or {}), **plain})
     prepared = Workspace.of(settings, folder, progress=False).prepared
-    captions, c = list(prepared.train.all_captions), settings.clip
+    captions, c, d = list(prepared.train.all_captions), settings.clip, settings.data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if c.source == "train":
@@ -112,7 +107,6 @@ def world(
     sentences = clip.embed_text(captions, batch_size=32)
     run = session.Session(fabric, settings, prepared, clip, sentences, Path(folder) / "run")
     accelerate(*run.networks.values(), on=form == "fast")
-    d = settings.data
     batches = Batches(prepared.train, crop=d.crop, flip=d.flip, batch_size=batch, seed=0)
     return World(run, batches, captions, PlainStep(run, captions) if form == "plain" else None)
 
@@ -166,22 +160,18 @@ def score(here: World, count: int) -> None:
     embed(here.run.clip, draw(here, count).float())
 
 
-def _attention(q: Tensor, k: Tensor, *_, **__) -> int:
-    return 4 * q.numel() * k.shape[2]  # two products of (length, width) and (width, length)
-
-
-OWN_FORMULAS = {  # by name: what PyTorch's counter does not know
-    "_linear_pointwise": lambda x, weight, *_, **__: 2 * x.shape[0] * x.shape[1] * weight.shape[0],
-    "_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "_scaled_dot_product_flash_attention_for_cpu_backward": lambda _, q, k, *__, **___: _attention(q, k) * 5 // 2,
+OWN_FORMULAS = {  # by name: what PyTorch's counter does not know; attention: two products, five in the backward pass
+    "_linear_pointwise": lambda x, weight, *_: 2 * x.shape[0] * x.shape[1] * weight.shape[0],
+    "_scaled_dot_product_flash_attention_for_cpu": lambda q, k, *_: 4 * q.numel() * k.shape[2],
+    "_scaled_dot_product_flash_attention_for_cpu_backward": lambda _, q, k, *__: 10 * q.numel() * k.shape[2],
 }
 
 
 class Operations(TorchDispatchMode):
     """Counts operations of products, convolutions and attention by the labels of `record_function`, in all at "".
 
-    One multiplication and addition: 2. By PyTorch's formulas where it has one; its own `FlopCounterMode` refuses a
-    gradient taken within a step, as the penalty takes one, and the profiler's `with_flops` knows no backward pass.
+    One multiplication and addition: 2, by PyTorch's formulas. PyTorch's own `FlopCounterMode` refuses a gradient taken
+    within a step, as the penalty takes one, and the profiler's `with_flops` knows no backward pass.
     """
 
     def __init__(self) -> None:
@@ -202,7 +192,7 @@ class Operations(TorchDispatchMode):
         return result
 
 
-def count_operations(work: Callable[[], object]) -> Counter:
+def count_operations(work: Callable[[], object]) -> Counter[str]:
     """Floating-point operations of `work()`: see `Operations`."""
     with Operations() as counter:
         work()
@@ -225,13 +215,13 @@ def parts(worlds: dict[str, World], iterations: int) -> dict:
     @contextmanager
     def label(name: str):
         synchronise(device)  # at both ends: a label then lasts until a GPU has done what it asks for
-        with record_function(name):
+        with profiler.record_function(name):
             yield
             synchronise(device)
 
     with patch.object(step, "record_function", label):
         for i in range(iterations + 1):
-            with torch_profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
+            with profiler.profile(activities=[profiler.ProfilerActivity.CPU], acc_events=True) as found:
                 here.step()
             for event in found.key_averages() if i else ():
                 if event.is_user_annotation and not event.key.startswith("Optimizer."):
@@ -272,8 +262,8 @@ def steps(here: World, iterations: int) -> dict[str, float]:
 def waiting(here: World, count: int, workers: int) -> dict:
     """Share of a training loop's time spent waiting for data, with loader processes as in training."""
     here.memory()
-    run, waited, total = here.run, 0.0, 0.0
-    numbers, pinned = range(run.step, run.step + count + 1), run.device.type == "cuda"
+    run, waited, total, pinned = here.run, 0.0, 0.0, here.run.device.type == "cuda"
+    numbers = range(run.step, run.step + count + 1)
     source = iter(DataLoader(here.batches, None, sampler=numbers, num_workers=workers, pin_memory=pinned))
     training_step(run, next(source))  # the processes start
     for _ in range(count):
@@ -339,19 +329,13 @@ def run(
         overlaid = {"training.precision": precision, **settings}
         worlds = {form: world(profile, batch, Path(folder) / form, overlaid, form=form, **options) for form in FORMS}
         fast = worlds["fast"].run
-        found |= {
-            "profile": profile,
-            "settings": [f"{key}={value}" for key, value in settings.items()],
-            "batch": batch,
-            "precision": precision,
-            "image_size": fast.settings.model.image_size,
-            "device": fast.device.type,
-            "environment": describe(),
-            "step": compare(worlds, World.step, iterations, "training step", progress),
-            "parts": parts(worlds, iterations),
-            "waiting": waiting(worlds["fast"], iterations, workers),
-            "generation": [],
-        }
+        changed = [f"{key}={value}" for key, value in settings.items()]
+        found |= dict(profile=profile, settings=changed, batch=batch, precision=precision)
+        found |= dict(image_size=fast.settings.model.image_size, device=fast.device.type, environment=describe())
+        found["step"] = compare(worlds, World.step, iterations, "training step", progress)
+        found["parts"] = parts(worlds, iterations)
+        found["waiting"] = waiting(worlds["fast"], iterations, workers)
+        found["generation"] = []
         for count, (kind, work) in itertools.product(generation, {"generation": draw, "evaluation": score}.items()):
             both = compare(worlds, partial(work, count=count), iterations, f"{kind}, batch {count}", progress, True)
             rate = {form: count / both[form]["median"] for form in FORMS}
@@ -372,9 +356,9 @@ def report(found: dict) -> str:
         return f"{name:26s}{plain:9.3f} s {fast:9.3f} s   {spans}"
 
     machine = f"{found['precision']}, {found['device']}, {found['environment']['threads']} threads"
+    profile = " ".join([found["profile"], *found["settings"]])
     lines = [
-        f"profile {' '.join([found['profile'], *found['settings']])}, {found['image_size']} px, "
-        f"batch {found['batch']}, {machine}",
+        f"profile {profile}, {found['image_size']} px, batch {found['batch']}, {machine}",
         f"{'':26s}{'plain':>11s} {'fast':>11s}   ratio (range)",
         line("training step", found["step"]),
         *(line(f"{row['kind']}, batch {row['batch']}", row) for row in found["generation"]),

@@ -36,10 +36,8 @@ def load_generator(folder: str | Path, settings: Settings, clip: FrozenClip) -> 
     device, identity = clip.mean.device, Path(folder) / "identity.json"
     trained_with = read_json(identity)["clip"] if identity.is_file() else clip.fingerprint
     if trained_with != clip.fingerprint:
-        raise RunError(
-            f"{folder}: was trained with the CLIP {trained_with}, not with {clip.name} "
-            f"({clip.fingerprint}), which would draw noise; give the folder of its own CLIP"
-        )
+        other = f"was trained with the CLIP {trained_with}, not with {clip.name} ({clip.fingerprint})"
+        raise RunError(f"{folder}: {other}, which would draw noise; give the folder of its own CLIP")
     networks = read_checkpoint(Path(folder) / "checkpoint.pt", device)["networks"]
     with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten, unnoticed by the caller
         generator, _ = build_networks(settings, clip)
@@ -87,29 +85,26 @@ def file_names(captions: int, n: int, names: str = "caption", batch_size: int = 
 class Run:
     """A trained run, opened for generating.
 
-    `folder`: the run folder (with `config.yaml` and `checkpoint.pt`). The small CLIP it was trained with is
-    found beside it (`../../clip-<hash>`), or in `clip_folder`. Raises RunError or WeightsError where
-    something is missing.
+    `folder`: the run folder (with `config.yaml` and `checkpoint.pt`). The small CLIP it was trained with is found
+    beside it (`../../clip-<hash>`), or in `clip_folder`. Raises RunError or WeightsError where something is missing.
     """
 
     def __init__(self, folder: str | Path, *, device: str = "auto", clip_folder: str | Path | None = None):
         self.folder = Path(folder)
         for name in ("config.yaml", "checkpoint.pt"):
             if not (self.folder / name).is_file():
-                raise RunError(
-                    f"{self.folder}: has no {name}, so it is not a trained run; give a folder "
-                    "such as outputs/demo/runs/<run> (`ratlip train` makes them)"
-                )
+                mend = "give a folder such as outputs/demo/runs/<run> (`ratlip train` makes them)"
+                raise RunError(f"{self.folder}: has no {name}, so it is not a trained run; {mend}")
         self.settings: Settings = load_settings(self.folder / "config.yaml")
         beside = self.folder.resolve().parents[1] / f"clip-{self.settings.clip_hash}"
-        place = Path(clip_folder) if clip_folder else beside
-        if self.settings.clip.source == "train" and not (place / "manifest.json").is_file():
-            raise RunError(
-                f"{self.folder}: the small CLIP of this run is not at {place}; a run folder that was moved needs it "
-                f"too: give the folder {beside.name} of the outputs it was trained in (`--clip-folder`, in Python "
-                "clip_folder)"
+        chosen = Path(clip_folder or beside)
+        if self.settings.clip.source == "train" and not (chosen / "manifest.json").is_file():
+            mend = (
+                f"give the folder {beside.name} of the outputs it was trained in (--clip-folder, in Python clip_folder)"
             )
-        self.clip: FrozenClip = load_clip(self.settings.clip, place, _device(device))
+            lost = f"the small CLIP of this run is not at {chosen}; a run folder that was moved needs it too"
+            raise RunError(f"{self.folder}: {lost}: {mend}")
+        self.clip: FrozenClip = load_clip(self.settings.clip, chosen, _device(device))
         self.generator = load_generator(self.folder, self.settings, self.clip)
 
     def generate(self, captions: str | Sequence[str], n: int = 1, seed: int = 0, batch_size: int = 64) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training, from top to bottom: one file, one loop, no hidden state.
+"""Training, from top to bottom: one loop, no hidden state.
 
 A run folder holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `samples/`, `checkpoint.pt` and, when the last step
 is done, `provenance.json`. Everything random at a step is a function of (seed, step), so that `checkpoint.pt` needs no
@@ -80,15 +80,8 @@ def train(
         return folder
     fabric = launched(accelerator, devices, t)
     run = Session(fabric, settings, prepared, clip, sentences, folder)
-    data = Batches(
-        prepared.train,
-        crop=settings.data.crop,
-        flip=settings.data.flip,
-        batch_size=t.batch_size,
-        seed=settings.seed,
-        rank=fabric.global_rank,
-        world=fabric.world_size,
-    )
+    d, share = settings.data, {"rank": fabric.global_rank, "world": fabric.world_size}
+    data = Batches(prepared.train, crop=d.crop, flip=d.flip, batch_size=t.batch_size, seed=settings.seed, **share)
     steps, first = total_steps(settings, len(prepared.train)), fabric.is_global_zero
     numbers, pinned = range(run.draw, steps - run.begun), fabric.device.type == "cuda"
     loader = DataLoader(data, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pinned)
@@ -154,10 +147,8 @@ def launched(accelerator: str, devices: int | str, settings: TrainingSettings) -
     fabric.launch()
     share, rest = divmod(settings.batch_size, fabric.world_size)
     if rest or (share == 1 and fabric.world_size > 1):
-        raise RunError(
-            f"devices={devices}: training.batch_size={settings.batch_size} cannot be shared by "
-            f"{fabric.world_size} processes; each needs the same number of images, two at least"
-        )
+        mend = f"{fabric.world_size} processes; each needs the same number of images, two at least"
+        raise RunError(f"devices={devices}: training.batch_size={settings.batch_size} cannot be shared by {mend}")
     return fabric
 
 

@@ -45,10 +45,9 @@ def build_networks(settings: Settings, clip: FrozenClip) -> tuple[Generator, Dis
             f"and model.feature_blocks (now {list(m.feature_blocks)}) accordingly"
         )
     torch.manual_seed(settings.seed)
-    sizes = {name: getattr(m, name) for name in OF_GENERATOR}
-    generator = Generator(clip, conditioning=m.effective_conditioning, **sizes)
-    sizes = {name: getattr(m, name) for name in OF_DISCRIMINATOR}
-    discriminator = Discriminator(grid=clip.grid, clip_width=clip.width, sentence_size=clip.embed_dim, **sizes)
+    of_g, of_d = ({name: getattr(m, name) for name in names} for names in (OF_GENERATOR, OF_DISCRIMINATOR))
+    generator = Generator(clip, conditioning=m.effective_conditioning, **of_g)
+    discriminator = Discriminator(grid=clip.grid, clip_width=clip.width, sentence_size=clip.embed_dim, **of_d)
     accelerate(generator, discriminator)
     return generator, discriminator
 
@@ -144,9 +143,7 @@ class Session:
                 each.load_state_dict(content[kind][name])
         self.step, self._earlier = content["step"], content["seconds"]
         if self.settings.training.resume == "published":
-            # Neither loss scale nor random state come back (difference 12): a whole epoch begins, with the draws
-            # of a fresh start.
-            self.begun = self.step
+            self.begun = self.step  # difference 12: no loss scale, and an epoch begins with the draws of a fresh start
         else:
             self.fabric.strategy.precision.load_state_dict(content["precision"])
 

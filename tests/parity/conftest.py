@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +12,19 @@ from ratlip.fast import accelerate
 from ratlip.fast.tower import accelerate_tower
 
 KINDS = ("ratlip", "galip")
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 class Published:
-    """What the parity folder holds for one kind: key shapes, reference arrays, weights by the rule."""
+    """What the fixtures hold for one kind: key shapes, reference arrays, weights by the rule."""
 
-    def __init__(self, folder, kind: str):
-        spec = importlib.util.spec_from_file_location("parity_rule", folder / "rule.py")
+    def __init__(self, kind: str):
+        spec = importlib.util.spec_from_file_location("parity_rule", FIXTURES / "rule.py")
         self.rule = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.rule)
         self.kind = kind
-        self.shapes = json.loads((folder / f"{kind}_keys.json").read_text())
-        self.arrays = dict(np.load(folder / f"{kind}_parity.npz"))
+        self.shapes = json.loads((FIXTURES / f"{kind}_keys.json").read_text())
+        self.arrays = dict(np.load(FIXTURES / f"{kind}_parity.npz"))
 
     def model(self, salt: str = "parity") -> dict[str, dict[str, torch.Tensor]]:
         """A checkpoint's "model" with the rule's weights."""
@@ -54,23 +54,13 @@ class Published:
 
 
 @pytest.fixture(scope="session")
-def parity_folder():
-    """The recorded outputs: fixtures/ beside this file, else parity/ of the shared folder."""
-    shared = os.environ.get("RATLIP_SHARED", Path(__file__).resolve().parents[2].parent / "shared")
-    folder = next((f for f in (Path(__file__).parent / "fixtures", Path(shared) / "parity") if f.is_dir()), None)
-    if folder is None:
-        pytest.skip("no shared folder: set RATLIP_SHARED to the folder that holds parity/")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def clip(parity_folder):
+def clip():
     """The fixtures' CLIP; only its image tower is filled, the text tower is never used."""
     import open_clip
 
     model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
     visual = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("visual.")}
-    Published(parity_folder, KINDS[0]).rule.fill_(visual)
+    Published(KINDS[0]).rule.fill_(visual)
     return model
 
 
@@ -92,5 +82,5 @@ def in_form(form):
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def published(request, parity_folder):
-    return Published(parity_folder, request.param)
+def published(request):
+    return Published(request.param)

@@ -9,8 +9,6 @@ import torch
 from ratlip.errors import WeightsError
 from ratlip.networks.official import CLIP_PREFIX, load_checkpoint, save_checkpoint
 
-pytestmark = pytest.mark.shared
-
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

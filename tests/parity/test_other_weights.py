@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from ratlip.networks.losses import discriminator_loss
 from ratlip.networks.official import load_checkpoint
 
-pytestmark = pytest.mark.shared
-
 PROMPT_BLOCKS = range(1, 9)
 SIZES = (8, 16, 32, 64, 128, 224)
 

@@ -11,8 +11,6 @@ import torch
 from ratlip.networks.losses import discriminator_loss, generator_loss
 from ratlip.networks.official import load_checkpoint, published_names
 
-pytestmark = pytest.mark.shared
-
 TOLERANCE = 1e-4
 WHOLE = (
     ["G_fc_code", "G_mapper_out_mean_c", "G_eval_image_stride4", "clip_real_feats_mean_hw", "clip_real_emb"]
