@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data and parity fixtures, beside the checkout or where RATLIP_SHARED points."""
+    """The folder of real data, beside the checkout or where RATLIP_SHARED points."""
     folder = Path(os.environ.get("RATLIP_SHARED") or ROOT.parent / "shared")
     if not (folder / "data").is_dir():
         pytest.skip("the shared data are not here (set RATLIP_SHARED to their folder)")
