@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,10 @@ def answers(report: Path, profile: str) -> list[dict]:
     found, rows, how = load_verdicts(report), [], f"not run yet: make reproduce PROFILE={profile}"
     for notebook in dict.fromkeys([*QUESTIONS, *found]):
         unanswered = {"claim": QUESTIONS.get(notebook, notebook), "verdict": OPEN, "evidence": how}
-        link = f"notebooks/{notebook}.html" if (report / "notebooks" / f"{notebook}.ipynb").is_file() else None
-        for each in found.get(notebook) or [unanswered]:
-            rows.append({"notebook": notebook, "link": link, **each})
+        page = f"notebooks/{notebook}.html"
+        there = any((report / page).with_suffix(end).is_file() for end in (".ipynb", ".html"))
+        said = {"notebook": notebook, "link": page if there else None}
+        rows += [said | each for each in found.get(notebook) or [unanswered]]
     return rows
 
 
@@ -101,7 +102,10 @@ def printed_tables(report: Path) -> list[dict]:
 
 
 def notebook_pages(report: Path) -> list[dict]:
-    """Make every executed notebook's page; one dict a notebook: name, title (None: not run), link to its source."""
+    """Make every executed notebook's page; one dict a notebook: name, title (None: no page), link to its source.
+
+    A page without its executed notebook stays: pages are committed, executed notebooks are not.
+    """
     from ratlip.report import html
 
     rows = []
@@ -112,9 +116,9 @@ def notebook_pages(report: Path) -> list[dict]:
         source = os.path.relpath(stored, report) if inside else None
         if executed.is_file():
             title = html.notebook_page(executed, page, source and f"../{source}")
-        else:  # an old page would pass for a new one
-            page.unlink(missing_ok=True)
-            shutil.rmtree(page.with_name(f"{name}_files"), ignore_errors=True)
+        elif page.is_file():
+            found = re.search(r"<title>(.+?)</title>", page.read_text("utf-8"))
+            title = unescape(found[1]) if found else name
         rows.append({"name": name, "title": title, "source": source})
     return rows
 
