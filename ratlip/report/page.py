@@ -32,6 +32,7 @@ QUESTIONS: dict[str, str] = WORDS["questions"]
 # What a run's provenance and a prepared set's manifest give to the report's provenance
 OF_RUN = ["seed", "steps", "training_seconds", "devices", "threads", "peak_memory_mib"]
 OF_RUN += ["commit", "uncommitted_changes", "processor", "accelerators", "time"]
+ANSWER = ("claim", "verdict", "evidence")  # what each verdict of a notebook holds
 OF_DATA = ("name", "counts", "captions", "resize", "content_sha256", "records_sha256")
 
 
@@ -42,8 +43,7 @@ def save_verdicts(report: str | Path | None, notebook: str, verdicts: Sequence[d
     or another word) and `evidence` (the numbers behind it). Raises RunError where one is missing.
     """
     for i, each in enumerate(verdicts, start=1):
-        missing = [key for key in ("claim", "verdict", "evidence") if not str(each.get(key) or "").strip()]
-        if missing:
+        if missing := [key for key in ANSWER if not str(each.get(key) or "").strip()]:
             raise RunError(f"{notebook}: verdict {i} has no {', '.join(missing)}; give each as text")
     if report:
         path = repository() / report / "verdicts" / f"{notebook}.json"
@@ -52,10 +52,10 @@ def save_verdicts(report: str | Path | None, notebook: str, verdicts: Sequence[d
 
 def load_verdicts(report: str | Path) -> dict[str, list[dict]]:
     """What `save_verdicts` has kept, by notebook, in the notebooks' order. RunError names a damaged file."""
-    found, keys = {}, ("claim", "verdict", "evidence")
+    found = {}
     for path in sorted((repository() / report / "verdicts").glob("*.json")):
         try:
-            found[path.stem] = [{key: each[key] for key in keys} for each in read_json(path)]
+            found[path.stem] = [{key: each[key] for key in ANSWER} for each in read_json(path)]
         except (ValueError, KeyError, TypeError) as error:
             mend = f"delete it and run notebooks/{path.stem}.ipynb again"
             raise RunError(f"{shown(path)}: damaged ({type(error).__name__}); {mend}") from error
@@ -132,11 +132,9 @@ def provenance(s: Settings, root: Path, report: Path) -> dict[str, Any]:
     for run in grid.plan(s):
         labels.setdefault(run.name, []).append(run.label)
     found = {name: _read(root / "runs" / name / "provenance.json") for name in labels}
-    runs = [
-        {"run": name, "variant": " = ".join(dict.fromkeys(labels[name])), **_part(each, *OF_RUN)}
-        for name, each in found.items()
-        if each is not None
-    ]
+    variants = {name: " = ".join(dict.fromkeys(each)) for name, each in labels.items()}
+    made = {name: each for name, each in found.items() if each is not None}
+    runs = [{"run": name, "variant": variants[name], **_part(each, *OF_RUN)} for name, each in made.items()]
     prepared = _read(root / f"prepared-{s.data_hash}" / "manifest.json")
     notebooks = {name: _read(report / "notebooks" / f"{name}.ipynb") for name in STORY}
     settings = json.loads(json.dumps(s.model_dump(), default=lambda path: path.name))  # a file by its name alone
@@ -148,7 +146,7 @@ def provenance(s: Settings, root: Path, report: Path) -> dict[str, Any]:
         "clip": _clip(root, s.clip_hash),
         "independent_clip": _clip(root, s.independent_hash),
         "runs": runs,
-        "missing_runs": [name for name, each in found.items() if each is None],
+        "missing_runs": [name for name in found if name not in made],
         "training_seconds": round(sum(run["training_seconds"] for run in runs), 1),
         # digest of the code that ran, and how long it took where that was noted
         "notebooks": {name: each.get("metadata", {}).get("ratlip", {}) for name, each in notebooks.items() if each},
@@ -227,18 +225,15 @@ def summary(s: Settings, claims: Sequence[dict], content: dict) -> str:
 
     tested, runs = [each for each in claims if each["verdict"] != OPEN], content["runs"]
     count = Counter(each["verdict"] for each in tested)
-    return TEMPLATES.get_template("reproducibility.md.j2").render(
-        s=s,
-        content=content,
-        budget=budgets(s)[0],
-        tested=tested,
-        decided=DECIDED,
-        waiting=" ".join(each["claim"] for each in claims if each["verdict"] == OPEN),
-        said=", ".join(f"{count[word]} {word}" for word in dict.fromkeys([*DECIDED, *count]) if count[word]),
-        claims=_count(tested, "claim"),
-        work=f"{_count(runs, 'run')}, {duration(content['training_seconds'])} of training in sum",
-        machines="; ".join(machines(runs)),
-    )
+    words = {
+        "waiting": " ".join(each["claim"] for each in claims if each["verdict"] == OPEN),
+        "said": ", ".join(f"{count[word]} {word}" for word in dict.fromkeys([*DECIDED, *count]) if count[word]),
+        "claims": _count(tested, "claim"),
+        "work": f"{_count(runs, 'run')}, {duration(content['training_seconds'])} of training in sum",
+        "machines": "; ".join(machines(runs)),
+    }
+    template, budget = TEMPLATES.get_template("reproducibility.md.j2"), budgets(s)[0]
+    return template.render(s=s, content=content, budget=budget, tested=tested, decided=DECIDED, **words)
 
 
 def budgets(s: Settings) -> tuple[str, str]:
@@ -264,19 +259,16 @@ def build(profile: str, outputs: str | Path | None = None, report: str | Path | 
     folder.mkdir(parents=True, exist_ok=True)
     content, claims = provenance(s, outputs_folder(s.profile, outputs), folder), answers(folder, name)
     text = summary(s, claims, content)
-    page = TEMPLATES.get_template("index.html.j2").render(
-        s=s,
-        profile=name,
-        budgets=budgets(s),
-        claims=claims,
-        pictures=pictures(folder),
-        tables=printed_tables(folder),
-        notebooks=notebook_pages(folder),
-        summary=mistune.create_markdown()(re.sub(r"(?m)^#", "##", text)),
-        origin=origin(content),
-        content=content,
-        settings=yaml.safe_dump(content["settings"], sort_keys=False),
-    )
+    parts = {
+        "pictures": pictures(folder),
+        "tables": printed_tables(folder),
+        "notebooks": notebook_pages(folder),
+        "summary": mistune.create_markdown()(re.sub(r"(?m)^#", "##", text)),
+        "origin": origin(content),
+        "settings": yaml.safe_dump(content["settings"], sort_keys=False),
+    }
+    template = TEMPLATES.get_template("index.html.j2")
+    page = template.render(s=s, profile=name, budgets=budgets(s), claims=claims, content=content, **parts)
     for place in {str(repository()), str(Path.home()), str(Path.cwd())} - {"/"}:
         if re.search(re.escape(place) + r"(?=[/\"'<\s]|$)", page):
             mend = "look for it in its tables, verdicts and settings"
