@@ -122,8 +122,8 @@ def _heartbeat(draft: Path, say: Callable[[str], None], start: float) -> Iterato
 
 def _failure(notebook: Path, failed: Path, error: PapermillExecutionError) -> str:
     cell = "\n".join(f"    {line}" for line in error.source.strip().splitlines())
-    ours = error.ename in {kind.__name__ for kind in (RatlipError, *RatlipError.__subclasses__())}  # it says enough
-    trace = "" if ours else re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback[-1:]))
+    ours = {"RatlipError", *(kind.__name__ for kind in RatlipError.__subclasses__())}  # their messages say enough
+    trace = "" if error.ename in ours else re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback[-1:]))
     said = trace or f"{error.ename}: {error.evalue}"
     return f"{notebook.stem} stopped at the cell\n{cell}\n{said}\nThe notebook as far as it came: {shown(failed)}"
 
