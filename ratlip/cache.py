@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,15 +46,17 @@ def file_digest(path: str | Path) -> str:
 
 def differences(found: dict, identity: dict) -> list[str]:
     """One text for each value that differs, "key FOUND instead of WANTED"; keys within sections are dotted."""
-    there, wanted = _flat(found), _flat(json.loads(json.dumps(identity, default=str)))
+    there, wanted = dotted(found), dotted(json.loads(json.dumps(identity, default=str)))
     keys = dict.fromkeys([*wanted, *there])
     return [f"{k} {there.get(k)} instead of {wanted.get(k)}" for k in keys if there.get(k) != wanted.get(k)]
 
 
-def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
+def dotted(content: dict, depth: float = math.inf, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted names; `depth` dots at most."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        inner = isinstance(value, dict) and depth
+        flat |= dotted(value, depth - 1, f"{prefix}{key}.") if inner else {prefix + key: value}
     return flat
 
 
@@ -69,8 +72,8 @@ def claim(
 ) -> None:
     """A folder belongs to one identity: write `identity` (JSON values) to `folder`/`file`, or check what is there.
 
-    Raises `error` (which calls the content `what`, e.g. "a run") where the folder belongs to another identity,
-    or where `file` is damaged, or missing beside `sign`, a file that only a claimed folder holds.
+    Raises `error` (which calls the content `what`, e.g. "a run") where the folder belongs to another identity, or
+    where `file` is damaged, or missing beside `sign`, a file that only a claimed folder holds.
     """
     path = Path(folder) / file
     if not path.exists() and not (sign and (path.parent / sign).exists()):
@@ -79,10 +82,8 @@ def claim(
     try:
         found = dict(read_json(path))
     except (OSError, ValueError, TypeError) as problem:
-        raise error(
-            f"{path}: missing or damaged, so nothing tells what {what} here is made of; "
-            "choose another folder or delete this one"
-        ) from problem
+        mend = f"so nothing tells what {what} here is made of; choose another folder or delete this one"
+        raise error(f"{path}: missing or damaged, {mend}") from problem
     check_identity(path.parent, found, identity, what=what, error=error)
 
 
@@ -90,9 +91,8 @@ class Store:
     """Arrays of `rows` rows each in the folder `<home>/<prefix>-<hash of identity>`, filled in order.
 
     Memory does not grow with their number, and an interrupted filling goes on where it was. `identity`: what the
-    values depend on; another identity is another folder. `columns` maps a name to the shape of a row and its
-    dtype, e.g. {"features": ((512,), "float32")}. progress.json says how many rows are done; it is written after
-    them, so that a row it counts is there.
+    values depend on. `columns`: name -> shape of a row and its dtype, e.g. {"features": ((512,), "float32")}.
+    progress.json says how many rows are done; it is written after them, so that a row it counts is there.
     """
 
     def __init__(
@@ -120,8 +120,9 @@ class Store:
 
     def _create(self) -> dict[str, Any]:
         (self.folder / "progress.json").unlink(missing_ok=True)
-        path, create = self.folder, np.lib.format.open_memmap
-        return {n: create(path / f"{n}.npy", "w+", dtype, (self.rows, *s)) for n, (s, dtype) in self.columns.items()}
+        create = np.lib.format.open_memmap
+        files = {name: self.folder / f"{name}.npy" for name in self.columns}
+        return {n: create(files[n], "w+", dtype, (self.rows, *shape)) for n, (shape, dtype) in self.columns.items()}
 
     def fill(
         self, read: Callable[[np.ndarray], dict], batch_size: int, *, desc: str = "features", progress: bool = True

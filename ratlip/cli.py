@@ -79,8 +79,7 @@ def download(
     """Fetch what has a stable public address (resuming, with checksums); say where the rest comes from."""
     from ratlip.data import download as fetcher
 
-    missing = fetcher.download(dataset, to, progress=not quiet)
-    if missing:
+    if missing := fetcher.download(dataset, to, progress=not quiet):
         say(f"Still missing in {to}:", *[f"  {item}" for item in missing], fetcher.instructions(dataset))
     else:
         say(f"{to}: complete. Next: ratlip prepare --profile ... --data {to}")
@@ -106,11 +105,10 @@ def clip(profile: Profile = "demo", out: Out = None, settings: Set = None, quiet
     workspace = _workspace(profile, out, settings, quiet)
     workspace.sentences()
     found = retrieval(workspace.clip, workspace.prepared.test, distractors=workspace.prepared.train)["image_to_text"]
-    say(
-        f"{workspace.clip.name}: R@1 {found['R@1']:.1%} (chance {found['chance_R@1']:.1%}), "
-        f"R@10 {found['R@10']:.1%}, median rank {found['median_rank']:.0f} "
-        f"on {len(workspace.prepared.test)} test images"
+    first = (
+        f"{workspace.clip.name}: R@1 {found['R@1']:.1%} (chance {found['chance_R@1']:.1%}), R@10 {found['R@10']:.1%}"
     )
+    say(f"{first}, median rank {found['median_rank']:.0f} on {len(workspace.prepared.test)} test images")
 
 
 @app.command()
@@ -264,6 +262,7 @@ def bench(
 
     how: dict[str, Any] = dict(batch=batch, iterations=iterations, threads=threads, precision=precision)
     how |= dict(accelerator=accelerator, overrides=read_overrides(settings))
+    more: dict[str, Any] = dict(workers=workers, scaling=scaling, with_memory=memory, progress=not quiet)
     if show:
         if not show.is_file():
             raise SettingsError(f"--show {show}: there is no such file; `ratlip bench --json FILE` writes one")
@@ -271,10 +270,8 @@ def bench(
     elif form:
         print(json.dumps(bench.alone_in_process(profile, form, **how)))
     else:
-        more: dict[str, Any] = dict(
-            workers=workers, scaling=scaling, with_memory=memory, progress=not quiet, json_path=write
-        )
-        say(bench.report(bench.run(profile, generation=tuple(generation or (1, 8)), **how, **more)))
+        sizes = tuple(generation or (1, 8))
+        say(bench.report(bench.run(profile, generation=sizes, json_path=write, **how, **more)))
 
 
 @notebook.command("run")

@@ -18,9 +18,8 @@ from ratlip.errors import RunError
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes the place of `path`, on an error it goes.
 
-    What is written to the temporary path may be a file or a folder. A reader sees the old content or the new,
-    never a part: the last step is a rename (of two where a folder replaces a folder, as no system call does
-    that).
+    What is written to the temporary path may be a file or a folder. A reader sees the old content or the new, never a
+    part: the last step is a rename (of two where a folder replaces a folder, as no system call does that).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,10 +66,7 @@ def repository() -> Path:
 
 def outputs_folder(profile: str, outputs: str | Path | None = None) -> Path:
     """Where all of a profile lies: `outputs`, else <profile> in $RATLIP_OUTPUTS or <repository>/outputs."""
-    if outputs:
-        return repository() / outputs
-    home = os.environ.get("RATLIP_OUTPUTS") or "outputs"
-    return repository() / home / Path(profile).stem
+    return repository() / (outputs or Path(os.environ.get("RATLIP_OUTPUTS") or "outputs") / Path(profile).stem)
 
 
 def shown(path: Path) -> str:

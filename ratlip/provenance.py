@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,20 +27,16 @@ def _git(*arguments: str) -> str | None:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    found = re.search(r"(?m)^model name\s*:(.*)", info.read_text()) if info.is_file() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def describe() -> dict:
     """Commit, versions and hardware of this moment, as plain JSON values. No host name, no user, no path."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES.split():
-        try:
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES.split())
+    for package in versions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     commit = _git("rev-parse", "HEAD")
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

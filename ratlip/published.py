@@ -6,7 +6,6 @@ README say what it says. `ratlip/networks/official.md` describes the code they w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 Value = str | bool | int
@@ -101,6 +100,7 @@ DIFFERENCES = {
     n: Difference(*texts, *ours, test=test)  # type: ignore[arg-type]
     for n, (test, (texts, ours)) in enumerate(_ROWS.items(), start=1)
 }
+_BACK = [(n, *pair) for n, each in DIFFERENCES.items() if isinstance(each.back, dict) for pair in each.back.items()]
 
 
 def rows() -> list[dict[str, str]]:
@@ -113,21 +113,15 @@ def overrides(*sections: str) -> dict[str, Value]:
 
     The batch size of 1 is left out: the profiles keep the yaml's 16 and only allow it (`training.mismatch`).
     """
-    wanted = {key: value for _, key, value in _settings() if key != "training.batch_size"}
+    wanted = {key: value for _, key, value in _BACK if key != "training.batch_size"}
     return {key: value for key, value in wanted.items() if not sections or key.split(".")[0] in sections}
 
 
 def describe(key: str) -> str:
     """A setting's part in the differences, e.g. "nearest: real images 256 -> 224 by ... (difference 5)"."""
-    found = [(number, value) for number, each, value in _settings() if each == key]
+    found = [(number, value) for number, each, value in _BACK if each == key]
     parts = "; ".join(f"{DIFFERENCES[number].code} (difference {number})" for number, _ in found)
     return f"{str(found[0][1]).lower()}: {parts}"
-
-
-def _settings() -> Iterator[tuple[int, str, Value]]:
-    for number, each in DIFFERENCES.items():
-        if isinstance(each.back, dict):
-            yield from ((number, key, value) for key, value in each.back.items())
 
 
 def markdown() -> str:

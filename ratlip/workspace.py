@@ -43,9 +43,8 @@ def open_workspace(
 ) -> Workspace:
     """The `Workspace` of a profile, with a notebook's parameters laid over its settings.
 
-    `overrides`: "seed", "steps", "epochs" or a name of the section model; None or "" keep what the profile
-    says. `settings`: further ones, as a dict ({"training.ema": 0.9}), a list of "key=value", or one string
-    ("training.ema=0.9 clip.steps=100").
+    `overrides`: "seed", "steps", "epochs" or a name of the section model; None or "" keep what the profile says.
+    `settings`: further ones, as a dict ({"training.ema": 0.9}), a list of "key=value", or one string of such.
     """
     sections = {"steps": "training.", "epochs": "training.", "seed": ""}
     given = {name: value for name, value in overrides.items() if value not in (None, "")}
@@ -172,10 +171,10 @@ def require_data(settings: Settings, data: str | Path | None, prepared: bool = F
     """SettingsError where the profile needs a dataset root and `data` is none; `prepared`: it is not read again."""
     profile, name = settings.profile, settings.data.dataset
     if name != "synthetic" and not data and not prepared:
+        give = f"give its root folder (`--data ROOT`, with make `make reproduce PROFILE={profile} DATA=ROOT`)"
+        fetch = f"`ratlip download {name} --to ROOT` fetches it or says where to get it"
         raise SettingsError(
-            f"profile {profile} needs the {name} dataset: give its root folder (`--data ROOT`, with make "
-            f"`make reproduce PROFILE={profile} DATA=ROOT`); `ratlip download {name} --to ROOT` fetches it or says "
-            "where to get it. The profile demo needs no data"
+            f"profile {profile} needs the {name} dataset: {give}; {fetch}. The profile demo needs no data"
         )
     if data and not Path(data).expanduser().is_dir():
         raise SettingsError(f"{data}: there is no such folder; give the root of the {name} dataset")

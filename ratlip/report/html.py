@@ -83,10 +83,8 @@ def notebook_page(notebook: str | Path, out: str | Path, source: str | None = No
     try:
         content = describe_pictures(nbformat.read(notebook, 4))
     except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
-        raise RunError(
-            f"{shown(notebook)}: not a readable notebook ({type(error).__name__}); "
-            "delete it and run `make reproduce` again"
-        ) from error
+        mend = "delete it and run `make reproduce` again"
+        raise RunError(f"{shown(notebook)}: not a readable notebook ({type(error).__name__}); {mend}") from error
     exporter = _Exporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(content)
     apart = out.with_name(f"{out.stem}_files")

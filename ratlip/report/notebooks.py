@@ -114,9 +114,8 @@ def _heartbeat(draft: Path, say: Callable[[str], None], start: float) -> Iterato
 
 def _failure(notebook: Path, failed: Path, error: PapermillExecutionError) -> str:
     cell = "\n".join(f"    {line}" for line in error.source.strip().splitlines())
-    kinds: list[type] = [RatlipError, *RatlipError.__subclasses__()]
-    ours = error.ename in {kind.__name__ for kind in kinds}  # its message says enough
-    trace = "" if ours else re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback[-1:]))
+    ours = {"RatlipError", *(kind.__name__ for kind in RatlipError.__subclasses__())}  # their messages say enough
+    trace = "" if error.ename in ours else re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback[-1:]))
     said = trace or f"{error.ename}: {error.evalue}"
     return f"{notebook.stem} stopped at the cell\n{cell}\n{said}\nThe notebook as far as it came: {shown(failed)}"
 
@@ -128,10 +127,9 @@ def tidy(notebook: NotebookNode, hide: dict[str, str] | None = None) -> Notebook
     one stream in one piece; and a digest of the code that ran.
     """
     for cell in notebook.cells:
-        for key in ("papermill", "execution", "collapsed", "scrolled"):
+        unwanted = ["papermill", "execution", "collapsed", "scrolled", *([] if cell.metadata.get("tags") else ["tags"])]
+        for key in unwanted:
             cell.metadata.pop(key, None)
-        if cell.metadata.get("tags") == []:
-            cell.metadata.pop("tags")
         if _injected(cell):
             cell.id, cell.source = "injected", _masked(cell.source, hide)
         merged: list = []
@@ -216,18 +214,16 @@ def refresh(profile: str = "demo") -> list[Path]:
         if not made.is_file():
             raise RunError(f"{shown(made)}: not there; run `make reproduce PROFILE={profile}` first")
         notebook, now = nbformat.read(made, 4), nbformat.read(stored, 4)
-        given = injected(notebook)
+        given, own = injected(notebook), own_cells(notebook)
         changed = {key: value for key, value in given.items() if key not in LOCAL and value not in (None, "")}
         if changed or given.get("profile", profile) != profile:
             raise RunError(f"{shown(made)}: was run with {changed or given}, not as it stands in notebooks/")
-        if [cell.source for cell in own_cells(notebook)] != [cell.source for cell in now.cells]:
+        if [cell.source for cell in own] != [cell.source for cell in now.cells]:
             raise RunError(f"{shown(made)}: its text is not that of {shown(stored)}; run `make reproduce` again")
-        notebook.cells = own_cells(notebook)
-        for number, cell in enumerate([cell for cell in notebook.cells if cell.cell_type == "code"], start=1):
-            cell.execution_count = number
-            for output in cell.outputs:
-                if output.output_type == "execute_result":
-                    output.execution_count = number
+        notebook.cells = own
+        for number, cell in enumerate([cell for cell in own if cell.cell_type == "code"], start=1):
+            for counted in [cell, *(each for each in cell.outputs if each.output_type == "execute_result")]:
+                counted.execution_count = number
         fresh[stored] = notebook
     for stored, notebook in fresh.items():
         write_text(stored, nbformat.writes(notebook) + "\n")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ QUESTIONS: dict[str, str] = WORDS["questions"]
 # What a run's provenance and a prepared set's manifest give to the report's provenance
 OF_RUN = ["seed", "steps", "training_seconds", "devices", "threads", "peak_memory_mib"]
 OF_RUN += ["commit", "uncommitted_changes", "processor", "accelerators", "time"]
+ANSWER = ("claim", "verdict", "evidence")  # what each verdict of a notebook holds
 OF_DATA = ("name", "counts", "captions", "resize", "content_sha256", "records_sha256")
 
 
@@ -42,8 +43,7 @@ def save_verdicts(report: str | Path | None, notebook: str, verdicts: Sequence[d
     or another word) and `evidence` (the numbers behind it). Raises RunError where one is missing.
     """
     for i, each in enumerate(verdicts, start=1):
-        missing = [key for key in ("claim", "verdict", "evidence") if not str(each.get(key) or "").strip()]
-        if missing:
+        if missing := [key for key in ANSWER if not str(each.get(key) or "").strip()]:
             raise RunError(f"{notebook}: verdict {i} has no {', '.join(missing)}; give each as text")
     if report:
         path = repository() / report / "verdicts" / f"{notebook}.json"
@@ -57,10 +57,10 @@ def verdicts(claims: dict[str, tuple[str, str]]) -> list[dict]:
 
 def load_verdicts(report: str | Path) -> dict[str, list[dict]]:
     """What `save_verdicts` has kept, by notebook, in the notebooks' order. RunError names a damaged file."""
-    found, keys = {}, ("claim", "verdict", "evidence")
+    found = {}
     for path in sorted((repository() / report / "verdicts").glob("*.json")):
         try:
-            found[path.stem] = [{key: each[key] for key in keys} for each in read_json(path)]
+            found[path.stem] = [{key: each[key] for key in ANSWER} for each in read_json(path)]
         except (ValueError, KeyError, TypeError) as error:
             mend = f"delete it and run notebooks/{path.stem}.ipynb again"
             raise RunError(f"{shown(path)}: damaged ({type(error).__name__}); {mend}") from error
@@ -72,9 +72,10 @@ def answers(report: Path, profile: str) -> list[dict]:
     found, rows, how = load_verdicts(report), [], f"not run yet: make reproduce PROFILE={profile}"
     for notebook in dict.fromkeys([*QUESTIONS, *found]):
         unanswered = {"claim": QUESTIONS.get(notebook, notebook), "verdict": OPEN, "evidence": how}
-        link = f"notebooks/{notebook}.html" if (report / "notebooks" / f"{notebook}.ipynb").is_file() else None
-        for each in found.get(notebook) or [unanswered]:
-            rows.append({"notebook": notebook, "link": link, **each})
+        page = f"notebooks/{notebook}.html"
+        there = any((report / page).with_suffix(end).is_file() for end in (".ipynb", ".html"))
+        said = {"notebook": notebook, "link": page if there else None}
+        rows += [said | each for each in found.get(notebook) or [unanswered]]
     return rows
 
 
@@ -106,7 +107,10 @@ def printed_tables(report: Path) -> list[dict]:
 
 
 def notebook_pages(report: Path) -> list[dict]:
-    """Make every executed notebook's page; one dict a notebook: name, title (None: not run), link to its source."""
+    """Make every executed notebook's page; one dict a notebook: name, title (None: no page), link to its source.
+
+    A page without its executed notebook stays: pages are committed, executed notebooks are not.
+    """
     from ratlip.report import html
 
     rows = []
@@ -117,9 +121,9 @@ def notebook_pages(report: Path) -> list[dict]:
         source = os.path.relpath(stored, report) if inside else None
         if executed.is_file():
             title = html.notebook_page(executed, page, source and f"../{source}")
-        else:  # an old page would pass for a new one
-            page.unlink(missing_ok=True)
-            shutil.rmtree(page.with_name(f"{name}_files"), ignore_errors=True)
+        elif page.is_file():
+            found = re.search(r"<title>(.+?)</title>", page.read_text("utf-8"))
+            title = unescape(found[1]) if found else name
         rows.append({"name": name, "title": title, "source": source})
     return rows
 
@@ -133,11 +137,9 @@ def provenance(s: Settings, root: Path, report: Path) -> dict[str, Any]:
     for run in grid.plan(s):
         labels.setdefault(run.name, []).append(run.label)
     found = {name: _read(root / "runs" / name / "provenance.json") for name in labels}
-    runs = [
-        {"run": name, "variant": " = ".join(dict.fromkeys(labels[name])), **_part(each, *OF_RUN)}
-        for name, each in found.items()
-        if each is not None
-    ]
+    variants = {name: " = ".join(dict.fromkeys(each)) for name, each in labels.items()}
+    made = {name: each for name, each in found.items() if each is not None}
+    runs = [{"run": name, "variant": variants[name], **_part(each, *OF_RUN)} for name, each in made.items()]
     prepared = _read(root / f"prepared-{s.data_hash}" / "manifest.json")
     notebooks = {name: _read(report / "notebooks" / f"{name}.ipynb") for name in STORY}
     settings = json.loads(json.dumps(s.model_dump(), default=lambda path: path.name))  # a file by its name alone
@@ -149,7 +151,7 @@ def provenance(s: Settings, root: Path, report: Path) -> dict[str, Any]:
         "clip": _clip(root, s.clip_hash),
         "independent_clip": _clip(root, s.independent_hash),
         "runs": runs,
-        "missing_runs": [name for name, each in found.items() if each is None],
+        "missing_runs": [name for name in found if name not in made],
         "training_seconds": round(sum(run["training_seconds"] for run in runs), 1),
         # digest of the code that ran, and how long it took where that was noted
         "notebooks": {name: each.get("metadata", {}).get("ratlip", {}) for name, each in notebooks.items() if each},
@@ -228,18 +230,15 @@ def summary(s: Settings, claims: Sequence[dict], content: dict) -> str:
 
     tested, runs = [each for each in claims if each["verdict"] != OPEN], content["runs"]
     count = Counter(each["verdict"] for each in tested)
-    return TEMPLATES.get_template("reproducibility.md.j2").render(
-        s=s,
-        content=content,
-        budget=budgets(s)[0],
-        tested=tested,
-        decided=DECIDED,
-        waiting=" ".join(each["claim"] for each in claims if each["verdict"] == OPEN),
-        said=", ".join(f"{count[word]} {word}" for word in dict.fromkeys([*DECIDED, *count]) if count[word]),
-        claims=_count(tested, "claim"),
-        work=f"{_count(runs, 'run')}, {duration(content['training_seconds'])} of training in sum",
-        machines="; ".join(machines(runs)),
-    )
+    words = {
+        "waiting": " ".join(each["claim"] for each in claims if each["verdict"] == OPEN),
+        "said": ", ".join(f"{count[word]} {word}" for word in dict.fromkeys([*DECIDED, *count]) if count[word]),
+        "claims": _count(tested, "claim"),
+        "work": f"{_count(runs, 'run')}, {duration(content['training_seconds'])} of training in sum",
+        "machines": "; ".join(machines(runs)),
+    }
+    template, budget = TEMPLATES.get_template("reproducibility.md.j2"), budgets(s)[0]
+    return template.render(s=s, content=content, budget=budget, tested=tested, decided=DECIDED, **words)
 
 
 def budgets(s: Settings) -> tuple[str, str]:
@@ -265,19 +264,16 @@ def build(profile: str, outputs: str | Path | None = None, report: str | Path | 
     folder.mkdir(parents=True, exist_ok=True)
     content, claims = provenance(s, outputs_folder(s.profile, outputs), folder), answers(folder, name)
     text = summary(s, claims, content)
-    page = TEMPLATES.get_template("index.html.j2").render(
-        s=s,
-        profile=name,
-        budgets=budgets(s),
-        claims=claims,
-        pictures=pictures(folder),
-        tables=printed_tables(folder),
-        notebooks=notebook_pages(folder),
-        summary=mistune.create_markdown()(re.sub(r"(?m)^#", "##", text)),
-        origin=origin(content),
-        content=content,
-        settings=yaml.safe_dump(content["settings"], sort_keys=False),
-    )
+    parts = {
+        "pictures": pictures(folder),
+        "tables": printed_tables(folder),
+        "notebooks": notebook_pages(folder),
+        "summary": mistune.create_markdown()(re.sub(r"(?m)^#", "##", text)),
+        "origin": origin(content),
+        "settings": yaml.safe_dump(content["settings"], sort_keys=False),
+    }
+    template = TEMPLATES.get_template("index.html.j2")
+    page = template.render(s=s, profile=name, budgets=budgets(s), claims=claims, content=content, **parts)
     for place in {str(repository()), str(Path.home()), str(Path.cwd())} - {"/"}:
         if re.search(re.escape(place) + r"(?=[/\"'<\s]|$)", page):
             mend = "look for it in its tables, verdicts and settings"

@@ -1,6 +1,4 @@
-"""Tables of what is published and of what was measured here. They stand side by side and are never merged: every
-row says whose it is, on which data, by which extractor, from how many images and seeds.
-"""
+"""Tables of what is published and of what was measured here, side by side and never merged."""
 
 from __future__ import annotations
 
@@ -141,10 +139,9 @@ def side_by_side(
     theirs, groups = published_rows(), dict.fromkeys(group for group, _ in variants)
     mine = pd.concat([measured_rows(workspace, group).astype(object) for group in groups], ignore_index=True)
     mine = mine[pd.MultiIndex.from_frame(mine[["group", "model"]]).isin(variants) & mine.score.isin(COMPARED)]
-    floats = mine.astype(dict.fromkeys(("images", "seeds", "steps"), float)).astype(
-        object
-    )  # as the file always had them
-    data = pd.concat([theirs.rename(columns={"value": "mean"}).astype(object), floats], ignore_index=True)
+    floats = mine.astype(dict.fromkeys(("images", "seeds", "steps"), float))  # as the file always had them
+    both = [theirs.rename(columns={"value": "mean"}).astype(object), floats.astype(object)]
+    data = pd.concat(both, ignore_index=True)
     view = pd.concat([theirs.assign(value=[f"{v:.2f}" for v in theirs.value]), _as_text(mine)], ignore_index=True)
     view = view["whose model data score value extractor images seeds".split()].astype(str)
     notes = [
@@ -161,15 +158,12 @@ def study_table(rows: Sequence[dict], model: str) -> Table:
     def number(value: float | None) -> str:
         return NONE if value is None else f"{value:.{compare.decimals(value, figures=3, most=3)}f}"
 
-    def parts(row: dict) -> str:
+    view = []
+    for row in rows:
         found = row.get("spread") is not None
-        return f"{number(row['mean'])} ± {number(row['spread'])} ({row['parts']} parts)" if found else NONE
-
-    view = [
-        (MINE, row["aspect"], row["variant"], row["label"], str(row["images"]))
-        + (number(row["value"]), number(row["real"]), parts(row))
-        for row in rows
-    ]
+        parts = f"{number(row['mean'])} ± {number(row['spread'])} ({row['parts']} parts)" if found else NONE
+        named = (MINE, row["aspect"], row["variant"], row["label"], str(row["images"]))
+        view.append((*named, number(row["value"]), number(row["real"]), parts))
     columns = ["whose", "changed", "variant", "score", "images", "distance", "real images", "mean ± sd of parts"]
     data = pd.DataFrame([{"whose": MINE, **row} for row in rows])
     notes = [

@@ -71,16 +71,13 @@ def merge(base: dict, over: dict) -> dict:
 
 
 def _read_profile(profile: str | Path, chain: tuple[str, ...]) -> tuple[str, dict]:
-    path, own = Path(profile), Path(profile).suffix in (".yaml", ".yml")
-    known = ", ".join(profile_names())
+    path, own, known = Path(profile), Path(profile).suffix in (".yaml", ".yml"), ", ".join(profile_names())
     if own and not path.is_file():
         raise SettingsError(f"{path}: no such profile file; give a path that exists or one of {known}")
     if not own and profile not in profile_names():
         near = difflib.get_close_matches(str(profile), profile_names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise SettingsError(
-            f"there is no profile {str(profile)!r}{hint} Profiles: {known}; or give the path of a .yaml file."
-        )
+        hint = f"{str(profile)!r}; did you mean {near[0]!r}?" if near else f"{str(profile)!r}."
+        raise SettingsError(f"there is no profile {hint} Profiles: {known}; or give the path of a .yaml file.")
     name, source = (str(path), path) if own else (f"profile {profile}", PROFILES / f"{profile}.yaml")
     try:
         content = yaml.safe_load(source.read_text("utf-8"))

@@ -120,8 +120,7 @@ class ModelSettings(Section):
     @model_validator(mode="after")
     def _fits(self):
         for name in ("prompt_blocks", "feature_blocks"):
-            blocks = getattr(self, name)
-            if len(set(blocks)) != len(blocks):
+            if len(set(blocks := getattr(self, name))) != len(blocks):
                 raise ValueError(f"{name}={list(blocks)} names a block twice")
         if not self.feature_blocks:
             raise ValueError("feature_blocks is empty; the discriminator needs one CLIP block at least")
@@ -129,8 +128,7 @@ class ModelSettings(Section):
             raise ValueError("conditioning=rat-official exists in the mapper only; set rat_scope: mapper")
         step = 2 * self.attention_groups
         for name in ("base_channels", "code_channels"):
-            if self.attention == "shuffle" and getattr(self, name) % step:
-                value = getattr(self, name)
+            if self.attention == "shuffle" and (value := getattr(self, name)) % step:
                 raise ValueError(f"{name}={value} must be a multiple of {step} = 2 x attention_groups")
         if self.code_channels % 2:
             raise ValueError(f"code_channels={self.code_channels} must be even")
@@ -234,7 +232,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _fits(self):
-        size, patch, layers, m = self.model.image_size, self.clip.patch_size, self.clip.layers, self.model
+        m, size, patch, layers = self.model, self.model.image_size, self.clip.patch_size, self.clip.layers
         if self.independent and self.independent_hash == self.clip_hash:
             mend = "give it another seed and width (or other pretrained weights)"
             raise ValueError(f"independent is the CLIP that the generator is trained with; {mend}")

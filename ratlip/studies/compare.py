@@ -80,9 +80,6 @@ def verdict(differences: Iterable[Difference]) -> str:
     return said.pop() if len(said) == 1 else "undecided"
 
 
-# ------------------------------------------------------------------------------------------------ in print
-
-
 def plain_label(label: str) -> str:
     """A score's label without the fingerprint of a CLIP: "FD (small CLIP ab12cd)" -> "FD (small CLIP)"."""
     return re.sub(r" [0-9a-f]{6}\b", "", label)
@@ -99,10 +96,8 @@ def format_table(frame: pd.DataFrame, scores: dict[str, tuple[str, bool]]) -> pd
     for column, (name, _) in scores.items():
         found = mean_and_sd(frame, column)
         digits = decimals(*found["mean"])
-        columns[name] = {
-            label: f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if n > 1 else "")
-            for label, mean, sd, n in found.itertuples()
-        }
+        spread = {label: f" ± {sd:.{digits}f}" if n > 1 else "" for label, _, sd, n in found.itertuples()}
+        columns[name] = {label: f"{mean:.{digits}f}{spread[label]}" for label, mean in found["mean"].items()}
     return pd.DataFrame(columns)
 
 

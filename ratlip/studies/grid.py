@@ -20,7 +20,7 @@ import pandas as pd
 import yaml
 
 from ratlip import published
-from ratlip.cache import file_digest
+from ratlip.cache import dotted, file_digest
 from ratlip.errors import RunError, SettingsError
 from ratlip.files import outputs_folder, read_json, repository, write_json, write_text
 from ratlip.progress import bar
@@ -69,9 +69,6 @@ class Experiment:
         return "done" if self.complete(root) else "begun" if begun else "missing"
 
 
-# ------------------------------------------------------------------------------------------------ the plan
-
-
 def variants(settings: Settings, group: str) -> dict[str, dict[str, Any]]:
     """The variants of a group: label -> what each lays over the profile. Raises ValueError for another group.
 
@@ -79,25 +76,22 @@ def variants(settings: Settings, group: str) -> dict[str, dict[str, Any]]:
     0 meaning none (CAT). versus: the published form, all differences switched back at once, and one of them alone,
     against the corrected form.
     """
+    ours = {**RAT, **ATTENTION}
     if group == "ablation":
         return {
             "CAT": {**CAT, **NONE},
             "CAT + SA": {**CAT, **ATTENTION},
             "RAT": {**RAT, **NONE},
-            "RAT + SA": {**RAT, **ATTENTION},
-            "RAT in the mapper + SA": {**RAT, **ATTENTION, "model.rat_scope": "mapper"},
+            "RAT + SA": ours,
+            "RAT in the mapper + SA": {**ours, "model.rat_scope": "mapper"},
             "published RAT": {**OFFICIAL, **NONE},
             "published RAT + SA": {**OFFICIAL, **ATTENTION},
         }
     if group == "sweep":
-        sizes = settings.experiments.hidden_sizes
-        return {f"h = {h}": {**RAT, **ATTENTION, "model.hidden_size": h} for h in sizes}
+        return {f"h = {h}": {**ours, "model.hidden_size": h} for h in settings.experiments.hidden_sizes}
     if group == "versus":
-        return {
-            "corrected": {**RAT, **ATTENTION},
-            "published": PUBLISHED,
-            "published normalisation": {**RAT, **ATTENTION, "clip.normalisation": "published"},
-        }
+        normalisation = {**ours, "clip.normalisation": "published"}
+        return {"corrected": ours, "published": PUBLISHED, "published normalisation": normalisation}
     raise ValueError(f"group must be one of {', '.join(GROUPS)}, not {group!r}")
 
 
@@ -111,8 +105,8 @@ def plan(settings: Settings, *groups: str) -> list[Experiment]:
     for group in groups or GROUPS:
         for seed in range(e.versus_seeds if group == "versus" else e.seeds):
             for label, overrides in variants(settings, group).items():
-                laid = overridden(settings, {**overrides, **budget, "seed": seed})
-                runs.append(Experiment(label, group, seed, laid))
+                own = overridden(settings, {**overrides, **budget, "seed": seed})
+                runs.append(Experiment(label, group, seed, own))
     return runs
 
 
@@ -135,21 +129,9 @@ def parameters(run: Experiment, root: Path) -> dict[str, Any]:
     if profile not in profile_names():  # a reader's own profile: its settings go along as a file
         profile = str(Path(root) / "profiles" / f"{run.name}.yaml")
         write_text(profile, run.settings.to_yaml())
-    base, wanted = (_dotted(s.model_dump(mode="json"), depth=1) for s in (load_settings(profile), run.settings))
+    base, wanted = (dotted(s.model_dump(mode="json"), depth=1) for s in (load_settings(profile), run.settings))
     different = {key: value for key, value in wanted.items() if base.get(key) != value and key != "seed"}
     return {"profile": profile, "seed": run.seed, "settings": different}
-
-
-def _dotted(content: dict, depth: float = math.inf, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted names; `depth` dots at most."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        inner = isinstance(value, dict) and depth
-        flat |= _dotted(value, depth - 1, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return flat
-
-
-# --------------------------------------------------------------------------------------------- doing it
 
 
 def complete(
@@ -205,9 +187,6 @@ def _workspace(settings: Settings, root: Path, progress: bool) -> Workspace:
     from ratlip.workspace import Workspace  # 2.4 s that the planning of `make reproduce` need not wait for
 
     return Workspace.of(settings, root, progress)
-
-
-# ---------------------------------------------------------------------------------------------- a campaign
 
 
 @dataclass(frozen=True)
@@ -297,16 +276,13 @@ def collect(stages: list[Stage], folder: str | Path, root: Path | None = None, w
                 continue
             target.mkdir(parents=True, exist_ok=True)
             wanted = [path for name in COLLECTED if (path := source / name).is_file()]
-            wanted += sorted((source / "samples").glob("step-*.png"))[-1:]
-            for path in [*wanted, checkpoint] if weights else wanted:
+            wanted += [*sorted((source / "samples").glob("step-*.png"))[-1:], *([checkpoint] if weights else [])]
+            for path in wanted:
                 shutil.copy(path, target / path.name)
             about = {"label": run.label, "bytes": checkpoint.stat().st_size, "sha256": file_digest(checkpoint)}
             write_json(target / "checkpoint.json", about)
     write_json(folder / "machine.json", describe())
     return folder
-
-
-# ------------------------------------------------------------------------------------------ what came out
 
 
 def results(workspace: Workspace, group: str) -> pd.DataFrame:
@@ -316,13 +292,11 @@ def results(workspace: Workspace, group: str) -> pd.DataFrame:
     are missing.
     """
     runs, profile = plan(workspace.settings, group), workspace.settings.profile
-    missing = [run.name for run in runs if not run.complete(workspace.root)]
-    if missing:
+    if missing := [run.name for run in runs if not run.complete(workspace.root)]:
         names = ", ".join(missing[:4]) + (" ..." if len(missing) > 4 else "")
-        raise RunError(
-            f"{workspace.root / 'runs'}: {len(missing)} of {len(runs)} runs are missing ({names}); "
-            f"`make reproduce PROFILE={profile}` makes them, or `ratlip grid --profile {profile} --run`"
-        )
+        mend = f"`make reproduce PROFILE={profile}` makes them, or `ratlip grid --profile {profile} --run`"
+        where = f"{workspace.root / 'runs'}: {len(missing)} of {len(runs)} runs are missing"
+        raise RunError(f"{where} ({names}); {mend}")
     return found(workspace, group)
 
 
@@ -337,19 +311,11 @@ def found(workspace: Workspace, group: str) -> pd.DataFrame:
 def _row(run: Experiment, root: Path) -> dict[str, Any]:
     """A complete run as one flat dict: what it is, every number of its scores, and its cost."""
     provenance, scores = (read_json(run.folder(root) / name) for name in ("provenance.json", "scores.json"))
-    numbers = {key: value for key, value in _dotted(scores).items() if type(value) in (int, float)}
-    return {
-        "label": run.label,
-        "seed": run.seed,
-        "run": run.name,
-        "hidden_size": run.settings.model.hidden_size,
-        "steps": provenance["steps"],
-        "images": scores["images"],
-        **{key: value for key, value in numbers.items() if key not in ("seed", "images")},
-        "generator_parameters": provenance.get("generator_parameters"),
-        "training_seconds": provenance["training_seconds"],
-        "peak_memory_mib": provenance.get("peak_memory_mib"),
-    }
+    about = {"label": run.label, "seed": run.seed, "run": run.name, "hidden_size": run.settings.model.hidden_size}
+    about |= {"steps": provenance["steps"], "images": scores["images"]}
+    numbers = {k: v for k, v in dotted(scores).items() if type(v) in (int, float) and k not in ("seed", "images")}
+    cost = ("generator_parameters", "training_seconds", "peak_memory_mib")
+    return about | numbers | {key: provenance.get(key) for key in cost}
 
 
 def score_names(workspace: Workspace, group: str = "ablation") -> dict[str, str]:

@@ -74,7 +74,7 @@ def _read(s: Settings, groups: list[str]) -> list[grid.Experiment]:
 def _depends(s: Settings, runs: dict[str, grid.Experiment], names: dict[str, list[str]]) -> dict[str, str]:
     """Digests of what the result of each notebook and each run depends on; `names`: the runs that a notebook reads."""
     e = s.evaluation.model_dump(mode="json")
-    without_study = {key: value for key, value in e.items() if key != "study"}
+    without_study = s.evaluation.model_dump(mode="json", exclude={"study"})
     # what decides a run's scores, but not its weights
     scores = {key: value for key, value in without_study.items() if key not in ("grid_captions", "grid_images")}
     scores["independent"] = s.independent_hash

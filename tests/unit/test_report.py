@@ -195,10 +195,17 @@ class TestPage:
             page.build("smoke")
         assert not (home / "reports/smoke/index.html").exists()
 
-    def test_an_old_page_goes_with_its_notebook(self, full):
-        (full.parent / "notebooks/04_ablation.ipynb").unlink()
-        page.build("smoke")
-        assert not (full.parent / "notebooks/04_ablation.html").exists()
+    def test_a_page_without_its_executed_notebook_stays_with_its_title(self, full):
+        """A fresh clone has the pages, and no executed notebook."""
+        made, kept = full.parent / "notebooks/04_ablation.ipynb", full.parent / "notebooks/04_ablation.html"
+        kept.write_text(kept.read_text("utf-8").replace("<title>4. Does", "<title>4. RAT &amp; SA: does"), "utf-8")
+        before = kept.read_text("utf-8")
+        made.unlink()
+        text = page.build("smoke").read_text("utf-8")
+        assert kept.read_text("utf-8") == before
+        assert '<a href="notebooks/04_ablation.html">4. RAT &amp; SA: does it help?</a>' in text
+        assert '<a href="notebooks/04_ablation.html">04_ablation</a>' in text  # the answers' link
+        assert "04_ablation: not run yet" not in text and "05_hidden_size_sweep: not run yet" in text
         check_links(full)
 
     def test_a_damaged_table_is_named(self, full):
