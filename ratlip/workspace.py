@@ -4,7 +4,8 @@
                          features-<hash>/  (of real images, for the scores)
 
 Data goes one way: a station reads the folders before it and writes its own. The hash in a folder's name is that of
-the settings it depends on, so that changing one setting makes new folders of what depends on it, and of nothing else.
+the settings it depends on (made in `ratlip.settings.sections`), so that changing one setting makes new folders of
+what depends on it, and of nothing else.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from ratlip.fast import accelerate, options
 from ratlip.fast.memory import keep_freed_memory
 from ratlip.files import atomic_path
 from ratlip.networks import Discriminator, Generator
+from ratlip.networks.losses import discriminator_loss
 from ratlip.settings import Settings
-from ratlip.training.step import Critic
 
 if TYPE_CHECKING:
     from ratlip.data.prepared import Prepared
@@ -72,6 +72,30 @@ def averaged(generator: Generator, decay: float) -> AveragedModel:
         torch._foreach_lerp_(averages, news, 1 - min(decay, (1 + n) / (10 + n)))
 
     return AveragedModel(generator, multi_avg_fn=update)  # buffers (batch norm) are copied, not averaged
+
+
+class Critic(nn.Module):
+    """The discriminator's whole loss as one forward pass.
+
+    The gradient inside MA-GP is then taken within it: Fabric forbids one outside of `fabric.backward` in mixed
+    precision, and a process group counts on one forward pass for each backward.
+    """
+
+    def __init__(self, discriminator: Discriminator, penalty_weight: float, penalty_power: float):
+        super().__init__()
+        self.discriminator, self.penalty = discriminator, (penalty_weight, penalty_power)
+        for block in (*discriminator.blocks, discriminator.main):
+            if block.shortcut is not None and not block.mixes:  # never used: nobody may wait for its gradient
+                block.shortcut.requires_grad_(False)
+
+    def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        """The first four arguments of `losses.discriminator_loss` -> the fields of its `DiscriminatorLoss`.
+
+        In mixed precision the arguments come in 16 bits; the penalty's sum of squares needs 32.
+        """
+        real, fake, sentence, mismatched = (each.float() for each in arguments)
+        loss = discriminator_loss(self.discriminator, real, fake, sentence, mismatched, *self.penalty)
+        return loss.real, loss.mismatch, loss.fake, loss.penalty, loss.total
 
 
 class Session:

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import record_function
 
 from ratlip.data.batches import to_network
-from ratlip.networks import Discriminator
-from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss, discriminator_loss, generator_loss
+from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss, generator_loss
 
 if TYPE_CHECKING:
     from ratlip.training.session import Session
@@ -24,30 +23,6 @@ def sample_latents(seed: int, step: int, count: int, size: int, rank: int = 0) -
     """Standard normal latent (count, size), a function of its arguments on every device."""
     rng = np.random.default_rng([seed, LATENT, step, rank])  # torch's first rows depend on `count`
     return torch.from_numpy(rng.standard_normal((count, size), dtype=np.float32))
-
-
-class Critic(nn.Module):
-    """The discriminator's whole loss as one forward pass.
-
-    The gradient inside MA-GP is then taken within it: Fabric forbids one outside of `fabric.backward` in mixed
-    precision, and a process group counts on one forward pass for each backward.
-    """
-
-    def __init__(self, discriminator: Discriminator, penalty_weight: float, penalty_power: float):
-        super().__init__()
-        self.discriminator, self.penalty = discriminator, (penalty_weight, penalty_power)
-        for block in (*discriminator.blocks, discriminator.main):
-            if block.shortcut is not None and not block.mixes:  # never used: nobody may wait for its gradient
-                block.shortcut.requires_grad_(False)
-
-    def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        """The first four arguments of `losses.discriminator_loss` -> the fields of its `DiscriminatorLoss`.
-
-        In mixed precision the arguments come in 16 bits; the penalty's sum of squares needs 32.
-        """
-        real, fake, sentence, mismatched = (each.float() for each in arguments)
-        loss = discriminator_loss(self.discriminator, real, fake, sentence, mismatched, *self.penalty)
-        return loss.real, loss.mismatch, loss.fake, loss.penalty, loss.total
 
 
 def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[DiscriminatorLoss, GeneratorLoss]:

@@ -1,6 +1,7 @@
 """How notebooks are executed, tidied, kept and planned (`ratlip.report.notebooks`), and their order (Snakefile)."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,22 @@ class TestPlan:
             workflow.plan("cub")
         with pytest.raises(SettingsError, match="no such folder"):
             workflow.plan("cub", str(tmp_path / "nowhere"))
+
+
+def test_a_fresh_clone_makes_everything_though_the_page_came_with_it(tmp_path):
+    """reports/ holds the committed page, figures and tables; outputs/ and the executed notebooks are not there."""
+    page = tmp_path / "reports/smoke/index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("made elsewhere")
+    for name in ("Snakefile", "notebooks", "ratlip", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "-n", "--config", "profile=smoke", "data="]
+    environment = {key: value for key, value in os.environ.items() if key != "RATLIP_OUTPUTS"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    jobs = dict(line.split() for line in (done.stdout + done.stderr).splitlines() if re.match(r"[a-z_]+ +\d+$", line))
+    runs = len(workflow.plan("smoke").runs)
+    assert jobs["run"] == str(runs) and jobs["prepare_clip"] == jobs["train"] == jobs["report"] == "1"
 
 
 @pytest.mark.slow
