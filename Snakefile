@@ -5,9 +5,14 @@
 # 08 read the run folders, and one page links everything.
 #
 # What a result depends on (its settings, and the text of its notebook) is digested in `params.depends`. Snakemake
-# keeps the digest in .snakemake/ and makes again what has another one, and nothing else: files that a rule only
-# waits for are `ancient`. `params.given` holds paths, hence it is a function of `output`, which Snakemake does not
-# keep. A changed function of ratlip/ starts nothing: SNAKEFLAGS=--forceall runs all once more.
+# keeps the digest in .snakemake/ and makes again what has another one, and nothing else. `params.given` holds paths,
+# hence it is a function of `output`, which Snakemake does not keep. A changed function of ratlip/ starts nothing:
+# SNAKEFLAGS=--forceall runs all once more.
+#
+# Two cases need more than `params`. Snakemake takes a page that came with git for made, whatever lies behind it:
+# rule all asks for every file, and for an empty one that says that data and CLIPs were made here. And a new word in
+# notebook 01 or 02 should not start every run: a rule waits for that empty file only where it is not there yet.
+# (`ancient` would not do: where a job runs, Snakemake does not look at the params of those after it.)
 #
 # On the terminal a job says that it started, once a minute how far it is, and that it is done; all else goes to its
 # file in outputs/<profile>/logs/, whose end is shown where it fails.
@@ -37,9 +42,6 @@ except RatlipError as error:
 
 PAGE = f"{PLAN.report}/index.html"
 LOG = f"{PLAN.outputs}/logs"
-# What the first notebooks leave in outputs/ is more than their executed form in reports/, which may have come with
-# git: an empty file in outputs/ says that it was made here.
-MADE = f"{PLAN.outputs}/made"
 # Threads that wait spin, and beside any other busy program that costs up to ten times the time: let them sleep.
 EXECUTE = """
     export OMP_NUM_THREADS={threads} OMP_WAIT_POLICY=PASSIVE
@@ -53,13 +55,12 @@ localrules:
     all,
 
 
-# The page comes with a clone, the executed notebooks do not: asked for by name, they are made.
 rule all:
-    input: PAGE, [PLAN.executed[name] for name in PLAN.reads]
+    input: PAGE, PLAN.made, list(PLAN.executed.values())
 
 
 rule prepare_data:
-    output: executed=PLAN.executed["01_prepare_data"], made=touch(f"{MADE}/01_prepare_data")
+    output: executed=PLAN.executed["01_prepare_data"], made=touch(PLAN.made[0])
     log: f"{LOG}/01_prepare_data.log"
     params: notebook="01_prepare_data", depends=PLAN.depends["01_prepare_data"], given=GIVEN
     threads: 64  # or as many as there are
@@ -67,8 +68,8 @@ rule prepare_data:
 
 
 rule prepare_clip:
-    input: ancient(f"{MADE}/01_prepare_data")
-    output: executed=PLAN.executed["02_prepare_clip"], made=touch(f"{MADE}/02_prepare_clip")
+    input: PLAN.reads["02_prepare_clip"]
+    output: executed=PLAN.executed["02_prepare_clip"], made=touch(PLAN.made[1])
     log: f"{LOG}/02_prepare_clip.log"
     params: notebook="02_prepare_clip", depends=PLAN.depends["02_prepare_clip"], given=GIVEN
     threads: 64
@@ -76,8 +77,8 @@ rule prepare_clip:
 
 
 rule train:
-    input: ancient(f"{MADE}/02_prepare_clip"), PLAN.reads["03_train"]
-    output: executed=PLAN.executed["03_train"], made=touch(f"{MADE}/03_train")
+    input: PLAN.reads["03_train"]
+    output: executed=PLAN.executed["03_train"]
     log: f"{LOG}/03_train.log"
     params: notebook="03_train", depends=PLAN.depends["03_train"], given=GIVEN
     priority: 2  # the longest of the single-thread jobs, so that it does not end alone
@@ -86,7 +87,7 @@ rule train:
 
 # One run of the grid. Its folder's name holds the hash of its settings, so what stands in it is never out of date.
 rule run:
-    input: ancient(f"{MADE}/02_prepare_clip")
+    input: PLAN.reads["run"]
     output: executed=f"{PLAN.outputs}/runs/{{run}}/03_train.ipynb"
     log: f"{LOG}/{{run}}.log"
     params: notebook="03_train", depends=lambda wildcards: PLAN.depends[wildcards.run], given=GIVEN
@@ -108,7 +109,7 @@ for name in PLAN.studies:
 
 
 rule report:
-    input: [PLAN.executed[name] for name in PLAN.reads]
+    input: [path for name, path in PLAN.executed.items() if name not in PLAN.runs]
     output: PAGE
     log: f"{LOG}/report.log"
     params: given=lambda wildcards, output: shlex.quote(PROFILE)

@@ -54,7 +54,7 @@ def execute(notebook: str | Path, out: str | Path, parameters: dict[str, Any], t
     out.parent.mkdir(parents=True, exist_ok=True)
     failed.unlink(missing_ok=True)
     name = out.parent.name if out.parent.parent.name == "runs" else notebook.stem
-    say = (lambda text: print(f"{name:<22}{text}", flush=True)) if talk else (lambda text: None)
+    say = (lambda text: print(f"{name:<22} {text}", flush=True)) if talk else (lambda text: None)
     say("started")
     with tempfile.TemporaryDirectory(prefix="ratlip-") as folder:
         draft = Path(folder) / notebook.name

@@ -33,7 +33,8 @@ class Plan:
     executed: dict[str, str]  # the notebooks with their outputs: of the story in the report, of a run in its folder
     runs: list[str]
     studies: list[str]  # the notebooks that read runs
-    reads: dict[str, list[str]]  # notebook -> executed notebooks of the runs that it reads
+    reads: dict[str, list[str]]  # notebook (or "run": each run) -> files that must be there first
+    made: tuple[str, str]  # empty files: what the first and the second notebook leave in outputs/ was made here
     depends: dict[str, str]  # digest of what the result depends on
     parameters: dict[str, str]  # executed notebook -> what `ratlip notebook run` is given, for the shell
 
@@ -52,14 +53,19 @@ def plan(profile: str, data: str | None = None) -> Plan:
     names["03_train"] = [name for name in runs if name == s.run_name]  # where it is in the grid, it is not made twice
     executed = {name: f"{report}/notebooks/{name}.ipynb" for name in STORY}
     executed |= {name: shown(folder / "runs" / name / "03_train.ipynb") for name in runs}
-    reads = {name: [executed[run] for run in names.get(name, [])] for name in STORY}
+    reads = {name: [executed[run] for run in names.get(name, [])] for name in [*STORY, "run"]}
     for name in [name for name, each in groups.items() if MAIN in each]:
-        reads[name].append(f"{shown(folder)}/made/03_train")
+        reads[name].append(executed["03_train"])
+    towers = digest([s.data_hash, s.clip_hash, s.independent_hash, s.judge_hash])
+    data_made, clip_made = (folder / "made" / name for name in (f"data-{s.data_hash}", f"clip-{towers}"))
+    for name, first in {"02_prepare_clip": data_made, "03_train": clip_made, "run": clip_made}.items():
+        reads[name] += [] if first.is_file() else [shown(first)]
     given = {name: {"profile": profile, "report": report} for name in STORY}
     given["01_prepare_data"]["data"] = data or ""
     given |= {name: grid.parameters(run, folder) for name, run in runs.items()}
     words = {executed[name]: _for_shell(content) for name, content in given.items()}
-    return Plan(report, shown(folder), executed, list(runs), list(groups), reads, _depends(s, runs, names), words)
+    made, depends = (shown(data_made), shown(clip_made)), _depends(s, runs, names)
+    return Plan(report, shown(folder), executed, list(runs), list(groups), reads, made, depends, words)
 
 
 def studies() -> dict[str, list[str]]:
@@ -78,7 +84,7 @@ def _depends(s: Settings, runs: dict[str, grid.Experiment], names: dict[str, lis
     # what decides a run's scores, but not its weights
     scores = {key: value for key, value in without_study.items() if key not in ("grid_captions", "grid_images")}
     scores["independent"] = s.independent_hash
-    clip = [s.clip_hash, s.clip.normalisation, s.independent_hash, s.judge_hash, s.model.feature_blocks]
+    clip = [s.data_hash, s.clip_hash, s.clip.normalisation, s.independent_hash, s.judge_hash, s.model.feature_blocks]
     main = [s.run_hash, e]
     contents: dict[str, list] = {
         name: [names[name], scores, *(main if MAIN in groups else [])] for name, groups in studies().items()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,38 +187,62 @@ def test_a_fresh_clone_makes_everything_though_the_page_came_with_it(tmp_path):
     assert jobs["run"] == str(runs) and jobs["prepare_clip"] == jobs["train"] == jobs["report"] == "1"
 
 
-@pytest.mark.slow
-def test_snakemake_runs_the_notebooks_in_order(tmp_path):
+def snakemake(folder: Path, outputs: Path, *options: str) -> list[str]:
+    """Names of the rules of the jobs that Snakemake would run, in its order."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "snakemake",
-            "--cores",
-            "1",
-            "--dry-run",
-            "--forceall",
-            "--nolock",
-            "--quiet",
-            "progress",
-            "--config",
-            "profile=smoke",
-            "data=",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PATH": path, "RATLIP_OUTPUTS": str(tmp_path)},
-    )
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--nolock", "--quiet", "progress"]
+    command += ["--rerun-triggers", "mtime", "params", *options]
+    env = {**os.environ, "PATH": path, "RATLIP_OUTPUTS": str(outputs)}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
-    order = [line.split()[1].rstrip(":") for line in said.splitlines() if line.startswith(("rule ", "localrule "))]
+    return [line.split()[1].rstrip(":") for line in said.splitlines() if line.startswith(("rule ", "localrule "))]
+
+
+@pytest.mark.slow
+def test_snakemake_runs_the_notebooks_in_order(tmp_path):
+    order = snakemake(ROOT, tmp_path, "--dry-run", "--forceall", "--config", "profile=smoke", "data=")
     first, middle, last = order[:2], order[2:-2], order[-2:]
-    assert (first, last) == (["prepare_data", "prepare_clip"], ["report", "all"]), said
+    assert (first, last) == (["prepare_data", "prepare_clip"], ["report", "all"]), order
     runs = len(grid.unique(grid.plan(load_settings("smoke"))))
-    assert middle.count("run") == runs and middle.count("train") == 1, said
+    assert middle.count("run") == runs and middle.count("train") == 1, order
     assert {"ablation", "hidden_size_sweep", "grad_cam", "paper_versus_code", "figures_and_tables"} < {*middle}
+
+
+@pytest.mark.slow
+def test_snakemake_makes_again_what_depends_on_a_change_and_nothing_else(tmp_path, monkeypatch):
+    """The files are empty: `--touch` lets Snakemake believe that it has made them."""
+    for name in ("Snakefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("notebooks", "ratlip"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    profile, outputs, page = tmp_path / "mine.yaml", tmp_path / "outputs", tmp_path / "reports/mine/index.html"
+    page.parent.mkdir(parents=True)
+    page.touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RATLIP_OUTPUTS", str(outputs))
+
+    def again(text: str = "", *options: str) -> set[str]:
+        profile.write_text("extends: smoke\n" + text)
+        return {*snakemake(tmp_path, outputs, *options, "--config", f"profile={profile}", "data=")} - {"all", "report"}
+
+    late = {"ablation", "hidden_size_sweep", "grad_cam", "paper_versus_code", "figures_and_tables"}
+    everything = {"prepare_data", "prepare_clip", "train", "run", *late}
+    assert again("", "--dry-run") == everything  # a page that came with git hides nothing
+    plan = workflow.plan(str(profile))
+    for path in [*plan.made, *plan.executed.values()]:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    again("", "--touch", "--forceall")
+    assert again("", "--dry-run") == set()
+    assert again("experiments: {versus_seeds: 4}", "--dry-run") == {"run", "paper_versus_code", "figures_and_tables"}
+    assert again("evaluation: {study: [24]}", "--dry-run") == {"figures_and_tables"}
+    assert again("clip: {steps: 21}", "--dry-run") == everything - {"prepare_data"}
+    assert again("data: {train_images: 200}", "--dry-run") == everything
+    notebook = tmp_path / "notebooks/01_prepare_data.ipynb"
+    notebook.write_text(notebook.read_text("utf-8").replace('"# ', '"# New: ', 1), "utf-8")
+    assert again("", "--dry-run") == {"prepare_data"}
+    assert again("evaluation: {study: [24]}", "--dry-run") == {"prepare_data", "figures_and_tables"}
 
 
 def test_refresh_refuses_a_report_of_other_parameters(tmp_path, monkeypatch):
