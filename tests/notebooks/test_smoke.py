@@ -20,7 +20,11 @@ def environment(**more) -> dict:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("outputs")
+    """Where the notebooks write; the data are there, so that notebooks 02 to 08 do not depend on the test of 01."""
+    folder = tmp_path_factory.mktemp("outputs")
+    command = [sys.executable, "-m", "ratlip.cli", "prepare", "-p", "smoke", "--out", str(folder / "smoke"), "-q"]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    return folder
 
 
 def nbval(*arguments: str, cwd: Path, outputs: Path) -> subprocess.CompletedProcess:
