@@ -8,8 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +15,8 @@ from ratlip.cache import weights_digest
 from ratlip.clip.vocabulary import Vocabulary
 from ratlip.errors import WeightsError
 
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of [0,1]
+READ = {"grid_size", "class_embedding", "positional_embedding", "ln_pre", "transformer"}  # parts of a ViT
 SCALE_AND_SHIFT = {"standard": (0.5, 0.5), "published": (0.25, 0.75)}  # of pixels in [-1,1]
 
 
@@ -31,11 +31,12 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, mode: str = "standard")
 
 
 class FrozenClip(nn.Module):
-    """An open_clip CLIP with a ViT image tower that never learns and never leaves eval mode.
+    """A CLIP with a ViT image tower that never learns and never leaves eval mode.
 
-    `model`: an open_clip `CLIP` or `CustomTextCLIP`. `tokenizer`: list of N strings -> LongTensor (N,L). `name`: what
-    figures and tables call it. `normalisation`: see `normalise`. `checkpointing`: the blocks of the image tower are
-    computed again in the backward pass: less memory, more time. Gradients reach the towers' inputs, no parameter.
+    `model`: a `SmallClip`, or open_clip's `CLIP` or `CustomTextCLIP`. `tokenizer`: list of N strings -> LongTensor
+    (N,L). `name`: what figures and tables call it. `normalisation`: see `normalise`. `checkpointing`: the blocks of the
+    image tower are computed again in the backward pass: less memory, more time. Gradients reach the towers' inputs, no
+    parameter.
     """
 
     model: Any
@@ -45,7 +46,7 @@ class FrozenClip(nn.Module):
     def __init__(self, model: nn.Module, tokenizer: Callable, name: str = "CLIP", normalisation: str = "standard"):
         super().__init__()
         visual = getattr(model, "visual", None)
-        if not isinstance(visual, VisionTransformer) or visual.grid_size[0] != visual.grid_size[1]:
+        if any(not hasattr(visual, part) for part in READ) or visual.grid_size[0] != visual.grid_size[1]:
             raise WeightsError(
                 f"{name}: RATLIP reads patch tokens on a square grid, as open_clip's own ViT has them, not "
                 f"{type(visual).__name__}; set clip.model: ViT-B-32-quickgelu"
@@ -58,7 +59,7 @@ class FrozenClip(nn.Module):
         self.width: int = visual.transformer.width
         self.layers: int = visual.transformer.layers
         self.embed_dim: int = visual.output_dim
-        for name, default in (("mean", OPENAI_DATASET_MEAN), ("std", OPENAI_DATASET_STD)):
+        for name, default in (("mean", OPENAI_MEAN), ("std", OPENAI_STD)):
             values = getattr(visual, f"image_{name}", None) or default
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.train(False)

@@ -6,14 +6,13 @@ import logging
 import zipfile
 from pathlib import Path
 
-import open_clip
 import torch
-from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import nn
 
 from ratlip.cache import check_identity
 from ratlip.clip.frozen import FrozenClip
+from ratlip.clip.towers import ImageTower, SmallClip
 from ratlip.clip.vocabulary import Vocabulary
 from ratlip.errors import WeightsError
 from ratlip.fast.tower import accelerate_tower
@@ -33,17 +32,15 @@ def build_small_clip(
     embed_dim: int,
     context_length: int,
     vocab_size: int,
-) -> open_clip.CLIP:
-    """A small CLIP of open_clip's own classes, randomly initialised from torch's global generator.
+) -> SmallClip:
+    """A small CLIP, randomly initialised from torch's global generator.
 
-    Two of open_clip's options suit a training of minutes: fixed sines and cosines as positions (learned ones start
+    Two choices suit a training of minutes: fixed sines and cosines as positions (learned ones start
     small beside the patches), and the mean of the patch tokens as the image (the GAN reads the patches, so they must
     know what they show).
     """
-    vision: dict = dict(image_size=image_size, patch_size=patch_size, width=width, layers=layers)
-    vision |= dict(head_width=width // heads, pos_embed_type="sin_cos_2d", pool_type="avg")
-    text = dict(context_length=context_length, vocab_size=vocab_size)
-    return open_clip.CLIP(embed_dim, vision, text | dict(width=text_width, layers=text_layers, heads=text_heads))
+    visual = ImageTower(image_size, patch_size, width, layers, heads, embed_dim)
+    return SmallClip(visual, context_length, vocab_size, text_width, text_layers, text_heads)
 
 
 def load_clip(
@@ -85,6 +82,8 @@ def _small_clip(settings: ClipSettings, folder: Path | str | None) -> FrozenClip
 
 def _open_clip(settings: ClipSettings) -> FrozenClip:
     """An architecture that open_clip knows by name, with weights from the network or a file."""
+    import open_clip
+
     name, path = settings.model, Path(settings.path or "")
     if name not in open_clip.list_models():
         raise WeightsError(f"clip.model={name}: open_clip has no such architecture; see open_clip.list_models()")
@@ -102,6 +101,9 @@ def _open_clip(settings: ClipSettings) -> FrozenClip:
 
 def _downloaded_model(model: str, tag: str) -> nn.Module:
     """Weights by their open_clip tag, from the local cache or the network."""
+    import open_clip
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME
+
     known = open_clip.pretrained.get_pretrained_cfg(model, tag)
     if not known:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
@@ -127,6 +129,8 @@ def _downloaded_model(model: str, tag: str) -> nn.Module:
 
 def _model_from_file(model: str, path: Path) -> nn.Module:
     """A local checkpoint: .safetensors, a state dict saved by torch, or an original TorchScript archive."""
+    import open_clip
+
     if not path.is_file():
         raise WeightsError(f"clip.path={path}: no such file; give the checkpoint of {model}, or use the profile demo")
     try:
@@ -144,6 +148,8 @@ def _model_from_file(model: str, path: Path) -> nn.Module:
 
 def _openai_model(model: str, path: Path) -> nn.Module:
     """OpenAI's archive; open_clip infers the architecture from the weights, so that it must be compared."""
+    import open_clip
+
     if not open_clip.get_model_config(model).get("quick_gelu"):
         raise ValueError("OpenAI's archives need an architecture with -quickgelu")
     loaded = open_clip.load_openai_model(str(path), precision="fp32", device="cpu")

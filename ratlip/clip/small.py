@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from numpy.random import Generator
-from open_clip import CLIP
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ratlip.cache import claim, weights_digest
-from ratlip.clip.frozen import FrozenClip, normalise
+from ratlip.clip.frozen import OPENAI_MEAN, OPENAI_STD, FrozenClip, normalise
 from ratlip.clip.loading import build_small_clip, load_clip
 from ratlip.clip.pairs import PairBatches
+from ratlip.clip.towers import SmallClip
 from ratlip.clip.vocabulary import Vocabulary
 from ratlip.data.batches import random_crop, to_network
 from ratlip.data.prepared import Prepared, Split
@@ -105,7 +103,7 @@ def train_small_clip(
         parameters=sum(p.numel() for p in model.parameters()),
         words=len(vocabulary.words),
         cut_captions=vocabulary.share_cut(split.all_captions),
-        versions={"torch": torch.__version__, "open_clip": open_clip.__version__},
+        versions={"torch": torch.__version__},
     )
     write_json(folder / "manifest.json", identity | made)
     (folder / "training.pt").unlink(missing_ok=True)
@@ -117,7 +115,7 @@ def _fit(
 ) -> None:
     """Train `model` in place from the last checkpoint in `folder`, or from the start."""
     device, steps, optimizer = model.logit_scale.device, s.steps, _optimizer(model, s)
-    mean, std = (torch.tensor(c, device=device).view(1, 3, 1, 1) for c in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    mean, std = (torch.tensor(c, device=device).view(1, 3, 1, 1) for c in (OPENAI_MEAN, OPENAI_STD))
     first, log = _resume(folder, model, optimizer)
     shown: dict[str, Any] = dict(desc="small CLIP", initial=first, total=steps, unit="step", enabled=progress)
     losses, since = [], time.perf_counter()
@@ -162,7 +160,7 @@ def _crops(split: Split, chosen: np.ndarray, crop: int, image_size: int, flip: b
     return to_network(torch.from_numpy(np.stack(cut)), image_size)
 
 
-def _optimizer(model: CLIP, settings: ClipSettings) -> torch.optim.AdamW:
+def _optimizer(model: SmallClip, settings: ClipSettings) -> torch.optim.AdamW:
     """AdamW as open_clip sets it up: no decay of biases, norms, embeddings and the temperature."""
     learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [p for name, p in learning if p.ndim < 2 or "embedding" in name]
@@ -171,7 +169,7 @@ def _optimizer(model: CLIP, settings: ClipSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW(parts, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
 
 
-def _resume(folder: Path, model: CLIP, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
+def _resume(folder: Path, model: SmallClip, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
     """Load the last checkpoint, if there is one: the step to go on with and what was logged until then."""
     path = folder / "training.pt"
     if not path.is_file():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
@@ -78,7 +77,7 @@ class FrozenAttention(nn.MultiheadAttention):
 def accelerate_tower(visual: nn.Module, on: bool = True) -> None:
     """Give attention and linear layers of an image tower's blocks their fast form, in place; `on=False`: the plain."""
     for block in visual.get_submodule("transformer.resblocks").children():
-        attention: Any = getattr(block, "attn", None) if type(block) is ResidualAttentionBlock else None
+        attention: Any = getattr(block, "attn", None)  # of open_clip's plain block, or the small CLIP's
         if type(attention) not in (nn.MultiheadAttention, FrozenAttention) or not attention.batch_first:
             continue
         if not attention.dropout and attention._qkv_same_embed_dim and attention.bias_k is None:
