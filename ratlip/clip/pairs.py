@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ratlip.data.prepared import Split
+if TYPE_CHECKING:
+    from ratlip.data.prepared import Split
 
 
 def group_names(split: Split) -> list[str]:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ratlip.cache import Store
 from ratlip.clip.frozen import FrozenClip
 from ratlip.clip.pairs import group_names
 from ratlip.data.batches import centre_crop, to_network
 from ratlip.data.prepared import Prepared, Split
+from ratlip.data.store import Store
 from ratlip.progress import bar
 
 

@@ -21,10 +21,11 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from ratlip.cache import Store, digest, weights_digest
+from ratlip.cache import digest, weights_digest
 from ratlip.clip.frozen import FrozenClip, with_normalisation
 from ratlip.data.batches import real_images
 from ratlip.data.prepared import Prepared
+from ratlip.data.store import Store
 from ratlip.errors import SettingsError
 from ratlip.files import read_json, write_json
 from ratlip.networks.losses import clip_similarity

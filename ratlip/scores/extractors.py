@@ -13,14 +13,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
 from ratlip.cache import file_digest
 from ratlip.clip.frozen import FrozenClip, with_normalisation
@@ -31,6 +29,10 @@ from ratlip.errors import WeightsError
 from ratlip.scores.judge import WIDTH, Judge
 from ratlip.settings import Settings
 
+if TYPE_CHECKING:
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+# torch-fidelity is imported where an extractor is made: with torchvision 1.2 s, which reading scores need not wait for.
 CLASSES = 1000  # captions that serve as classes, at most
 OFFICIAL_INCEPTION = "6726825d"  # first digits of the SHA-256 of torch-fidelity's weights
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -87,6 +89,8 @@ class Extractor:
 
 def _register(key: str, layers: tuple[str, ...], network: nn.Module, read: Callable) -> FeatureExtractorBase:
     """Make `network` known to torch-fidelity as `key`; `read`: images in [-1,1] -> the values of `layers`."""
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
     class Registered(FeatureExtractorBase):
         def __init__(self, name: str, features_list: Sequence[str], **options):
@@ -153,6 +157,8 @@ def inception_extractor(
     with what to do where they are missing or damaged; no pickled code is run. The published code has torchvision's
     weights instead, so that even with `value_range` "published" its FIDs are not these.
     """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
     path, own = Path(weights) if weights else _downloaded_inception(), Path(URL_INCEPTION_V3).name
     if not path.is_file():
         mend = f"give torch-fidelity's {own} ({URL_INCEPTION_V3}), or set evaluation.extractor: clip"
@@ -179,11 +185,15 @@ def inception_extractor(
 
 def cached_inception() -> Path:
     """Where torch's cache keeps torch-fidelity's weights, be they there or not."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
 
 
 def _downloaded_inception() -> Path:
     """The weights in torch's cache, fetched at first use and compared with their hash."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
     path, url = cached_inception(), URL_INCEPTION_V3
     if not path.is_file():
         try:

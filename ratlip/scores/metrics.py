@@ -11,14 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch_fidelity.metric_fid import fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
-from ratlip.cache import blocks
+from ratlip.data.store import blocks
 from ratlip.errors import SettingsError
 
+# torch-fidelity is imported where a score is computed: with torchvision 1.2 s, which reading scores need not wait for.
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE, NEIGHBOURHOOD, PARTS, SEED = 100, 1000, 3, 10, 2020
 
 
@@ -47,6 +44,8 @@ def moments(features: np.ndarray) -> Moments:
 
 def frechet_distance(first: np.ndarray | torch.Tensor, second: np.ndarray | torch.Tensor) -> float:
     """Frechet distance of two sets of features (N,E) and (M,E), each taken for a Gaussian."""
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+
     found = [moments(np.asarray(features)) for features in (first, second)]
     a, b = ({"mu": each.mean, "sigma": each.covariance} for each in found)
     return float(fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"])
@@ -54,6 +53,8 @@ def frechet_distance(first: np.ndarray | torch.Tensor, second: np.ndarray | torc
 
 def kernel_distance(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     """Squared MMD with a cubic kernel, unbiased: mean and standard deviation over the subsets."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
     size = min(KERNEL_SUBSET_SIZE, len(first), len(second))
     options = dict(kid_subsets=KERNEL_SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False)
     found = kid_features_to_metric(torch.from_numpy(first), torch.from_numpy(second), **options)
@@ -62,6 +63,8 @@ def kernel_distance(first: np.ndarray, second: np.ndarray) -> tuple[float, float
 
 def inception_score(logits: np.ndarray) -> float:
     """exp of the mean divergence of p(class | image) from p(class), mean over 10 parts in shuffled order."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
     order, n, parts = np.random.RandomState(SEED).permutation(len(logits)), len(logits), min(PARTS, len(logits))
     found = []
     for part in range(parts):
@@ -72,6 +75,8 @@ def inception_score(logits: np.ndarray) -> float:
 
 def precision_recall(generated: np.ndarray, real: np.ndarray) -> tuple[float, float]:
     """Share of generated images within the manifold of real ones, and the reverse: Kynkaanniemi et al. (2019)."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
     neighbours = min(NEIGHBOURHOOD, len(generated) - 1, len(real) - 1)
     options = dict(prc_neighborhood=neighbours, prc_batch_size=1000, save_cpu_ram=True, verbose=False)
     found = prc_features_to_metric(torch.from_numpy(generated), torch.from_numpy(real), **options)

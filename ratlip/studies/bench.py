@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import open_clip
 import torch
 from torch import Tensor, profiler
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -99,6 +98,8 @@ def world(
             architecture = {name: getattr(c, name) for name in ARCHITECTURE}
             model = build_small_clip(settings.model.image_size, **architecture, vocab_size=len(tokenizer))
         else:
+            import open_clip  # here, because it takes 2 s and the small CLIP does without
+
             model = open_clip.create_model(c.model, load_weights=False)
             tokenizer = open_clip.get_tokenizer(c.model)
     accelerate_tower(model.visual, on=form == "fast")

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytorch_grad_cam
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -109,6 +108,8 @@ def similarity_maps(
         raise ValueError(f"{method}: {clip.name} has the blocks 0 to {clip.layers - 1}")
     if not len(images):
         return torch.empty(0, *images.shape[2:])
+    import pytorch_grad_cam  # here, because it takes 2 s and only the maps need it
+
     device, maps, unit = clip.mean.device, [], partial(F.normalize, dim=0)
     seen: Callable[[Tensor], Tensor] = unit if method.target == "cosine" else nn.Identity()
     texts = sentences.to(device).split(batch_size)

@@ -22,7 +22,6 @@ import scipy.linalg
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.models.inception import Inception3
 
 from ratlip.clip.frozen import FrozenClip, with_normalisation
 from ratlip.clip.pairs import caption_groups
@@ -103,6 +102,8 @@ def through_transform_input(images: Tensor) -> Tensor:
     torchvision's ImageNet weights expect pixels normalised by ImageNet's mean and standard deviation, which its own
     `transform_input` (run here without the network) turns into [-1,1]. Pixels in [0,1] come out in this range.
     """
+    from torchvision.models.inception import Inception3  # here, because it takes 1.2 s and nothing else needs it
+
     return Inception3._transform_input(SimpleNamespace(transform_input=True), (images + 1) / 2)
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ratlip.cache import Store, digest, weights_digest
+from ratlip.cache import digest, weights_digest
 from ratlip.data.batches import centre_crop, cut, to_network
 from ratlip.data.prepared import Split
+from ratlip.data.store import Store
 from ratlip.errors import RunError
 from ratlip.files import read_json, write_json
 from ratlip.progress import bar

@@ -18,11 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
 from ratlip import cache
 from ratlip.clip.frozen import FrozenClip
@@ -38,6 +35,8 @@ from ratlip.training.session import Session
 from ratlip.training.step import sample_latents, training_step
 
 if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
     from ratlip.data.prepared import Prepared
 
 
@@ -140,6 +139,9 @@ def peak_memory_mib(device: torch.device) -> int:
 
 def launched(accelerator: str, devices: int | str, settings: TrainingSettings) -> Fabric:
     """Device, precision and processes, started. RunError where they are not here or do not fit the batch."""
+    from lightning_fabric import Fabric  # here, because it takes 1.3 s, and who reads a run does without
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
     try:
         fabric = Fabric(accelerator=accelerator, devices=devices, precision=settings.precision)
     except (RuntimeError, ValueError, MisconfigurationException) as error:
@@ -163,6 +165,8 @@ class Log:
         lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one short
         write_text(self.path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+        from torch.utils.tensorboard import SummaryWriter  # as Fabric: 0.3 s
+
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def write(self, step: int, seconds: float, loss_d: DiscriminatorLoss, loss_g: GeneratorLoss) -> dict:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -22,6 +21,8 @@ from ratlip.networks.losses import discriminator_loss
 from ratlip.settings import Settings
 
 if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
     from ratlip.data.prepared import Prepared
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -172,11 +173,14 @@ class Session:
             self.fabric.strategy.precision.load_state_dict(content["precision"])
 
 
-def read_checkpoint(path: Path, device: torch.device | str) -> dict:
-    """The content of a checkpoint; nothing in the file is executed. RunError where it cannot be read."""
+def read_checkpoint(path: Path, device: torch.device | str, mapped: bool = False) -> dict:
+    """The content of a checkpoint; nothing in the file is executed. RunError where it cannot be read.
+
+    `mapped`: of the tensors, only those that are looked at are read (a generator is an eighth of its checkpoint).
+    """
     mend = "delete the file to start this run anew"
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
         missing = {"step", "seconds", "networks", "optimisers", "precision"} - set(content)
     except Exception as error:
         raise RunError(f"{path}: not a readable checkpoint ({type(error).__name__}); {mend}") from error

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ratlip import cache
-from ratlip.cache import Store
+from ratlip.data.store import Store, blocks
 from ratlip.errors import RunError
 
 IDENTITY = {"steps": 3, "model": {"blocks": (1, 2), "width": 8}}
@@ -102,7 +102,7 @@ def interrupted_after(batches):
 
 @pytest.mark.parametrize("batches, done", [(0, 0), (1, 0), (2, 16), (3, 16), (5, 32)])
 def test_an_interrupted_reading_goes_on_after_the_last_record(store, monkeypatch, batches, done):
-    monkeypatch.setattr(cache, "RECORD_EVERY", 2)
+    monkeypatch.setattr("ratlip.data.store.RECORD_EVERY", 2)
     with pytest.raises(KeyboardInterrupt):
         store.fill(interrupted_after(batches), 8, progress=False)
     assert store.done == done
@@ -168,6 +168,6 @@ def test_what_is_done_with_a_column_does_not_change_the_file(store):
 
 def test_blocks_are_the_rows_in_float64():
     array = np.arange(10, dtype=np.float32).reshape(5, 2)
-    parts = list(cache.blocks(array, 2))
+    parts = list(blocks(array, 2))
     assert [len(part) for part in parts] == [2, 2, 1] and parts[0].dtype == np.float64
     np.testing.assert_array_equal(np.concatenate(parts), array)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from ratlip import cache
 from ratlip.clip.frozen import FrozenClip
 from ratlip.clip.loading import build_small_clip
 from ratlip.errors import RunError, SettingsError
@@ -221,7 +220,7 @@ def test_an_independent_clip_of_another_image_size_sees_the_images_resized(smoke
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same_scores(smoke, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "RECORD_EVERY", 2)
+    monkeypatch.setattr("ratlip.data.store.RECORD_EVERY", 2)
     plain, drawn = generation.generate, []
 
     def stops(generator, latent, sentence, batch_size):

@@ -6,7 +6,7 @@ import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from ratlip import cache
+from ratlip.data.store import blocks
 from ratlip.errors import SettingsError
 from ratlip.scores import metrics
 
@@ -17,7 +17,7 @@ def drawn(n, width=16, seed=0, shift=0.0):
 
 @pytest.mark.parametrize("size", [1, 7, 64, 5000])
 def test_streamed_statistics_are_torch_fidelitys(monkeypatch, size):
-    monkeypatch.setattr(metrics, "blocks", lambda array: cache.blocks(array, size))
+    monkeypatch.setattr(metrics, "blocks", lambda array: blocks(array, size))
     mixed = drawn(301) @ drawn(16, seed=1) + 100  # correlated, and far from nothing
     found, theirs = metrics.moments(mixed), fid_features_to_statistics(torch.from_numpy(mixed))
     np.testing.assert_allclose(found.mean, theirs["mu"], rtol=1e-6)
