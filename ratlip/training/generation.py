@@ -16,7 +16,6 @@ from ratlip.errors import RunError, SettingsError
 from ratlip.fast.memory import keep_freed_memory
 from ratlip.files import read_json
 from ratlip.networks import Generator
-from ratlip.plots import pictures
 from ratlip.progress import bar
 from ratlip.settings import Settings, load_settings
 from ratlip.training.session import build_networks, read_checkpoint
@@ -33,18 +32,24 @@ def best_device() -> torch.device:
 
 def load_generator(folder: str | Path, settings: Settings, clip: FrozenClip) -> Generator:
     """The run's generator as of its last checkpoint (its moving average where there is one), in eval mode."""
+    return _restored(folder, settings, clip)[0]
+
+
+def _restored(folder: str | Path, settings: Settings, clip: FrozenClip) -> tuple[Generator, int]:
+    """See `load_generator`; and how many steps it was trained."""
     device, identity = clip.mean.device, Path(folder) / "identity.json"
     trained_with = read_json(identity)["clip"] if identity.is_file() else clip.fingerprint
     if trained_with != clip.fingerprint:
         other = f"was trained with the CLIP {trained_with}, not with {clip.name} ({clip.fingerprint})"
         raise RunError(f"{folder}: {other}, which would draw noise; give the folder of its own CLIP")
-    networks = read_checkpoint(Path(folder) / "checkpoint.pt", device)["networks"]
+    content = read_checkpoint(Path(folder) / "checkpoint.pt", "cpu", mapped=True)
+    networks = content["networks"]
     with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten, unnoticed by the caller
         generator, _ = build_networks(settings, clip)
     average = {key.removeprefix("module."): value for key, value in networks.get("average", {}).items()}
     average.pop("n_averaged", None)
     generator.load_state_dict(average or networks["generator"])
-    return generator.to(device).eval()
+    return generator.to(device).eval(), content["step"]
 
 
 @torch.no_grad()
@@ -83,7 +88,7 @@ def file_names(captions: int, n: int, names: str = "caption", batch_size: int = 
 
 
 class Run:
-    """A trained run, opened for generating.
+    """A trained run, opened for generating. `step`: how many steps it was trained.
 
     `folder`: the run folder (with `config.yaml` and `checkpoint.pt`). The small CLIP it was trained with is found
     beside it (`../../clip-<hash>`), or in `clip_folder`. Raises RunError or WeightsError where something is missing.
@@ -105,7 +110,11 @@ class Run:
             lost = f"the small CLIP of this run is not at {chosen}; a run folder that was moved needs it too"
             raise RunError(f"{self.folder}: {lost}: {mend}")
         self.clip: FrozenClip = load_clip(self.settings.clip, chosen, _device(device))
-        self.generator = load_generator(self.folder, self.settings, self.clip)
+        self.generator, self.step = _restored(self.folder, self.settings, self.clip)
+
+    def __str__(self) -> str:
+        """Which run this is, in one line."""
+        return f"{self.folder.resolve().name} (profile {self.settings.profile}, {self.step} training steps)"
 
     def generate(self, captions: str | Sequence[str], n: int = 1, seed: int = 0, batch_size: int = 64) -> Tensor:
         """Images (R,n,3,S,S) in [-1,1]: `n` for each of the R captions, the same latents for every caption.
@@ -125,5 +134,7 @@ class Run:
 
     def grid(self, captions: str | Sequence[str], n: int = 8, seed: int = 0, path: str | Path | None = None) -> Figure:
         """A figure with one row a caption; saved to `path` where given."""
+        from ratlip.plots import pictures  # here, because matplotlib takes 0.3 s and only figures need it
+
         captions = [captions] if isinstance(captions, str) else list(captions)
         return pictures.caption_grid(self.generate(captions, n, seed), captions, path)
