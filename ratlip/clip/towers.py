@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class LayerNorm(nn.LayerNorm):
-    """Keeps the type of its input in mixed precision, too."""
+    """Keeps the type of its input in mixed precision, where a GPU computes norms in 32 bits."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(x.dtype)
