@@ -45,7 +45,7 @@ class FrozenClip(nn.Module):
 
     def __init__(self, model: nn.Module, tokenizer: Callable, name: str = "CLIP", normalisation: str = "standard"):
         super().__init__()
-        visual = getattr(model, "visual", None)
+        visual: Any = getattr(model, "visual", None)
         if any(not hasattr(visual, part) for part in READ) or visual.grid_size[0] != visual.grid_size[1]:
             raise WeightsError(
                 f"{name}: RATLIP reads patch tokens on a square grid, as open_clip's own ViT has them, not "
