@@ -100,7 +100,11 @@ class ImageTower(nn.Module):
         maps = [after[i][:, 1:].transpose(1, 2).unflatten(2, self.grid_size).contiguous() for i in indices]
         if intermediates_only:
             return {"image_intermediates": maps}
-        return {"image_intermediates": maps, "image_features": self.ln_post(after[-1])[:, 1:].mean(dim=1) @ self.proj}
+        return {"image_intermediates": maps, "image_features": self.pool(self.ln_post(after[-1])) @ self.proj}
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Tokens (B,1+g*g,C) -> (B,C), the mean of the patches."""
+        return tokens[:, 1:].mean(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B,3,S,S) -> embeddings (B,E), not normalised."""

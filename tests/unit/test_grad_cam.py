@@ -45,7 +45,7 @@ def one_patch_clip(clip: FrozenClip, patch: int) -> FrozenClip:
     visual = clip.model.visual
     for block in visual.transformer.resblocks:
         block.attn = OwnToken()
-    visual._global_pool = lambda x: (x[:, -(clip.grid**2) + patch], x)
+    visual.pool = lambda tokens: tokens[:, -(clip.grid**2) + patch]
     return clip
 
 
