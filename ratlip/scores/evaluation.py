@@ -6,7 +6,8 @@
   features. `labels` holds the name to print: FID is what Inception gives, others are an FD.
 * On the generated set, the share of captions that an attribute classifier finds in the image (`ratlip.scores.judge`).
 
-Images are made and read batch by batch into a `ratlip.cache.Store`: an interrupted evaluation goes on where it was.
+Images are made and read batch by batch into a `ratlip.data.store.Store`: an interrupted evaluation goes on where it
+was.
 """
 
 from __future__ import annotations
