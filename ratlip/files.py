@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -47,8 +48,21 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as readable JSON to `path`, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=False, default=str) + "\n")
+    """Write `value` as readable JSON to `path`, whole or not at all. RunError where a number is not finite."""
+    try:
+        text = json.dumps(value, indent=2, sort_keys=False, default=str, allow_nan=False)
+    except ValueError as error:
+        wrong = ", ".join(not_finite(value)) or error
+        raise RunError(f"{path}: not written, for these numbers are not finite: {wrong}") from error
+    write_text(path, text + "\n")
+
+
+def not_finite(value: Any, name: str = "") -> list[str]:
+    """The numbers in a nest of dicts and lists that are no results, by their dotted names: "real.recall=nan"."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return [wrong for key, each in items for wrong in not_finite(each, f"{name}.{key}" if name else f"{key}")]
+    return [f"{name}={value}"] if isinstance(value, float) and not math.isfinite(value) else []
 
 
 def read_json(path: str | os.PathLike) -> Any:
