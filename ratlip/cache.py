@@ -5,17 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import platform
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ratlip.errors import RatlipError
 from ratlip.files import read_json, write_json
@@ -90,56 +85,6 @@ def claim(
         mend = f"so nothing tells what {what} here is made of; choose another folder or delete this one"
         raise error(f"{path}: missing or damaged, {mend}") from problem
     check_identity(path.parent, found, identity, what=what, error=error)
-
-
-def _writer(note: Path) -> dict:
-    """Who the note says is writing: process, machine, since; nothing where it is missing or not readable."""
-    try:
-        return {key: read_json(note)[key] for key in ("process", "machine", "since")}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
-
-
-@contextmanager
-def one_writer(folder: str | Path, error: type[RatlipError]) -> Iterator[Callable[[], None]]:
-    """Be the one process that writes into `folder`, or raise `error`, which says who is. Waits for nobody.
-
-    The lock is the kernel's (`flock` on the file `lock`, which stays): a process that dies loses it, however it dies,
-    and the next one takes over. `writer.json` names the holder while there is one; it is a note for readers, not the
-    lock. On a network file system the lock holds between machines only where the mount carries flock to the server
-    (NFS 4, GPFS, Lustre with `flock`), and one of a machine that died lasts until the server's lease ends; with
-    `nolock`, `local_lock` or `localflock` it holds between the processes of one machine. Therefore: a note that
-    another machine left warns, and the function that is yielded raises `error` as soon as the note is not our own.
-    """
-    folder, me = Path(folder), {"process": os.getpid(), "machine": platform.node()}
-    me["since"] = datetime.now().astimezone().isoformat(timespec="seconds")
-    note, lock = folder / "writer.json", FileLock(folder / "lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        other = "process {process} on {machine}, since {since}".format(**_writer(note)) if _writer(note) else "another"
-        mend = "wait until it has ended, or stop it; the same command then goes on"
-        raise error(f"{folder}: is being written by {other}; {mend}") from None
-    except OSError as problem:
-        raise error(f"{folder}: cannot be written ({problem}); choose another folder or mend its rights") from problem
-
-    def still_ours() -> None:
-        if (found := _writer(note)) != me:
-            other = "process {process} on {machine}".format(**found) if found else "something that removed writer.json"
-            raise error(f"{folder}: was taken over by {other}; this process ends, and leaves it alone")
-
-    try:
-        left = _writer(note)
-        if left and left["machine"] != me["machine"]:
-            who = f"process {left['process']} on {left['machine']}, which began at {left['since']} and never ended"
-            warnings.warn(f"{folder}: taken over from {who}; stop it if it still works", stacklevel=3)
-        write_json(note, me)
-        yield still_ours
-    finally:
-        if _writer(note) == me:
-            note.unlink()
-        lock.release()
 
 
 class Store:

@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from ratlip.cache import dotted, one_writer
+from ratlip.cache import dotted
 from ratlip.clip.frozen import FrozenClip
 from ratlip.clip.loading import load_clip
 from ratlip.clip.retrieval import embed_captions
@@ -30,7 +30,7 @@ from ratlip.clip.small import train_small_clip
 from ratlip.data.prepared import Prepared, existing, load_prepared, prepare
 from ratlip.data.records import Record
 from ratlip.errors import DataError, RunError, SettingsError
-from ratlip.files import outputs_folder, write_json
+from ratlip.files import one_writer, outputs_folder, write_json
 from ratlip.scores.evaluation import evaluate
 from ratlip.scores.judge import Judge, load_judge
 from ratlip.settings import ClipSettings, Settings, load_settings, read_overrides
@@ -160,7 +160,7 @@ class Workspace:
         folder = self.run_folder
         if not loop.is_complete(folder):
             raise RunError(f"{folder}: not trained to its last step; run `ratlip train` with the same settings")
-        with one_writer(folder, RunError):
+        with one_writer(folder):
             scores = self._scores(folder, self.progress)
             write_json(folder / "scores.json", scores)
         return scores

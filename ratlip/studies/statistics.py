@@ -19,6 +19,7 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats
 
 ALPHA, POWER, MARGIN = 0.05, 0.8, 0.05
@@ -175,7 +176,7 @@ def smallest_seen(n: int, sd: float, tests: int = 1, *, power: float = POWER, al
 # ----------------------------------------------------------------------------- curves, the best of several
 
 
-def area(steps: np.ndarray, scores: np.ndarray) -> float:
+def area(steps: ArrayLike, scores: ArrayLike) -> float:
     """Area under scores (v,) over log10(steps (v,)) by trapezoids, divided by the width: in units of the score.
 
     All runs that are compared must have the same steps. ValueError where steps do not ascend from 1 or a score is not
@@ -186,6 +187,19 @@ def area(steps: np.ndarray, scores: np.ndarray) -> float:
         raise ValueError(f"an area wants a finite score at each of two or more ascending steps, not {x} with {y}")
     x = np.log10(x)
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+
+
+def areas(visits: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The `area` of each run's `column`: columns label, seed, `column`, one row a run, for `compare.differences`.
+
+    `visits`: one row a visit (label, seed, step, `column`). ValueError where the runs were not visited at equal steps.
+    """
+    rows, wanted = [], sorted(set(visits["step"].tolist()))
+    for (label, seed), curve in visits.sort_values("step").groupby(["label", "seed"], sort=False):
+        if curve["step"].tolist() != wanted:
+            raise ValueError(f"{label}, seed {seed}: visited at {curve['step'].tolist()}, other runs at {wanted}")
+        rows.append({"label": label, "seed": seed, column: area(wanted, curve[column])})
+    return pd.DataFrame(rows)
 
 
 def against_the_best(table: pd.DataFrame, alpha: float = ALPHA) -> pd.DataFrame:

@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -29,7 +27,7 @@ from ratlip import cache
 from ratlip.clip.frozen import FrozenClip
 from ratlip.data.batches import Batches
 from ratlip.errors import RunError
-from ratlip.files import write_json, write_text
+from ratlip.files import one_writer, write_json, write_text
 from ratlip.plots import pictures
 from ratlip.progress import bar
 from ratlip.provenance import describe
@@ -39,6 +37,8 @@ from ratlip.training.session import Session
 from ratlip.training.step import sample_latents, training_step
 
 if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
     from ratlip.data.prepared import Prepared
 
 
@@ -87,7 +87,7 @@ def train(
     fabric = processes(accelerator, devices, t)
     first = fabric.is_global_zero
     # The first process alone writes; it holds the folder before the launch starts the others.
-    with cache.one_writer(folder, RunError) if first else nullcontext(lambda: None) as still_ours:
+    with one_writer(folder) if first else nullcontext(lambda: None) as still_ours:
         if first and is_complete(folder):  # by another process, in the meantime
             return folder
         fabric.launch()
@@ -123,7 +123,8 @@ def _sitting(
     t, first, losses = run.settings.training, run.fabric.is_global_zero, Losses(run.fabric, run.folder)
     with closing(Log(run.folder, run.step, enabled=first)) as log:
         for batch in loader:
-            losses.note(run.step + 1, *training_step(run, batch))
+            loss_d, loss_g = training_step(run, batch)
+            losses.note(run.step, loss_d, loss_g)
             meter.update()
             last, visited = run.step == steps, visits.due(run.step)
             stopped = end is not None and time.monotonic() >= end
@@ -176,6 +177,9 @@ def peak_memory_mib(device: torch.device) -> int:
 
 def processes(accelerator: str, devices: int | str, settings: TrainingSettings) -> Fabric:
     """Device, precision and processes, not yet launched. RunError where they are not here or do not fit the batch."""
+    from lightning_fabric import Fabric  # here, because it takes 1.3 s, and who reads a run does without
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
     try:
         fabric = Fabric(accelerator=accelerator, devices=devices, precision=settings.precision)
     except (RuntimeError, ValueError, MisconfigurationException) as error:

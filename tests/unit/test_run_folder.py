@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-from ratlip import cache, files
+from ratlip import files
 from ratlip.errors import RunError
 from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss
 from ratlip.scores import evaluation
@@ -60,7 +60,7 @@ def assert_same_weights(one, other):
 
 # --------------------------------------------------------------------------------------------- one writer
 
-HOLD = "import sys, time; from ratlip import cache, errors\nwith cache.one_writer(sys.argv[1], errors.RunError):\n"
+HOLD = "import sys, time; from ratlip import files\nwith files.one_writer(sys.argv[1]):\n"
 
 
 @pytest.fixture
@@ -85,45 +85,42 @@ def holder():
 def test_the_second_writer_is_told_who_the_first_is_and_a_killed_one_loses_the_folder(holder, tmp_path):
     first = holder(tmp_path / "run")
     since = json.loads((tmp_path / "run" / "writer.json").read_text())["since"]
-    with pytest.raises(RunError) as caught, cache.one_writer(tmp_path / "run", RunError):
+    with pytest.raises(RunError) as caught, files.one_writer(tmp_path / "run"):
         pytest.fail("two writers")
     who = f"process {first.pid} on {os.uname().nodename}, since {since}"
     assert f"{tmp_path / 'run'}: is being written by {who}; wait until it has ended, or stop it" in str(caught.value)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    with cache.one_writer(tmp_path / "run", RunError) as still_ours:
+    with files.one_writer(tmp_path / "run") as still_ours:
         still_ours()
         assert json.loads((tmp_path / "run" / "writer.json").read_text())["process"] == os.getpid()
-        with pytest.raises(RunError, match=f"process {os.getpid()} on"), cache.one_writer(tmp_path / "run", RunError):
+        with pytest.raises(RunError, match=f"process {os.getpid()} on"), files.one_writer(tmp_path / "run"):
             pytest.fail("two writers in one process")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 
 def test_a_writer_that_another_machine_took_the_folder_from_stops(tmp_path):
     with pytest.raises(RunError, match="was taken over by process 7 on elsewhere; this process ends"):
-        with cache.one_writer(tmp_path, RunError) as still_ours:
+        with files.one_writer(tmp_path) as still_ours:
             other = {"process": 7, "machine": "elsewhere", "since": "today"}
             files.write_json(tmp_path / "writer.json", other)
             still_ours()
     assert files.read_json(tmp_path / "writer.json") == other  # the other one's note stays
     with pytest.warns(UserWarning, match="taken over from process 7 on elsewhere, which began at today"):
-        with cache.one_writer(tmp_path, RunError) as still_ours:
+        with files.one_writer(tmp_path) as still_ours:
             still_ours()
 
 
 def test_an_error_gives_the_folder_back(tmp_path):
-    with pytest.raises(KeyError), cache.one_writer(tmp_path, RunError):
+    with pytest.raises(KeyError), files.one_writer(tmp_path):
         raise KeyError
-    with cache.one_writer(tmp_path, RunError):
+    with files.one_writer(tmp_path):
         pass
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with (
-        pytest.raises(RunError, match="file/run: cannot be written"),
-        cache.one_writer(tmp_path / "file/run", RunError),
-    ):
+    with pytest.raises(RunError, match="file/run: cannot be written"), files.one_writer(tmp_path / "file/run"):
         pass
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from ratlip.studies import compare
 from ratlip.studies import statistics as st
 
 # Differences in height of Darwin's crossed and self-fertilised maize; Fisher, "The Design of Experiments" (1935), 21.
@@ -240,6 +241,24 @@ def test_the_area_is_the_mean_height_over_log_steps():
 def test_a_curve_with_a_hole_has_no_area(steps, scores):
     with pytest.raises(ValueError, match="finite score at each of two or more ascending steps"):
         st.area(steps, scores)
+
+
+def test_every_run_has_one_area_over_the_same_steps():
+    """Rows come in any order; the runs of a seed lie side by side for `compare.differences`."""
+    curves = {("a", 0): [0, 1], ("b", 0): [0, 0.5], ("a", 1): [1, 1], ("b", 1): [0.2, 0.2]}
+    visits = pd.DataFrame(
+        [
+            {"label": label, "seed": seed, "step": step, "right": score}
+            for (label, seed), scores in curves.items()
+            for step, score in zip((100, 400), scores, strict=True)
+        ]
+    )
+    found = st.areas(visits.sample(frac=1, random_state=3), "right")
+    assert compare.differences(found, "a", "b", "right").to_dict() == pytest.approx({0: 0.25, 1: 0.8})
+    with pytest.raises(ValueError, match=r"b, seed 1: visited at \[100\], other runs at \[100, 400\]"):
+        st.areas(visits.iloc[:-1], "right")
+    with pytest.raises(ValueError, match="visited at"):
+        st.areas(pd.concat([visits, visits.iloc[-1:]]), "right")
 
 
 def table(means, n=8, noise=0.05, seed=0):
