@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ratlip.errors import RunError
+from ratlip.errors import BusyError, RunError
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def _writer(note: Path) -> dict:
 
 @contextmanager
 def one_writer(folder: str | Path) -> Iterator[Callable[[], None]]:
-    """Be the one process that writes into `folder`, or raise RunError, which says who is. Waits for nobody.
+    """Be the one process that writes into `folder`, or raise BusyError, which says who is. Waits for nobody.
 
     The lock is the kernel's (`flock` on the file `lock`, which stays): a process that dies loses it, however it dies,
     and the next one takes over. `writer.json` names the holder while there is one; it is a note for readers, not the
@@ -104,7 +104,7 @@ def one_writer(folder: str | Path) -> Iterator[Callable[[], None]]:
         found = _writer(note)
         other = "process {process} on {machine}, since {since}".format(**found) if found else "another process"
         mend = "wait until it has ended, or stop it; the same command then goes on"
-        raise RunError(f"{folder}: is being written by {other}; {mend}") from None
+        raise BusyError(f"{folder}: is being written by {other}; {mend}") from None
     except OSError as problem:
         mend = "choose another folder, or mend its rights"
         raise RunError(f"{folder}: cannot be written ({problem}); {mend}") from problem

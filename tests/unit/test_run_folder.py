@@ -15,7 +15,7 @@ import torch
 from lightning_fabric import Fabric
 
 from ratlip import files
-from ratlip.errors import RunError
+from ratlip.errors import BusyError, RunError
 from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss
 from ratlip.scores import evaluation
 from ratlip.settings import load_settings
@@ -85,7 +85,7 @@ def holder():
 def test_the_second_writer_is_told_who_the_first_is_and_a_killed_one_loses_the_folder(holder, tmp_path):
     first = holder(tmp_path / "run")
     since = json.loads((tmp_path / "run" / "writer.json").read_text())["since"]
-    with pytest.raises(RunError) as caught, files.one_writer(tmp_path / "run"):
+    with pytest.raises(BusyError) as caught, files.one_writer(tmp_path / "run"):
         pytest.fail("two writers")
     who = f"process {first.pid} on {os.uname().nodename}, since {since}"
     assert f"{tmp_path / 'run'}: is being written by {who}; wait until it has ended, or stop it" in str(caught.value)
