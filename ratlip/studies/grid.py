@@ -60,8 +60,9 @@ class Experiment:
         return Path(root) / "runs" / self.name
 
     def complete(self, root: Path) -> bool:
-        """Whether it is trained to its last step and scored."""
-        return all((self.folder(root) / name).is_file() for name in ("provenance.json", "scores.json"))
+        """Whether it is trained to its last step and scored, then and at its visits."""
+        wanted = ("provenance.json", "scores.json", *(["visits.jsonl"] if self.settings.training.visits else []))
+        return all((self.folder(root) / name).is_file() for name in wanted)
 
     def state(self, root: Path) -> str:
         """Whether it is "done", "begun" (goes on from a checkpoint) or "missing"."""

@@ -19,6 +19,7 @@ from ratlip.errors import BusyError, RunError
 from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss
 from ratlip.scores import evaluation
 from ratlip.settings import load_settings
+from ratlip.studies import grid
 from ratlip.training import generation, log, loop, session
 from ratlip.training.session import read_checkpoint
 from ratlip.workspace import Workspace
@@ -369,3 +370,6 @@ def test_a_workspace_scores_at_visits_as_it_does_at_the_end(smoke, tmp_path):
         assert eight[name] == scores[name] == smoke.scores[name]
     assert not [name for name in eight if name.startswith(("real", "chance", "seconds"))]
     assert_same_weights(folder, smoke.run)
+    run = grid.Experiment("RAT", "ablation", 0, workspace.settings)
+    assert run.complete(root) and not run.complete(smoke.workspace.root)  # there, it was not scored on its way
+    assert grid.training_log(workspace, run, "visits.jsonl")["step"].tolist() == [4, 8]
