@@ -19,3 +19,7 @@ class WeightsError(RatlipError):
 
 class RunError(RatlipError):
     """A run folder is missing, belongs to other settings, or is not as far as was asked for."""
+
+
+class BusyError(RunError):
+    """Another process writes into the run folder: nothing is wrong, and the same command works later."""

@@ -1,17 +1,21 @@
-"""Files that are either whole or absent: everything ratlip writes goes through here."""
+"""Files that are either whole or absent, and folders with one writer: everything ratlip writes goes through here."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ratlip.errors import RunError
+from ratlip.errors import BusyError, RunError
 
 
 @contextmanager
@@ -47,13 +51,80 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as readable JSON to `path`, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=False, default=str) + "\n")
+    """Write `value` as readable JSON to `path`, whole or not at all. RunError where a number is not finite."""
+    try:
+        text = json.dumps(value, indent=2, sort_keys=False, default=str, allow_nan=False)
+    except ValueError as error:
+        wrong = ", ".join(not_finite(value)) or error
+        raise RunError(f"{path}: not written, for these numbers are not finite: {wrong}") from error
+    write_text(path, text + "\n")
+
+
+def not_finite(value: Any, name: str = "") -> list[str]:
+    """The numbers in a nest of dicts and lists that are no results, by their dotted names: "real.recall=nan"."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return [wrong for key, each in items for wrong in not_finite(each, f"{name}.{key}" if name else f"{key}")]
+    return [f"{name}={value}"] if isinstance(value, float) and not math.isfinite(value) else []
 
 
 def read_json(path: str | os.PathLike) -> Any:
     """Read JSON from `path`."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def _writer(note: Path) -> dict:
+    """Who the note says is writing: process, machine, since; nothing where it is missing or not readable."""
+    try:
+        return {key: read_json(note)[key] for key in ("process", "machine", "since")}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+@contextmanager
+def one_writer(folder: str | Path) -> Iterator[Callable[[], None]]:
+    """Be the one process that writes into `folder`, or raise BusyError, which says who is. Waits for nobody.
+
+    The lock is the kernel's (`flock` on the file `lock`, which stays): a process that dies loses it, however it dies,
+    and the next one takes over. `writer.json` names the holder while there is one; it is a note for readers, not the
+    lock. On a network file system the lock holds between machines only where the mount carries flock to the server
+    (NFS 4, GPFS, Lustre with `flock`), and one of a machine that died lasts until the server's lease ends; with
+    `nolock`, `local_lock` or `localflock` it holds between the processes of one machine. Therefore: a note that
+    another machine left warns, and the function that is yielded raises RunError as soon as the note is not our own.
+    """
+    from filelock import FileLock, Timeout  # here: 0.04 s that `ratlip --help` need not wait for
+
+    folder, me = Path(folder), {"process": os.getpid(), "machine": platform.node()}
+    me["since"] = datetime.now().astimezone().isoformat(timespec="seconds")
+    note, lock = folder / "writer.json", FileLock(folder / "lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        found = _writer(note)
+        other = "process {process} on {machine}, since {since}".format(**found) if found else "another process"
+        mend = "wait until it has ended, or stop it; the same command then goes on"
+        raise BusyError(f"{folder}: is being written by {other}; {mend}") from None
+    except OSError as problem:
+        mend = "choose another folder, or mend its rights"
+        raise RunError(f"{folder}: cannot be written ({problem}); {mend}") from problem
+
+    def still_ours() -> None:
+        if (found := _writer(note)) != me:
+            other = "process {process} on {machine}".format(**found) if found else "something that removed writer.json"
+            raise RunError(f"{folder}: was taken over by {other}; this process ends, and leaves it alone")
+
+    try:
+        left = _writer(note)
+        if left and left["machine"] != me["machine"]:
+            who = f"process {left['process']} on {left['machine']}, which began at {left['since']} and never ended"
+            warnings.warn(f"{folder}: taken over from {who}; stop it if it still works", stacklevel=3)
+        write_json(note, me)
+        yield still_ours
+    finally:
+        if _writer(note) == me:
+            note.unlink()
+        lock.release()
 
 
 def repository() -> Path:

@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from ratlip.cache import dotted
 from ratlip.clip.frozen import FrozenClip
 from ratlip.clip.loading import load_clip
 from ratlip.clip.retrieval import embed_captions
@@ -29,7 +30,7 @@ from ratlip.clip.small import train_small_clip
 from ratlip.data.prepared import Prepared, existing, load_prepared, prepare
 from ratlip.data.records import Record
 from ratlip.errors import DataError, RunError, SettingsError
-from ratlip.files import outputs_folder, write_json
+from ratlip.files import one_writer, outputs_folder, write_json
 from ratlip.scores.evaluation import evaluate
 from ratlip.scores.judge import Judge, load_judge
 from ratlip.settings import ClipSettings, Settings, load_settings, read_overrides
@@ -146,17 +147,33 @@ class Workspace:
     def train(self, **options: Any) -> Path:
         """Train the run (or go on with it, or find it complete). Options: see `ratlip.training.loop.train`."""
         sentences, folder = self.sentences(), self.run_folder
+        if self.settings.training.visits:
+            _ = self.judge, self.independent  # made before the training begins
+            options = {"visit": self._visit, **options}
         return loop.train(self.settings, self.prepared, self.clip, sentences, folder, progress=self.progress, **options)
 
     def evaluate(self) -> dict:
-        """Scores of the run, also written to `scores.json` in its folder. RunError before it is complete."""
+        """Scores of the run, also written to `scores.json` in its folder.
+
+        RunError before it is complete, and where another process trains or scores it.
+        """
         folder = self.run_folder
         if not loop.is_complete(folder):
             raise RunError(f"{folder}: not trained to its last step; run `ratlip train` with the same settings")
-        more: dict[str, Any] = dict(independent=self.independent, root=self.root, progress=self.progress)
-        scores = evaluate(folder, self.settings, self.prepared, self.clip, self.judge, **more)
-        write_json(folder / "scores.json", scores)
+        with one_writer(folder):
+            scores = self._scores(folder, self.progress)
+            write_json(folder / "scores.json", scores)
         return scores
+
+    def _scores(self, folder: Path, progress: bool) -> dict:
+        more: dict[str, Any] = dict(independent=self.independent, root=self.root, progress=progress)
+        return evaluate(folder, self.settings, self.prepared, self.clip, self.judge, **more)
+
+    def _visit(self, folder: Path) -> dict:
+        """The numbers among the scores of the checkpoint, without those of real images, which stand in scores.json."""
+        numbers = {k: v for k, v in dotted(self._scores(folder, False)).items() if type(v) in (int, float)}
+        known = ("seed", "seconds_per_image", "real.", "chance.")
+        return {name: value for name, value in numbers.items() if not name.startswith(known)}
 
 
 def read_records(settings: Settings, data: str | Path | None) -> Iterable[Record]:

@@ -27,7 +27,7 @@ from ratlip.clip.frozen import FrozenClip, with_normalisation
 from ratlip.data.batches import real_images
 from ratlip.data.prepared import Prepared
 from ratlip.data.store import Store
-from ratlip.errors import SettingsError
+from ratlip.errors import RunError, SettingsError
 from ratlip.files import read_json, write_json
 from ratlip.networks.losses import clip_similarity
 from ratlip.scores.extractors import Extractor, choose_extractor, fit
@@ -230,6 +230,8 @@ def _read_generated(folder: Path, clip: FrozenClip, instruments: Instruments, co
         start = time.perf_counter()
         images = generate(generator, latent[rows], sentence, len(rows))
         seconds = (time.perf_counter() - start) / len(rows)
+        if not bool(images.isfinite().all()):
+            raise RunError(f"{folder}: its generator draws pixels that are not finite; delete the run to train it anew")
         return {**instruments.read(images, numbers[rows], texts), "seconds": np.full(len(rows), seconds)}
 
     identity = {**instruments.identity, "generator": weights_digest(generator), "seed": settings.seed}

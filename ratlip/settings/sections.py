@@ -176,6 +176,7 @@ class TrainingSettings(Section):
     log_every: PositiveInt = 25
     sample_every: PositiveInt = 500
     checkpoint_every: PositiveInt = 500
+    visits: tuple[PositiveInt, ...] = Field((), description="steps at which the generator is scored, as at the end")
 
     @model_validator(mode="after")
     def _fits(self):
@@ -279,10 +280,10 @@ class Settings(Section):
 
     @property
     def run_hash(self) -> str:
-        """Identity of a run: every setting that changes its weights (how often it logs or saves does not)."""
+        """Identity of a run: every setting that changes its weights (when it logs, saves or is scored does not)."""
         content = self.model_dump(mode="json", include={"seed", "data", "clip", "model", "training"})
         model, training = content["model"], content["training"]
-        for name in ("log_every", "sample_every", "checkpoint_every"):
+        for name in ("log_every", "sample_every", "checkpoint_every", "visits"):
             del training[name]
         model["noise_size"] = model.pop("latent_size")  # its name when runs were first named
         later = ("checkpointing", "compile", "channels_last", "cached_features")  # off: as before they were there

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -20,21 +20,26 @@ COMPARED = {
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean paired difference with its 95 % t interval over `n` seeds, and what follows from it."""
+    """A mean paired difference with its 95 % t interval over `n` seeds, and what follows from it.
+
+    `dropped`: seeds that one variant alone has, and that therefore do not count.
+    """
 
     mean: float
     low: float
     high: float
     n: int
     verdict: str
+    dropped: tuple[int, ...] = ()
 
     def turned(self) -> Difference:
         """b - a in place of a - b, with the same verdict: for scores where lower is better."""
-        return Difference(-self.mean, -self.high, -self.low, self.n, self.verdict)
+        return replace(self, mean=-self.mean, low=-self.high, high=-self.low)
 
     def __str__(self) -> str:
         digits = decimals(self.low, self.high)
-        return f"{self.mean:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+        without = f" (without seed {', '.join(map(str, self.dropped))})" if self.dropped else ""
+        return f"{self.mean:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]{without}"
 
 
 def score_columns(frame: pd.DataFrame, names: dict[str, str] | None = None) -> dict[str, tuple[str, bool]]:
@@ -43,19 +48,40 @@ def score_columns(frame: pd.DataFrame, names: dict[str, str] | None = None) -> d
     return {column: ((names or {}).get(column, COMPARED[column][0]), COMPARED[column][1]) for column in there}
 
 
+def differences(frame: pd.DataFrame, a: str, b: str, column: str, *, drop: bool = False) -> pd.Series:
+    """a - b in one score, by seed (ascending), from one row a run with `label` and `seed`.
+
+    A seed that one variant lacks (no run, or no number) raises ValueError; with `drop` it is left out for both, and
+    named in `attrs["dropped"]`. ValueError also for two runs of one variant and seed, and for a variant without runs.
+    """
+    rows = frame[frame["label"].isin([a, b])]
+    if missing := [each for each in (a, b) if each not in set(rows["label"])]:
+        there = ", ".join(frame["label"].unique())
+        raise ValueError(f"no runs of {missing[0]!r}; there are {there}")
+    if (twice := rows.duplicated(["label", "seed"])).any():
+        label, seed = rows.loc[twice, ["label", "seed"]].iloc[0]
+        raise ValueError(f"{column}: two runs of {label!r} with seed {seed}; which is meant?")
+    wide = rows.pivot(index="seed", columns="label", values=column).sort_index()
+    found = wide[a] - wide[b]
+    lost = tuple(int(seed) for seed in found.index[found.isna()])
+    if lost and not drop:
+        raise ValueError(f"{column}: {a} - {b} has no value at seed {', '.join(map(str, lost))}: a run is missing")
+    kept = found.dropna().rename(column)
+    kept.attrs["dropped"] = lost
+    return kept
+
+
 def paired(frame: pd.DataFrame, a: str, b: str, column: str, higher_is_better: bool = True) -> Difference:
-    """Mean of a - b over the seeds that both variants have, with a 95 % t interval.
+    """Mean of a - b over the seeds that both variants have (`differences`), with a 95 % t interval.
 
     The verdict on "a is better than b": "supported" or "contradicted" where the interval lies on one side of
     zero, else "undecided". Two seeds leave one degree of freedom, and an interval of 12.7 standard errors.
     """
-    wide = frame.pivot_table(index="seed", columns="label", values=column)
-    if a not in wide or b not in wide:
-        raise ValueError(f"no runs of {a if a not in wide else b!r}; there are {', '.join(wide.columns)}")
-    differences = (wide[a] - wide[b]).dropna().to_numpy()
-    mean, reach = float(np.mean(differences)), half_interval(differences)
+    found = differences(frame, a, b, column, drop=True)
+    mean, reach = float(np.mean(found)), half_interval(found)
     said = "supported" if (mean > 0) == higher_is_better else "contradicted"
-    return Difference(mean, mean - reach, mean + reach, len(differences), said if abs(mean) > reach else "undecided")
+    verdict = said if abs(mean) > reach else "undecided"
+    return Difference(mean, mean - reach, mean + reach, len(found), verdict, found.attrs["dropped"])
 
 
 def half_interval(values) -> float:

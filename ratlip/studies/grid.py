@@ -38,7 +38,7 @@ RAT = {"model.conditioning": "rat", "model.rat_scope": "generator"}
 OFFICIAL = {"model.conditioning": "rat-official", "model.rat_scope": "mapper"}
 ATTENTION, NONE = {"model.attention": "shuffle"}, {"model.attention": "none"}
 PUBLISHED = {**published.overrides("model", "clip", "training"), **ATTENTION}
-COLLECTED = ("config.yaml", "identity.json", "metrics.jsonl", "provenance.json", "scores.json")
+COLLECTED = ("config.yaml", "identity.json", "metrics.jsonl", "visits.jsonl", "provenance.json", "scores.json")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ class Experiment:
         return Path(root) / "runs" / self.name
 
     def complete(self, root: Path) -> bool:
-        """Whether it is trained to its last step and scored."""
-        return all((self.folder(root) / name).is_file() for name in ("provenance.json", "scores.json"))
+        """Whether it is trained to its last step and scored, then and at its visits."""
+        wanted = ("provenance.json", "scores.json", *(["visits.jsonl"] if self.settings.training.visits else []))
+        return all((self.folder(root) / name).is_file() for name in wanted)
 
     def state(self, root: Path) -> str:
         """Whether it is "done", "begun" (goes on from a checkpoint) or "missing"."""
@@ -341,7 +342,10 @@ def open_run(workspace: Workspace, run: Any) -> Run:
     return Run(_folder(workspace, run), clip_folder=clip_folder)
 
 
-def training_log(workspace: Workspace, run: Any) -> pd.DataFrame:
-    """The rows of a run's metrics.jsonl: step, seconds, and every term of both losses."""
-    lines = (_folder(workspace, run) / "metrics.jsonl").read_text().splitlines()
+def training_log(workspace: Workspace, run: Any, file: str = "metrics.jsonl") -> pd.DataFrame:
+    """The rows of a run's metrics.jsonl: step, seconds, and every term of both losses.
+
+    With `file="visits.jsonl"`: step, and every score at the steps of `training.visits` ("judge_all", "judge.object").
+    """
+    lines = (_folder(workspace, run) / file).read_text().splitlines()
     return pd.DataFrame([json.loads(line) for line in lines])

@@ -1,18 +1,19 @@
 """Training, from top to bottom: one loop, no hidden state.
 
-A run folder holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `samples/`, `checkpoint.pt` and, when the last step
-is done, `provenance.json`. Everything random at a step is a function of (seed, step), so that `checkpoint.pt` needs no
-random state, and a killed run goes on exactly as if it had never stopped (bit for bit on a CPU), unless its settings
-ask for the published way of resuming (`training.resume`).
+A run folder holds `config.yaml`, `metrics.jsonl`, `visits.jsonl` (scores at the steps of `training.visits`),
+`tensorboard/`, `samples/`, `checkpoint.pt` and, when the last step is done, `provenance.json`. One process at a time
+writes into it, and stops at the first loss that is not finite. Everything random at a step is a function of (seed,
+step), so that `checkpoint.pt` needs no random state, and a killed run goes on exactly as if it had never stopped (bit
+for bit on a CPU), unless its settings ask for the published way of resuming (`training.resume`).
 """
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
-from dataclasses import fields
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,17 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from ratlip import cache
 from ratlip.clip.frozen import FrozenClip
 from ratlip.data.batches import Batches
 from ratlip.errors import RunError
-from ratlip.files import write_json, write_text
-from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss
+from ratlip.files import one_writer, write_json, write_text
 from ratlip.plots import pictures
 from ratlip.progress import bar
 from ratlip.provenance import describe
 from ratlip.settings import Settings, TrainingSettings
+from ratlip.training.log import Log, Losses, Visits, check_visits
 from ratlip.training.session import Session
 from ratlip.training.step import sample_latents, training_step
 
@@ -63,52 +65,88 @@ def train(
     workers: int = 0,
     progress: bool = True,
     end: float | None = None,
+    visit: Callable[[Path], dict] | None = None,
 ) -> Path:
     """Train one run into `folder`, or go on with it, or return at once when it is complete.
 
     `prepared`: the prepared dataset; `sentences`: raw text embeddings (N,E) of all training captions, in the
     order of `prepared.train.all_captions`. `end`: a `time.monotonic()` at which the run saves a checkpoint and
-    returns unfinished, for another sitting. Raises RunError where the folder belongs to other settings.
+    returns unfinished, for another sitting. `visit`: the scores, by their names, of the checkpoint in a folder; called
+    at the steps of `training.visits`. Raises RunError where the folder belongs to other settings, where another process
+    writes into it, and at the first loss that is not finite.
     """
     folder, t = Path(folder), settings.training
     identity = {"run": settings.run_hash, "clip": clip.fingerprint, "data": prepared.manifest["content_sha256"]}
     cache.claim(folder, identity, what="a run", error=RunError, file="identity.json", sign="config.yaml")
     if not (folder / "config.yaml").is_file():
         write_text(folder / "config.yaml", settings.to_yaml())
+    steps = total_steps(settings, len(prepared.train))
     if is_complete(folder):
+        check_visits(folder, t.visits, until=steps)
         return folder
-    fabric = launched(accelerator, devices, t)
-    run = Session(fabric, settings, prepared, clip, sentences, folder)
-    d, share = settings.data, {"rank": fabric.global_rank, "world": fabric.world_size}
-    data = Batches(prepared.train, crop=d.crop, flip=d.flip, batch_size=t.batch_size, seed=settings.seed, **share)
-    steps, first = total_steps(settings, len(prepared.train)), fabric.is_global_zero
-    numbers, pinned = range(run.draw, steps - run.begun), fabric.device.type == "cuda"
-    loader = DataLoader(data, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pinned)
-    log = Log(folder, run.step, enabled=first)
-    samples = SampleGrid(settings, prepared, run.clip, folder)
-    meter = bar(total=steps, initial=run.step, unit="step", desc=folder.name, enabled=progress and first)
-
-    for batch in loader:
-        loss_d, loss_g = training_step(run, batch)
-        meter.update()
-        last = run.step == steps
-        if run.step % t.log_every == 0 or last:
-            row = log.write(run.step, run.seconds, loss_d, loss_g)
-            rate = (meter.format_dict["rate"] or 0) * t.batch_size
-            meter.set_postfix_str(f"D {row['d_total']:.2f} G {row['g_total']:.2f} {rate:.0f} images/s")
-        if first and (run.step % t.sample_every == 0 or last):
-            samples.save(run.best_generator(), run.step)
-        stopped = end is not None and time.monotonic() >= end
-        if first and (run.step % t.checkpoint_every == 0 or last or stopped):
-            run.save()
-        if stopped:
-            break
-    meter.close()
-    log.close()
-    if first and run.step == steps:
-        write_json(folder / "provenance.json", _provenance(run, prepared))
-    fabric.barrier()
+    fabric = processes(accelerator, devices, t)
+    first = fabric.is_global_zero
+    # The first process alone writes; it holds the folder before the launch starts the others.
+    with one_writer(folder) if first else nullcontext(lambda: None) as still_ours:
+        if first and is_complete(folder):  # by another process, in the meantime
+            return folder
+        fabric.launch()
+        run = Session(fabric, settings, prepared, clip, sentences, folder)
+        d, share = settings.data, {"rank": fabric.global_rank, "world": fabric.world_size}
+        data = Batches(prepared.train, crop=d.crop, flip=d.flip, batch_size=t.batch_size, seed=settings.seed, **share)
+        numbers, pinned = range(run.draw, steps - run.begun), fabric.device.type == "cuda"
+        loader = DataLoader(data, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pinned)
+        samples = SampleGrid(settings, prepared, run.clip, folder)
+        visits = Visits(folder, run.step, t.visits, visit, enabled=first)
+        if visits.due(run.step):  # it was killed between a checkpoint and its scores
+            with run.paused():
+                visits.make(run.step)
+        with bar(total=steps, initial=run.step, unit="step", desc=folder.name, enabled=progress and first) as meter:
+            _sitting(run, loader, steps, samples, visits, meter, still_ours, end)
+        if first and run.step == steps:
+            write_json(folder / "provenance.json", _provenance(run, prepared))
+        fabric.barrier()
     return folder
+
+
+def _sitting(
+    run: Session,
+    loader: DataLoader,
+    steps: int,
+    samples: SampleGrid,
+    visits: Visits,
+    meter: tqdm,
+    still_ours: Callable[[], None],
+    end: float | None,
+) -> None:
+    """All steps up to `steps`, or those until the time `end`, with what is written at some of them."""
+    t, first, losses = run.settings.training, run.fabric.is_global_zero, Losses(run.fabric, run.folder)
+    with closing(Log(run.folder, run.step, enabled=first)) as log:
+        for batch in loader:
+            loss_d, loss_g = training_step(run, batch)
+            losses.note(run.step, loss_d, loss_g)
+            meter.update()
+            last, visited = run.step == steps, visits.due(run.step)
+            stopped = end is not None and time.monotonic() >= end
+            every = (t.log_every, t.sample_every, t.checkpoint_every)
+            logs, draws, saves = (last or run.step % number == 0 for number in every)
+            if logs or draws or saves or visited or stopped:
+                losses.check()  # before anything of this step is written
+            if logs:
+                row = losses.row()
+                log.write(run.step, run.seconds, row)
+                rate = (meter.format_dict["rate"] or 0) * t.batch_size
+                meter.set_postfix_str(f"D {row['d_total']:.2f} G {row['g_total']:.2f} {rate:.0f} images/s")
+            if first and draws:
+                samples.save(run.best_generator(), run.step)
+            if first and (saves or visited or stopped):
+                still_ours()
+                run.save()
+            if visited:
+                with run.paused():
+                    visits.make(run.step)
+            if stopped:
+                break
 
 
 def _provenance(run: Session, prepared: Prepared) -> dict:
@@ -137,8 +175,8 @@ def peak_memory_mib(device: torch.device) -> int:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
-def launched(accelerator: str, devices: int | str, settings: TrainingSettings) -> Fabric:
-    """Device, precision and processes, started. RunError where they are not here or do not fit the batch."""
+def processes(accelerator: str, devices: int | str, settings: TrainingSettings) -> Fabric:
+    """Device, precision and processes, not yet launched. RunError where they are not here or do not fit the batch."""
     from lightning_fabric import Fabric  # here, because it takes 1.3 s, and who reads a run does without
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 
@@ -146,44 +184,11 @@ def launched(accelerator: str, devices: int | str, settings: TrainingSettings) -
         fabric = Fabric(accelerator=accelerator, devices=devices, precision=settings.precision)
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         raise RunError(f"accelerator={accelerator}, devices={devices}: not possible here ({error})") from error
-    fabric.launch()
     share, rest = divmod(settings.batch_size, fabric.world_size)
     if rest or (share == 1 and fabric.world_size > 1):
         mend = f"{fabric.world_size} processes; each needs the same number of images, two at least"
         raise RunError(f"devices={devices}: training.batch_size={settings.batch_size} cannot be shared by {mend}")
     return fabric
-
-
-class Log:
-    """Losses to `metrics.jsonl` (one JSON object a line) and to TensorBoard."""
-
-    def __init__(self, folder: Path, step: int, enabled: bool):
-        self.path, self.enabled = folder / "metrics.jsonl", enabled
-        if not enabled:
-            return
-        # Rows past the checkpoint belong to steps that will be done again.
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one short
-        write_text(self.path, "".join(line for line in whole if json.loads(line)["step"] <= step))
-        from torch.utils.tensorboard import SummaryWriter  # as Fabric: 0.3 s
-
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-
-    def write(self, step: int, seconds: float, loss_d: DiscriminatorLoss, loss_g: GeneratorLoss) -> dict:
-        """Write and return the row of a step: step, seconds, each term as d_NAME or g_NAME."""
-        row = {"step": step, "seconds": round(seconds, 2)}
-        for prefix, loss in (("d", loss_d), ("g", loss_g)):
-            row |= {f"{prefix}_{field.name}": round(getattr(loss, field.name).item(), 5) for field in fields(loss)}
-        if self.enabled:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            for name, value in row.items():
-                self.board.add_scalar(name, value, step)
-        return row
-
-    def close(self) -> None:
-        if self.enabled:
-            self.board.close()
 
 
 class SampleGrid:

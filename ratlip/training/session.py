@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,12 +143,19 @@ class Session:
         """Training time over all sittings."""
         return self._earlier + time.monotonic() - self._clock
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile does not count as training time."""
+        start = time.monotonic()
+        yield
+        self._clock += time.monotonic() - start
+
     def best_generator(self) -> nn.Module:
         """The averaged generator where there is one, else the trained one."""
         return self.networks["average"].module if "average" in self.networks else self.networks["generator"]
 
     def save(self) -> None:
-        """Write `checkpoint.pt`, whole or not at all."""
+        """Write `checkpoint.pt`, whole or not at all. RunError where a weight or a moment is not finite."""
         content = {
             "step": self.step,
             "seconds": self.seconds,
@@ -155,7 +164,13 @@ class Session:
             "optimisers": {name: each.state_dict() for name, each in self.optimisers.items()},
             "precision": self.fabric.strategy.precision.state_dict(),  # the loss scale of 16-mixed
         }
-        with atomic_path(self.folder / "checkpoint.pt") as draft:
+        path = self.folder / "checkpoint.pt"
+        if wrong := [name for name, tensor in tensors(content) if not bool(tensor.isfinite().all())]:
+            few = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            kept = "the one that is there is good" if path.is_file() else "there is none yet"
+            mend = f"lower training.lr_g and training.lr_d ({kept})"
+            raise RunError(f"{path}: not written at step {self.step}, where not finite: {few}; {mend}")
+        with atomic_path(path) as draft:
             torch.save(content, draft)
 
     def _resume(self) -> None:
@@ -171,6 +186,15 @@ class Session:
             self.begun = self.step  # difference 12: no loss scale, and an epoch begins with the draws of a fresh start
         else:
             self.fabric.strategy.precision.load_state_dict(content["precision"])
+
+
+def tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a nest of dicts and lists with their dotted names."""
+    if isinstance(content, Tensor):
+        yield name, content
+    elif isinstance(content, dict | list | tuple):
+        for key, each in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from tensors(each, f"{name}.{key}" if name else f"{key}")
 
 
 def read_checkpoint(path: Path, device: torch.device | str, mapped: bool = False) -> dict:

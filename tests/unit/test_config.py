@@ -9,7 +9,7 @@ import yaml
 from ratlip.errors import SettingsError
 from ratlip.settings import load_settings, merge, profile_names
 
-LOGGING = {"training.log_every", "training.sample_every", "training.checkpoint_every"}
+LOGGING = {f"training.{name}" for name in ("log_every", "sample_every", "checkpoint_every", "visits")}
 LABELS = {"profile", "summary"}
 # Valid values where "one more" is none; the first that differs is taken.
 OTHER = {
@@ -44,6 +44,7 @@ OTHER = {
     "training.real_resize": ("nearest",),
     "training.precision": ("bf16-mixed",),
     "training.resume": ("published",),
+    "training.visits": ([2, 4],),
     "evaluation.extractor": ("inception",),
     "evaluation.extractor_weights": ("here.pt",),
     "evaluation.inception_range": ("published",),
