@@ -112,6 +112,9 @@ class ModelSettings(Section):
     prompt_blocks: tuple[Count, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     bridge_scale: float = 0.1
     feature_blocks: tuple[Count, ...] = (1, 4, 8)
+    discriminator_tower: Literal["clip", "random"] = Field(
+        "clip", description="whose features the discriminator sees; random: the same tower with untrained weights"
+    )
     d_channels: PositiveInt = 512
     logit_channels: PositiveInt = 128
     gate: float = Field(0.0, ge=0, le=1, description="start of the discriminator's residual gates; 0 as published")
@@ -291,6 +294,9 @@ class Settings(Section):
                 del training[name]
         if self.model.effective_conditioning == "cat":  # no LSTM: how large it would be and where is no difference
             model |= {"conditioning": "cat", "hidden_size": 0, "rat_scope": "generator"}
+        for name, before in {"discriminator_tower": "clip"}.items():
+            if model[name] == before:
+                del model[name]
         return digest(content)
 
     @property

@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ratlip.clip.frozen import FrozenClip
+from ratlip.clip.frozen import FrozenClip, shuffled
 from ratlip.clip.pairs import caption_groups
 from ratlip.errors import RunError, SettingsError
 from ratlip.fast import accelerate, options
@@ -102,7 +102,8 @@ class Session:
     """A run at work: networks and optimisers on their device, the step, and the checkpoint of all that.
 
     `networks`: the bare modules by name, as they are saved; `generator` and `critic` (the discriminator with
-    its loss): the same, wrapped for precision and processes. Opens with the last checkpoint of `folder`, if
+    its loss): the same, wrapped for precision and processes. `tower`: the CLIP whose features D sees, `clip` itself
+    but for `model.discriminator_tower: random`. Opens with the last checkpoint of `folder`, if
     there is one. `begun`: the step at which the random numbers begin; 0 but after a resume as published.
     """
 
@@ -116,12 +117,14 @@ class Session:
         self.clip, self.sentences = clip.to(self.device), sentences.to(self.device)
         self.groups = torch.from_numpy(caption_groups(prepared.train)).to(self.device)
         t = settings.training
+        random = settings.model.discriminator_tower == "random"
+        self.tower = shuffled(self.clip, settings.seed) if random else self.clip
         generator, discriminator = build_networks(settings, self.clip)
         self.networks: dict[str, Any] = {"generator": generator, "discriminator": discriminator}
         if t.ema:
             self.networks["average"] = averaged(generator, t.ema).to(self.device)
-        options.apply(t, generator, discriminator, self.clip)
-        cached = (self.clip, settings.model.feature_blocks, prepared.train, settings.data)
+        options.apply(t, generator, discriminator, *dict.fromkeys((self.clip, self.tower)))
+        cached = (self.tower, settings.model.feature_blocks, prepared.train, settings.data)
         self.real_features = options.RealFeatures(*cached) if t.cached_features else None
         critic = Critic(discriminator, t.penalty_weight, t.penalty_power)
         self.generator, self.optimiser_g = fabric.setup(generator, adam(generator, t.lr_g, t.betas))
