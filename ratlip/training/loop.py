@@ -88,6 +88,8 @@ def train(
     log = Log(folder, run.step, enabled=first)
     samples = SampleGrid(settings, prepared, run.clip, folder)
     meter = bar(total=steps, initial=run.step, unit="step", desc=folder.name, enabled=progress and first)
+    if (scale := state_scale(run)) and progress and first:
+        meter.write(f"{folder.name}: RAT's states are multiplied by {scale:.3f}, computed at the start")
 
     for batch in loader:
         loss_d, loss_g = training_step(run, batch)
@@ -123,11 +125,18 @@ def _provenance(run: Session, prepared: Prepared) -> dict:
         "peak_memory_mib": peak_memory_mib(run.device),
         "generator_parameters": sum(p.numel() for p in run.networks["generator"].parameters()),
         "discriminator_parameters": sum(p.numel() for p in run.networks["discriminator"].parameters()),
+        **({"state_scale": scale} if (scale := state_scale(run)) else {}),
         "clip": run.clip.name,
         "clip_fingerprint": run.clip.fingerprint,
         "data": prepared.manifest["content_sha256"],
         **describe(),
     }
+
+
+def state_scale(run: Session) -> float | None:
+    """What RAT's states are multiplied by (`model.rat_input: scaled`); None: nothing."""
+    scale = run.networks["generator"].state_scale
+    return None if scale is None else float(scale)
 
 
 def peak_memory_mib(device: torch.device) -> int:
