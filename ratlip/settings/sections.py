@@ -118,8 +118,7 @@ class ModelSettings(Section):
     bridge_scale: float = 0.1
     feature_blocks: tuple[Count, ...] = (1, 4, 8)
     discriminator_tower: Literal["clip", "random"] = Field(
-        "clip",
-        description="whose features the discriminator sees; random: the same tower, each tensor's values in random order",
+        "clip", description="whose features D sees; random: the same tower, each tensor's values in random order"
     )
     d_channels: PositiveInt = 512
     logit_channels: PositiveInt = 128
