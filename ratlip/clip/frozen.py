@@ -146,3 +146,18 @@ def with_normalisation(clip: FrozenClip, normalisation: str) -> FrozenClip:
     other = copy.copy(clip)
     other.normalisation = normalisation
     return other
+
+
+def shuffled(clip: FrozenClip, seed: int = 0) -> FrozenClip:
+    """A copy of `clip` that knows nothing: the values of each tensor of its image tower in random order.
+
+    So its activations have about the size of those of `clip`, which fresh weights would not give.
+    """
+    other = copy.deepcopy(clip)
+    other.__dict__.pop("fingerprint", None)
+    other.name = f"{clip.name}, weights shuffled"
+    draw = torch.Generator().manual_seed(seed)
+    for weight in other.model.visual.parameters():
+        order = torch.randperm(weight.numel(), generator=draw).to(weight.device)
+        weight.data = weight.data.flatten()[order].view_as(weight)
+    return other

@@ -10,6 +10,7 @@ CLIP at its first visit only. The results differ from the default's by rounding 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,16 +25,17 @@ if TYPE_CHECKING:
     from ratlip.settings import DataSettings, TrainingSettings
 
 
-def apply(settings: TrainingSettings, generator: Generator, discriminator: Discriminator, clip: FrozenClip) -> None:
+def apply(settings: TrainingSettings, generator: Generator, discriminator: Discriminator, *clips: FrozenClip) -> None:
     """Make the networks of a training work as `settings` say, in place; keys and shapes of tensors stay."""
-    for part in (*generator.synthesis_blocks, clip):
+    for part in (*generator.synthesis_blocks, *clips):
         part.checkpointing = settings.checkpointing
     if settings.channels_last:
         for network in (generator, discriminator):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if settings.compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-        for module in (generator, *clip.model.get_submodule("visual.transformer.resblocks").children()):
+        blocks = [clip.model.get_submodule("visual.transformer.resblocks").children() for clip in clips]
+        for module in (generator, *chain(*blocks)):
             module.compile()
 
 

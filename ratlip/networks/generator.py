@@ -8,15 +8,16 @@ the bridge through CLIP. Sizes follow from the CLIP model's grid and from the im
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ratlip.networks.affine import AffineFactory, Recurrence, affine_factories
+from ratlip.networks.affine import RAT_INPUTS, AffineFactory, Recurrence, affine_factories, rat_inputs
 from ratlip.networks.attention import ConvShuffle
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ class Generator(nn.Module):
     conditioning: "cat", "rat" (the paper) or "rat-official" (the published code); see `affine`.
     rat_scope: "mapper" (as published) or "generator": the layers that are recurrent; others use CAT.
     hidden_size: of the LSTM, at least 1.
+    rat_input: what recurrent affines read, see `affine.rat_inputs`. The scale of "scaled" is the buffer `state_scale`,
+        NaN until `training.start.match_spread` sets it.
     attention: "shuffle", "norm" (its convolution and norm without the attention) or "none" (plain conv3x3
         with bias, as in GALIP).
     image_size: side of the generated images, by default the CLIP model's.
@@ -138,6 +141,7 @@ class Generator(nn.Module):
         conditioning: str = "rat",
         rat_scope: str = "generator",
         hidden_size: int = 64,
+        rat_input: str = "state",
         attention: str = "shuffle",
         attention_groups: int = 8,
         latent_size: int = 100,
@@ -149,12 +153,12 @@ class Generator(nn.Module):
     ):
         super().__init__()
         condition_size = latent_size + clip.embed_dim
-        affines = affine_factories(condition_size, hidden_size)
-        given = {"conditioning": conditioning, "rat_scope": rat_scope, "attention": attention}
-        for (name, value), choices in zip(given.items(), (affines, SCOPES, ATTENTIONS), strict=True):
+        affines = affine_factories(condition_size, hidden_size, rat_input)
+        given = {"conditioning": conditioning, "rat_scope": rat_scope, "rat_input": rat_input, "attention": attention}
+        for (name, value), choices in zip(given.items(), (affines, SCOPES, RAT_INPUTS, ATTENTIONS), strict=True):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}")
-        self.latent_size = latent_size
+        self.latent_size, self.rat_input = latent_size, rat_input
         self.code_shape = (code_channels, clip.grid, clip.grid)
         convs: dict[str, ConvFactory] = {
             "shuffle": partial(ConvShuffle, groups=attention_groups),
@@ -181,6 +185,9 @@ class Generator(nn.Module):
             self.recurrence = Recurrence(
                 sentence_size=clip.embed_dim, latent_size=latent_size, hidden_size=hidden_size, steps=steps
             )
+        self.state_scale: Any  # a number that is NaN until it is set, so that none goes without it unseen; or None
+        scaled = self.recurrence is not None and rat_input == "scaled"
+        self.register_buffer("state_scale", torch.tensor(math.nan) if scaled else None)
 
     def forward(self, latent: Tensor, sentence: Tensor) -> Tensor:
         """latent (B,Z) standard normal, sentence (B,E) raw CLIP text embedding -> images (B,3,S,S).
@@ -188,19 +195,21 @@ class Generator(nn.Module):
         The images are meant for [-1,1] but not limited to it (no tanh, as published): clamp to show them.
         """
         condition = torch.cat((latent, sentence), dim=1)
-        conditions = self._conditions(latent, sentence, condition)
+        every = self.conditions(latent, sentence)
+        conditions = [every[i : i + AFFINES] for i in range(0, len(every), AFFINES)]
         mapped = len(self.mapper.fusion_blocks)
         x = self.mapper(self.code(latent).unflatten(1, self.code_shape), condition, conditions[:mapped])
         for block, four in zip(self.synthesis_blocks, conditions[mapped:], strict=True):
             x = block(x, four)
         return self.to_rgb(F.leaky_relu(x, 0.2))
 
-    def _conditions(self, latent: Tensor, sentence: Tensor, condition: Tensor) -> list[list[Tensor]]:
-        """Four conditions for each block, in the order of use: the states of the LSTM as far as it reaches."""
+    def conditions(self, latent: Tensor, sentence: Tensor) -> list[Tensor]:
+        """What each affine reads, (B,D), in the order of use: RAT's inputs as far as it reaches, then CAT's."""
+        condition = torch.cat((latent, sentence), dim=1)
         states = self.recurrence(latent, sentence) if self.recurrence else []
-        blocks = len(self.mapper.fusion_blocks) + len(self.synthesis_blocks)
-        states += [condition] * (AFFINES * blocks - len(states))
-        return [states[i : i + AFFINES] for i in range(0, len(states), AFFINES)]
+        read = rat_inputs(states, condition, self.rat_input, self.state_scale)
+        affines = AFFINES * (len(self.mapper.fusion_blocks) + len(self.synthesis_blocks))
+        return [*read, *[condition] * (affines - len(read))]
 
 
 def synthesis_sizes(grid: int, image_size: int) -> list[int]:

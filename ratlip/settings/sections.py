@@ -102,6 +102,11 @@ class ModelSettings(Section):
     conditioning: Conditioning = Field("rat", description=describe("model.conditioning"))
     rat_scope: Literal["mapper", "generator"] = Field("generator", description=describe("model.rat_scope"))
     hidden_size: Annotated[int, Field(ge=0, le=1024)] = Field(64, description="h of the LSTM; 0 means CAT")
+    rat_input: Literal["state", "scaled", "state-latent-sentence"] = Field(
+        "state",
+        description="what RAT's affines read: the LSTM's state (the paper); the state times a constant that gives it "
+        "the spread of CAT's condition at the start; the state beside latent and sentence",
+    )
     attention: Literal["shuffle", "none", "norm"] = Field("shuffle", description="none: as GALIP; norm: its norm alone")
     attention_groups: PositiveInt = 8
     image_size: Pixels = 224
@@ -112,6 +117,9 @@ class ModelSettings(Section):
     prompt_blocks: tuple[Count, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     bridge_scale: float = 0.1
     feature_blocks: tuple[Count, ...] = (1, 4, 8)
+    discriminator_tower: Literal["clip", "random"] = Field(
+        "clip", description="whose features D sees; random: the same tower, each tensor's values in random order"
+    )
     d_channels: PositiveInt = 512
     logit_channels: PositiveInt = 128
     gate: float = Field(0.0, ge=0, le=1, description="start of the discriminator's residual gates; 0 as published")
@@ -126,6 +134,8 @@ class ModelSettings(Section):
             raise ValueError("feature_blocks is empty; the discriminator needs one CLIP block at least")
         if self.conditioning == "rat-official" and self.rat_scope == "generator":
             raise ValueError("conditioning=rat-official exists in the mapper only; set rat_scope: mapper")
+        if self.conditioning == "rat-official" and self.rat_input != "state":
+            raise ValueError(f"rat_input={self.rat_input} would change what was published; set rat_input: state")
         step = 2 * self.attention_groups
         for name in ("base_channels", "code_channels"):
             if self.attention == "shuffle" and (value := getattr(self, name)) % step:
@@ -145,7 +155,8 @@ class ModelSettings(Section):
         if self.effective_conditioning == "cat":
             return f"cat-{self.attention}"
         scope = "-mapper" if self.conditioning == "rat" and self.rat_scope == "mapper" else ""
-        return f"{self.conditioning}{scope}-h{self.hidden_size}-{self.attention}"
+        read = "" if self.rat_input == "state" else f"-{self.rat_input}"
+        return f"{self.conditioning}{scope}{read}-h{self.hidden_size}-{self.attention}"
 
 
 class TrainingSettings(Section):
@@ -291,7 +302,10 @@ class Settings(Section):
             if training[name] == before:
                 del training[name]
         if self.model.effective_conditioning == "cat":  # no LSTM: how large it would be and where is no difference
-            model |= {"conditioning": "cat", "hidden_size": 0, "rat_scope": "generator"}
+            model |= {"conditioning": "cat", "hidden_size": 0, "rat_scope": "generator", "rat_input": "state"}
+        for name, before in {"rat_input": "state", "discriminator_tower": "clip"}.items():
+            if model[name] == before:
+                del model[name]
         return digest(content)
 
     @property

@@ -9,7 +9,6 @@ saliency maps", 2018). Charts are in `ratlip.plots.charts`.
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ratlip.clip.frozen import FrozenClip
+from ratlip.clip.frozen import FrozenClip, shuffled
 from ratlip.data.batches import centre_crop, real_images
 from ratlip.data.prepared import Split
 from ratlip.data.synthetic import object_mask
@@ -124,21 +123,6 @@ def similarity_maps(
         finally:
             cam.activations_and_grads.release()
     return torch.cat(maps).clamp(0, 1)
-
-
-def shuffled(clip: FrozenClip, seed: int = 0) -> FrozenClip:
-    """A copy of `clip` that knows nothing: the values of each tensor of its image tower in random order.
-
-    A map that stays as it was shows the image, not what CLIP sees in it.
-    """
-    other = copy.deepcopy(clip)
-    other.__dict__.pop("fingerprint", None)
-    other.name = f"{clip.name}, weights shuffled"
-    draw = torch.Generator().manual_seed(seed)
-    for weight in other.model.visual.parameters():
-        order = torch.randperm(weight.numel(), generator=draw).to(weight.device)
-        weight.data = weight.data.flatten()[order].view_as(weight)
-    return other
 
 
 def _checked(maps: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:

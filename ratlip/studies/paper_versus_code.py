@@ -217,7 +217,7 @@ def full_size(profile: str = "cub-published", **model) -> tuple[Generator, Discr
     """
     settings = load_settings(profile, {f"model.{name}": value for name, value in model.items()})
     clip: Any = SimpleNamespace(name="ViT-B/32", image_size=224, grid=7, width=768, embed_dim=512, layers=12)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.device("meta"):
         return build_networks(settings, clip)
 
 

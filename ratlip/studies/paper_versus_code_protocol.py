@@ -149,8 +149,7 @@ def matching_learned(workspace: Workspace, batch_size: int, images: int = 1600, 
     prepared, clip, sentences = workspace.prepared, workspace.clip, workspace.sentences()
     s, device = workspace.settings.model_copy(update={"seed": seed}), clip.mean.device
     groups = torch.from_numpy(caption_groups(prepared.train))
-    with torch.random.fork_rng(devices=[]):
-        discriminator = build_networks(s, clip)[1].to(device)
+    discriminator = build_networks(s, clip)[1].to(device)
     optimiser = torch.optim.Adam(discriminator.parameters(), s.training.lr_d, betas=s.training.betas)
     data = Batches(prepared.train, crop=s.data.crop, flip=s.data.flip, seed=seed, batch_size=batch_size)
     same, right = [], []

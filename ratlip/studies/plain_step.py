@@ -38,8 +38,11 @@ class PlainStep:
         mismatched = mismatch(numbers, run.sentences, run.groups, t.mismatch, seed, run.draw, run.rank)
 
         with run.fabric.autocast():
-            real_features, _ = clip.features(real, m.feature_blocks)
-            fake_features, fake_embedding = clip.features(generator(latent, sentence), m.feature_blocks)
+            real_features, _ = run.tower.features(real, m.feature_blocks)
+            fake = generator(latent, sentence)
+            fake_features, fake_embedding = run.tower.features(fake, m.feature_blocks)
+            if run.tower is not clip:
+                fake_embedding = clip.embed_images(fake)
         real_features, sentence = real_features.float(), sentence.requires_grad_()
         real_logits = discriminator(real_features, sentence)
         loss_real = hinge(real_logits, real=True)

@@ -44,8 +44,7 @@ def _restored(folder: str | Path, settings: Settings, clip: FrozenClip) -> tuple
         raise RunError(f"{folder}: {other}, which would draw noise; give the folder of its own CLIP")
     content = read_checkpoint(Path(folder) / "checkpoint.pt", "cpu", mapped=True)
     networks = content["networks"]
-    with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten, unnoticed by the caller
-        generator, _ = build_networks(settings, clip)
+    generator, _ = build_networks(settings, clip)  # whose fresh weights are overwritten
     average = {key.removeprefix("module."): value for key, value in networks.get("average", {}).items()}
     average.pop("n_averaged", None)
     generator.load_state_dict(average or networks["generator"])

@@ -102,6 +102,8 @@ def train(
             with run.paused():
                 visits.make(run.step)
         with bar(total=steps, initial=run.step, unit="step", desc=folder.name, enabled=progress and first) as meter:
+            if (scale := state_scale(run)) and progress and first:
+                meter.write(f"{folder.name}: RAT's states are multiplied by {scale:.3f}, computed at the start")
             _sitting(run, loader, steps, samples, visits, meter, still_ours, end)
         if first and run.step == steps:
             write_json(folder / "provenance.json", _provenance(run, prepared))
@@ -160,11 +162,18 @@ def _provenance(run: Session, prepared: Prepared) -> dict:
         "peak_memory_mib": peak_memory_mib(run.device),
         "generator_parameters": sum(p.numel() for p in run.networks["generator"].parameters()),
         "discriminator_parameters": sum(p.numel() for p in run.networks["discriminator"].parameters()),
+        **({"state_scale": scale} if (scale := state_scale(run)) else {}),
         "clip": run.clip.name,
         "clip_fingerprint": run.clip.fingerprint,
         "data": prepared.manifest["content_sha256"],
         **describe(),
     }
+
+
+def state_scale(run: Session) -> float | None:
+    """What RAT's states are multiplied by (`model.rat_input: scaled`); None: nothing."""
+    scale = run.networks["generator"].state_scale
+    return None if scale is None else float(scale)
 
 
 def peak_memory_mib(device: torch.device) -> int:

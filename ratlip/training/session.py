@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ratlip.clip.frozen import FrozenClip
+from ratlip.clip.frozen import FrozenClip, shuffled
 from ratlip.clip.pairs import caption_groups
 from ratlip.errors import RunError, SettingsError
 from ratlip.fast import accelerate, options
@@ -21,6 +21,7 @@ from ratlip.files import atomic_path
 from ratlip.networks import Discriminator, Generator
 from ratlip.networks.losses import discriminator_loss
 from ratlip.settings import Settings
+from ratlip.training.start import match_spread, weights_by_name
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -29,16 +30,19 @@ if TYPE_CHECKING:
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 OF_GENERATOR = (  # settings of the section model that are arguments of the same name
-    *("image_size", "rat_scope", "hidden_size", "attention", "attention_groups", "latent_size", "base_channels"),
-    *("code_channels", "mapper_blocks", "prompt_blocks", "bridge_scale"),
+    *("image_size", "rat_scope", "rat_input", "hidden_size", "attention", "attention_groups", "latent_size"),
+    *("base_channels", "code_channels", "mapper_blocks", "prompt_blocks", "bridge_scale"),
 )
 OF_DISCRIMINATOR = ("feature_blocks", "d_channels", "logit_channels", "unused_shortcuts", "gate")
 
 
-def build_networks(settings: Settings, clip: FrozenClip) -> tuple[Generator, Discriminator]:
-    """Both networks in their fast form, fresh weights from `settings.seed`.
+def build_networks(
+    settings: Settings, clip: FrozenClip, sentences: Tensor | None = None
+) -> tuple[Generator, Discriminator]:
+    """Both networks in their fast form, fresh weights from `settings.seed` and their names.
 
-    Raises SettingsError where they do not fit the CLIP.
+    `sentences` (N,E), embeddings of all training captions, set the scale of `model.rat_input: scaled`, which is NaN
+    without them (a checkpoint brings it too). Raises SettingsError where the networks do not fit the CLIP.
     """
     m = settings.model
     if m.image_size != clip.image_size or max((*m.prompt_blocks, *m.feature_blocks)) >= clip.layers:
@@ -47,11 +51,15 @@ def build_networks(settings: Settings, clip: FrozenClip) -> tuple[Generator, Dis
             f"set model.image_size (now {m.image_size}), model.prompt_blocks (now {list(m.prompt_blocks)}) "
             f"and model.feature_blocks (now {list(m.feature_blocks)}) accordingly"
         )
-    torch.manual_seed(settings.seed)
     of_g, of_d = ({name: getattr(m, name) for name in names} for names in (OF_GENERATOR, OF_DISCRIMINATOR))
-    generator = Generator(clip, conditioning=m.effective_conditioning, **of_g)
-    discriminator = Discriminator(grid=clip.grid, clip_width=clip.width, sentence_size=clip.embed_dim, **of_d)
+    with torch.random.fork_rng(devices=[]):  # these weights are drawn anew at once
+        generator = Generator(clip, conditioning=m.effective_conditioning, **of_g)
+        discriminator = Discriminator(grid=clip.grid, clip_width=clip.width, sentence_size=clip.embed_dim, **of_d)
+    weights_by_name(generator, settings.seed, "generator")
+    weights_by_name(discriminator, settings.seed, "discriminator")
     accelerate(generator, discriminator)
+    if sentences is not None and generator.state_scale is not None:
+        match_spread(generator, sentences, settings.seed)
     return generator, discriminator
 
 
@@ -105,7 +113,8 @@ class Session:
     """A run at work: networks and optimisers on their device, the step, and the checkpoint of all that.
 
     `networks`: the bare modules by name, as they are saved; `generator` and `critic` (the discriminator with
-    its loss): the same, wrapped for precision and processes. Opens with the last checkpoint of `folder`, if
+    its loss): the same, wrapped for precision and processes. `tower`: the CLIP whose features D sees, `clip` itself
+    but for `model.discriminator_tower: random`. Opens with the last checkpoint of `folder`, if
     there is one. `begun`: the step at which the random numbers begin; 0 but after a resume as published.
     """
 
@@ -119,12 +128,14 @@ class Session:
         self.clip, self.sentences = clip.to(self.device), sentences.to(self.device)
         self.groups = torch.from_numpy(caption_groups(prepared.train)).to(self.device)
         t = settings.training
-        generator, discriminator = build_networks(settings, self.clip)
+        random = settings.model.discriminator_tower == "random"
+        self.tower = shuffled(self.clip, settings.seed) if random else self.clip
+        generator, discriminator = build_networks(settings, self.clip, self.sentences)
         self.networks: dict[str, Any] = {"generator": generator, "discriminator": discriminator}
         if t.ema:
             self.networks["average"] = averaged(generator, t.ema).to(self.device)
-        options.apply(t, generator, discriminator, self.clip)
-        cached = (self.clip, settings.model.feature_blocks, prepared.train, settings.data)
+        options.apply(t, generator, discriminator, *dict.fromkeys((self.clip, self.tower)))
+        cached = (self.tower, settings.model.feature_blocks, prepared.train, settings.data)
         self.real_features = options.RealFeatures(*cached) if t.cached_features else None
         critic = Critic(discriminator, t.penalty_weight, t.penalty_power)
         self.generator, self.optimiser_g = fabric.setup(generator, adam(generator, t.lr_g, t.betas))

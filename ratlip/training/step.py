@@ -40,12 +40,14 @@ def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[Discriminator
         fake = run.generator(latent, sentence)
     with run.fabric.autocast():
         with record_function("CLIP on generated images, forward"):
-            fake_features, fake_embedding = run.clip.features(fake, m.feature_blocks)
+            fake_features, fake_embedding = run.tower.features(fake, m.feature_blocks, embedding=run.tower is run.clip)
+            if fake_embedding is None:  # the features are those of another tower
+                fake_embedding = run.clip.embed_images(fake)
         with record_function("CLIP on real images, forward"), torch.no_grad():
             if run.real_features is not None:
                 real_features = run.real_features(real, batch["image"])
             else:
-                real_features, _ = run.clip.features(real, m.feature_blocks, embedding=False)
+                real_features, _ = run.tower.features(real, m.feature_blocks, embedding=False)
 
     mismatched = mismatch(captions, run.sentences, run.groups, t.mismatch, seed, run.draw, run.rank)
     with record_function("D and penalty, forward"):

@@ -21,6 +21,8 @@ from ratlip.studies.bench import count_operations, matrix_rate
 
 VARIANTS = {
     "rat": {},
+    "scaled": {"model.rat_input": "scaled"},
+    "state-latent-sentence": {"model.rat_input": "state-latent-sentence", "model.rat_scope": "mapper"},
     "cat": {"model.conditioning": "cat", "model.attention": "none"},
     "published": {
         "model.conditioning": "rat-official",

@@ -28,6 +28,7 @@ OTHER = {
     "clip.lr": (0.5,),
     "model.conditioning": ("cat", "rat"),
     "model.rat_scope": ("mapper", "generator"),
+    "model.rat_input": ("scaled",),
     "model.attention": ("norm", "none"),
     "model.attention_groups": (2,),
     "model.image_size": (32,),
@@ -35,6 +36,7 @@ OTHER = {
     "model.code_channels": (16,),
     "model.prompt_blocks": ([2],),
     "model.feature_blocks": ([1, 2],),
+    "model.discriminator_tower": ("random",),
     "training.lr_g": (0.5,),
     "training.lr_d": (0.5,),
     "training.betas": ([0.5, 0.9],),
@@ -273,6 +275,10 @@ def test_all_wrong_settings_are_listed_at_once():
         ({"model.feature_blocks": [0, 3]}, "blocks 0 to 2"),
         ({"model.prompt_blocks": [3]}, "blocks 0 to 2"),
         ({"model.conditioning": "rat-official"}, "set rat_scope: mapper"),
+        (
+            {"model.conditioning": "rat-official", "model.rat_scope": "mapper", "model.rat_input": "scaled"},
+            "set rat_input: state",
+        ),
         ({"model.base_channels": 12}, "base_channels=12 must be a multiple of 8"),
         ({"model.code_channels": 7, "model.attention": "none"}, "must be even"),
         ({"model.image_size": 18}, "the patch must divide"),
@@ -323,6 +329,10 @@ def test_merge_leaves_its_arguments_as_they_were():
         ({"model.hidden_size": 0}, "cat-shuffle"),
         ({"model.conditioning": "cat"}, "cat-shuffle"),
         ({"model.rat_scope": "mapper"}, "rat-mapper-h8-shuffle"),
+        ({"model.rat_input": "scaled"}, "rat-scaled-h8-shuffle"),
+        ({"model.rat_scope": "mapper", "model.rat_input": "scaled"}, "rat-mapper-scaled-h8-shuffle"),
+        ({"model.rat_input": "state-latent-sentence"}, "rat-state-latent-sentence-h8-shuffle"),
+        ({"model.conditioning": "cat", "model.rat_input": "scaled"}, "cat-shuffle"),
         ({"model.attention": "norm"}, "rat-h8-norm"),
         ({"model.conditioning": "rat-official", "model.rat_scope": "mapper"}, "rat-official-h8-shuffle"),
     ],
@@ -419,6 +429,14 @@ def test_the_judge_changes_with_what_it_is_trained_on_and_nothing_else():
         "model.image_size",
         "evaluation.judge_steps",
     }
+
+
+def test_runs_of_before_a_setting_was_there_keep_their_names():
+    """Hashes as they were before `rat_input` and `discriminator_tower`; without an LSTM, what RAT reads is nothing."""
+    names = {"cub": "rat-h64-shuffle-seed0-349baf47", "cub-published": "rat-official-h64-shuffle-seed0-9fed934c"}
+    assert {name: load_settings(name).run_name for name in names} == names
+    cat = [load_settings("smoke", {"model.hidden_size": 0, "model.rat_input": each}) for each in ("state", "scaled")]
+    assert cat[0].run_hash == cat[1].run_hash
 
 
 def test_identities_do_not_collide_over_a_sweep():

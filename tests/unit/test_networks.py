@@ -168,7 +168,8 @@ def test_clip_is_shared_and_no_part_of_the_generator():
 
 
 @pytest.mark.parametrize(
-    ("setting", "choice"), [("conditioning", "rat-official"), ("rat_scope", "mapper"), ("attention", "shuffle")]
+    ("setting", "choice"),
+    [("conditioning", "rat-official"), ("rat_scope", "mapper"), ("rat_input", "scaled"), ("attention", "shuffle")],
 )
 def test_generator_refuses_unknown_choices_and_names_the_known(setting, choice):
     with pytest.raises(ValueError, match=f"{setting} is 'other': choose .*'{choice}'"):
