@@ -193,7 +193,11 @@ class Generator(nn.Module):
         x = self.mapper(self.code(latent).unflatten(1, self.code_shape), condition, conditions[:mapped])
         for block, four in zip(self.synthesis_blocks, conditions[mapped:], strict=True):
             x = block(x, four)
-        return self.to_rgb(F.leaky_relu(x, 0.2))
+        return self.rgb(F.leaky_relu(x, 0.2))
+
+    def rgb(self, x: Tensor) -> Tensor:
+        """The last map (B,C,S,S) -> images (B,3,S,S)."""
+        return self.to_rgb(x)
 
     def _conditions(self, latent: Tensor, sentence: Tensor, condition: Tensor) -> list[list[Tensor]]:
         """Four conditions for each block, in the order of use: the states of the LSTM as far as it reaches."""
