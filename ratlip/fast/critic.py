@@ -7,6 +7,8 @@ the slopes (whose derivative is zero) and down to the real features (which want 
 convolutions with kernels as large as the map. Real and generated images go through D in one batch: it has no norm.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,8 +34,9 @@ def fast_discriminator_loss(
         return discriminator_loss(d, *inputs, penalty_weight, penalty_power)
     real_features, fake_features, sentence, mismatched = (each.detach() for each in inputs)
     x, *others = (torch.cat(pair) for pair in zip(real_features.unbind(1), fake_features.unbind(1), strict=True))
+    blocks: list[Any] = [*d.blocks, d.main]
     walked = []
-    for block, feature in zip((*d.blocks, d.main), (*others, None), strict=True):
+    for block, feature in zip(blocks, (*others, None), strict=True):
         x, *maps = block.traced(x, feature)
         walked.append((block, *(each[:count] for each in maps)))
     of_map, of_sentence = d.kernels()
@@ -41,7 +44,7 @@ def fast_discriminator_loss(
     logits, hidden = d.judged(torch.cat((seen[:count], seen)), torch.cat((read, read[:count])))
     matching, mismatching, fake = logits.chunk(3)
 
-    grad = sloped(d.logit[2].weight.expand_as(hidden[:count]), hidden[:count])
+    grad = sloped(d.logit.get_parameter("2.weight").expand_as(hidden[:count]), hidden[:count])
     squares = [_square(F.linear(grad.sum(dim=(2, 3)), of_sentence.t()))]
     grad = F.conv_transpose2d(grad, of_map)
     for block, first, second in reversed(walked):

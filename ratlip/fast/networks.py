@@ -129,10 +129,12 @@ class FastResidualBlock(ResidualBlock):
 
     def transposed(self, grad: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Gradient for the output -> gradient for `x`, as a forward pass that can be differentiated."""
-        within = F.conv_transpose2d(sloped(self.gamma * grad, second), self.residual[2].weight, padding=1)
-        within = F.conv_transpose2d(sloped(within, first), self.residual[0].weight, padding=1)
-        mixed = self.mixes and self.shortcut is not None
-        return within + (F.conv_transpose2d(grad, self.shortcut.weight) if mixed else grad)
+        within = self.gamma * grad
+        for name, activated in (("2.weight", second), ("0.weight", first)):
+            within = F.conv_transpose2d(sloped(within, activated), self.residual.get_parameter(name), padding=1)
+        if self.mixes and self.shortcut is not None:
+            grad = F.conv_transpose2d(grad, self.shortcut.weight)
+        return within + grad
 
 
 class FastDiscriminator(Discriminator):
@@ -149,14 +151,14 @@ class FastDiscriminator(Discriminator):
 
     def kernels(self) -> tuple[Tensor, Tensor]:
         """The parts of the head's first kernel: of the map (L,C,k,k), and of the sentence, summed up, (L,E)."""
-        weight, channels = self.logit[0].weight, self.main.residual[2].weight.shape[0]
+        weight, channels = self.logit.get_parameter("0.weight"), self.main.residual.get_parameter("2.weight").shape[0]
         of_map, of_sentence = weight.split((channels, weight.shape[1] - channels), dim=1)
         return of_map, of_sentence.sum(dim=(2, 3))
 
     def judged(self, seen: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
         """What the first kernel makes of the map (B,L,s,s) and of the sentence (B,L) -> logits (B,), hidden map."""
         hidden = F.leaky_relu(seen + read[:, :, None, None], 0.2, inplace=True)
-        return F.linear(hidden.flatten(1), self.logit[2].weight.flatten(1)).flatten(), hidden
+        return F.linear(hidden.flatten(1), self.logit.get_parameter("2.weight").flatten(1)).flatten(), hidden
 
 
 def sloped(grad: Tensor, activated: Tensor) -> Tensor:
