@@ -10,7 +10,7 @@ from ratlip.fast.maps import Moments, ShuffledGates, checkpointed, resized_conv3
 from ratlip.networks.affine import ConditionalAffine, OfficialRecurrentAffine, Recurrence
 from ratlip.networks.attention import ConvShuffle, ShuffleAttention
 from ratlip.networks.discriminator import Discriminator, ResidualBlock
-from ratlip.networks.generator import Fuse, SynthesisBlock
+from ratlip.networks.generator import Fuse, Generator, SynthesisBlock
 
 
 class FastAffine(ConditionalAffine):
@@ -26,19 +26,16 @@ class FastOfficialAffine(OfficialRecurrentAffine, FastAffine):
 
 
 class FastRecurrence(Recurrence):
-    """The product of sentence and input weights is the same at all steps: made once."""
+    """All steps in one call of the library's LSTM, whose input is the same at each."""
 
     def forward(self, latent: Tensor, sentence: Tensor) -> list[Tensor]:
-        cell, states = self.cell, []
-        h, c = self.initial(latent).chunk(2, dim=1)
-        text = F.linear(sentence, cell.weight_ih, cell.bias_ih)
-        for _ in range(self.steps):
-            gates = text + F.linear(h, cell.weight_hh, cell.bias_hh)
-            write, keep, new, read = gates.chunk(4, dim=1)  # i, f, g, o in PyTorch's order
-            c = keep.sigmoid() * c + write.sigmoid() * new.tanh()
-            h = read.sigmoid() * c.tanh()
-            states.append(h)
-        return states
+        if not usable(sentence):
+            return super().forward(latent, sentence)
+        cell, start = self.cell, self.initial(latent)[None].chunk(2, dim=2)
+        weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
+        repeated = sentence.expand(self.steps, -1, -1)
+        states, *_ = torch.lstm(repeated, start, weights, True, 1, 0.0, self.training, False, False)
+        return list(states.unbind())
 
 
 class FastFuse(Fuse):
@@ -100,22 +97,73 @@ def _conv(conv: nn.Module, x: Tensor, size: int | None) -> Tensor:
     return conv(x, size)
 
 
+class FastGenerator(Generator):
+    """The last convolution as the transposed one with its kernel turned round, on a map with the channels last.
+
+    The library's convolution to three channels is slow in the backward pass; as a transposed convolution from three
+    it is the forward pass of what it is good at.
+    """
+
+    def rgb(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not usable(x):
+            return super().rgb(x)
+        x, weight = x.contiguous(memory_format=torch.channels_last), self.to_rgb.weight
+        turned = weight.flip(2, 3).transpose(0, 1)
+        return F.conv_transpose2d(x, turned, self.to_rgb.bias, padding=1).contiguous()
+
+
 class FastResidualBlock(ResidualBlock):
-    """Each gate in one pass over the map."""
+    """Each gate in one pass over the map, activations in the place of the map before them."""
 
     def forward(self, x: Tensor, feature: Tensor | None = None) -> Tensor:
+        return self.traced(x, feature)[0]
+
+    def traced(self, x: Tensor, feature: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The block's output and the maps after both activations, whose signs `transposed` needs."""
         shortcut = self.shortcut(x) if self.mixes and self.shortcut is not None else x
-        h = torch.addcmul(shortcut, self.gamma, self.residual(x))
-        return h if feature is None or self.beta is None else torch.addcmul(h, self.beta, feature)
+        first = F.leaky_relu(self.residual[0](x), 0.2, inplace=True)
+        second = F.leaky_relu(self.residual[2](first), 0.2, inplace=True)
+        h = torch.addcmul(shortcut, self.gamma, second)
+        h = h if feature is None or self.beta is None else torch.addcmul(h, self.beta, feature)
+        return h, first, second
+
+    def transposed(self, grad: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Gradient for the output -> gradient for `x`, as a forward pass that can be differentiated."""
+        within = self.gamma * grad
+        for name, activated in (("2.weight", second), ("0.weight", first)):
+            within = F.conv_transpose2d(sloped(within, activated), self.residual.get_parameter(name), padding=1)
+        if self.mixes and self.shortcut is not None:
+            grad = F.conv_transpose2d(grad, self.shortcut.weight)
+        return within + grad
 
 
 class FastDiscriminator(Discriminator):
-    """Given several sentence batches, the features are worked through once."""
+    """Features are worked through once for all sentences, up to where a sentence enters.
+
+    A sentence is the same at every position: its part of the first kernel, summed over positions, is a small product.
+    """
 
     def forward(self, features: Tensor, *sentences: Tensor) -> Tensor | tuple[Tensor, ...]:
-        x = self.trunk(features)
-        logits = tuple(self.head(x, sentence) for sentence in sentences)
+        of_map, of_sentence = self.kernels()
+        seen = F.conv2d(self.trunk(features), of_map)
+        logits = tuple(self.judged(seen, F.linear(sentence, of_sentence))[0] for sentence in sentences)
         return logits[0] if len(logits) == 1 else logits
+
+    def kernels(self) -> tuple[Tensor, Tensor]:
+        """The parts of the head's first kernel: of the map (L,C,k,k), and of the sentence, summed up, (L,E)."""
+        weight, channels = self.logit.get_parameter("0.weight"), self.main.residual.get_parameter("2.weight").shape[0]
+        of_map, of_sentence = weight.split((channels, weight.shape[1] - channels), dim=1)
+        return of_map, of_sentence.sum(dim=(2, 3))
+
+    def judged(self, seen: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first kernel makes of the map (B,L,s,s) and of the sentence (B,L) -> logits (B,), hidden map."""
+        hidden = F.leaky_relu(seen + read[:, :, None, None], 0.2, inplace=True)
+        return F.linear(hidden.flatten(1), self.logit.get_parameter("2.weight").flatten(1)).flatten(), hidden
+
+
+def sloped(grad: Tensor, activated: Tensor) -> Tensor:
+    """Gradient before a LeakyReLU 0.2 from the one after it; differentiable for `grad`. Signs stay under LeakyReLU."""
+    return torch.ops.aten.leaky_relu_backward(grad, activated.detach(), 0.2, True)
 
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
@@ -126,6 +174,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     ShuffleAttention: FastShuffleAttention,
     ConvShuffle: FastConvShuffle,
     SynthesisBlock: FastSynthesisBlock,
+    Generator: FastGenerator,
     ResidualBlock: FastResidualBlock,
     Discriminator: FastDiscriminator,
 }

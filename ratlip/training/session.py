@@ -16,10 +16,10 @@ from ratlip.clip.frozen import FrozenClip, shuffled
 from ratlip.clip.pairs import caption_groups
 from ratlip.errors import RunError, SettingsError
 from ratlip.fast import accelerate, options
+from ratlip.fast.critic import fast_discriminator_loss
 from ratlip.fast.memory import keep_freed_memory
 from ratlip.files import atomic_path
 from ratlip.networks import Discriminator, Generator
-from ratlip.networks.losses import discriminator_loss
 from ratlip.settings import Settings
 from ratlip.training.start import match_spread, weights_by_name
 
@@ -105,7 +105,7 @@ class Critic(nn.Module):
         In mixed precision the arguments come in 16 bits; the penalty's sum of squares needs 32.
         """
         real, fake, sentence, mismatched = (each.float() for each in arguments)
-        loss = discriminator_loss(self.discriminator, real, fake, sentence, mismatched, *self.penalty)
+        loss = fast_discriminator_loss(self.discriminator, real, fake, sentence, mismatched, *self.penalty)
         return loss.real, loss.mismatch, loss.fake, loss.penalty, loss.total
 
 
