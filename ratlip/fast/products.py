@@ -8,7 +8,7 @@ convolution rounds. Maps lie in memory with the channels last, where sums of pos
 Both can be differentiated once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from math import gcd
@@ -20,6 +20,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ratlip.fast.tower import onednn_is_faster
+
+# What products are made with, from three weights along one axis; combined for two axes, the row's combination first.
+SUM_FIRST_LAST = ((1.0, 1.0, 1.0), (1.0, 0.0, 0.0), (0.0, 0.0, -1.0))
+TILES = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+WINOGRAD = torch.kron(torch.tensor(TILES), torch.tensor(TILES))
+UPSAMPLED = torch.kron(*[torch.tensor(SUM_FIRST_LAST)] * 2)[[0, 1, 2, 3, 6, 4, 5, 7, 8]]  # sums; one sum; no sum
 
 CHUNK = 2**23  # numbers that a transformed part of a map has at most: 32 MiB
 
@@ -37,6 +43,12 @@ def _of_weight(grad: Tensor, x: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
+def _combined(weight: Tensor, combinations: Tensor) -> Tensor:
+    """Weights (C_out,C_in,3,3) -> (N,C_out,C_in), by N combinations (N,9) of the nine."""
+    nine = weight.flatten(2).flatten(0, 1).t().contiguous()
+    return (combinations.to(weight) @ nine).unflatten(1, weight.shape[:2])
+
+
 def _last(x: Tensor) -> Tensor:
     """(B,C,H,W) -> (B,H,W,C), contiguous: a view where the channels lie last already."""
     return x.permute(0, 2, 3, 1).contiguous()
@@ -50,10 +62,7 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor, size: int) -> Tensor:
     of them], where d_j = x_{j-1} - x_j. So there are three products for each source pixel, nine in the plane: as many
     as on the small map, however large the other is.
     """
-    sums, first, last = weight.sum(2), weight[:, :, 0], -weight[:, :, 2]
-    parts = [(rows.sum(2), rows[:, :, 0], -rows[:, :, 2]) for rows in (sums, first, last)]
-    (ss, sa, sc), (as_, aa, ac), (cs, ca, cc) = parts
-    return _Upsampled.apply(x, torch.cat((ss, sa, sc, as_, cs, aa, ac, ca, cc)), size)
+    return _Upsampled.apply(x, _combined(weight, UPSAMPLED).flatten(0, 1), size)
 
 
 @cache
@@ -73,12 +82,9 @@ def _turns(small: int, large: int) -> tuple[int, list[tuple[int, bool, bool]]]:
     return periods, [(source, changes[i], changes[i + 1]) for i, source in enumerate(one)]
 
 
-def _woven(parts: Sequence[Tensor], size: int, dim: int) -> Tensor:
-    """Products of sums, of first and of last differences (`dim` has s positions) -> the outputs (`size` of them)."""
-    shape = list(parts[0].shape)
-    periods, turns = _turns(shape[dim], size)
-    shape[dim] = size
-    y = parts[0].new_empty(shape)
+def _woven(parts: Sequence[Tensor], y: Tensor, dim: int) -> Tensor:
+    """Products of sums, of first and of last differences along `dim` -> the outputs `y`."""
+    periods, turns = _turns(parts[0].shape[dim], y.shape[dim])
     of_y, (sums, first, last) = (y.unflatten(dim, (periods, -1)), (p.unflatten(dim, (periods, -1)) for p in parts))
     for position, (source, is_first, is_last) in enumerate(turns):
         out, term = of_y.select(dim + 1, position), sums.select(dim + 1, source)
@@ -136,16 +142,26 @@ def _thirds(ss: Tensor, sd: Tensor, ds: Tensor, dd: Tensor) -> list[tuple[Tensor
 
 
 class _Upsampled(Function):
+    """kernels (9*C_out,C_in): one for the map, two for its differences along each axis, four for those along both."""
+
     @staticmethod
     def forward(ctx, x: Tensor, kernels: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(x, kernels)
-        ctx.size = size
-        maps, weights = _Upsampled.arrays(_last(x)), kernels.split([len(kernels) // 9 * n for n in (1, 2, 2, 4)])
-        products = [product(each, weight) for each, weight in zip(maps, weights, strict=True)]
-        del maps
-        rows = [_woven(third, size, dim=2) for third in _thirds(*products)]
-        del products
-        return _woven(rows, size, dim=1).permute(0, 3, 1, 2)
+        ctx.size, width = size, len(kernels) // 9
+        x, weights = _last(x), _Upsampled.split(kernels)
+        y = x.new_empty(len(x), size, size, width)
+        for source, target in _chunks(len(kernels) * x[0, :, :, 0].numel(), x, y):
+            products = [product(each, w) for each, w in zip(_Upsampled.arrays(source), weights, strict=True)]
+            rows = x.new_empty(3, len(source), source.shape[1], size, width)
+            for row, third in zip(rows, _thirds(*products), strict=True):
+                _woven(third, row, dim=2)
+            del products
+            _woven(rows, target, dim=1)
+        return y.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def split(kernels: Tensor) -> tuple[Tensor, ...]:
+        return kernels.split([len(kernels) // 9 * n for n in (1, 2, 2, 4)])
 
     @staticmethod
     def arrays(x: Tensor) -> list[Tensor]:
@@ -157,37 +173,39 @@ class _Upsampled(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         saved, kernels = ctx.saved_tensors
-        x, grad = _last(saved), _last(grad)
-        count, side, width = len(x), x.shape[1], len(kernels) // 9
+        x, grad, weights = _last(saved), _last(grad), _Upsampled.split(kernels)
+        of_x, of_kernels = torch.empty_like(x), torch.zeros_like(kernels)
+        side, width = x.shape[1], len(kernels) // 9
         shapes = ((side, side, 1), (side, side + 1, 2), (side + 1, side, 2), (side + 1, side + 1, 4))
-        products = [grad.new_zeros(count, high, wide, n * width) for high, wide, n in shapes]
-        thirds = _thirds(*products)
-        rows = [grad.new_empty(count, side, ctx.size, width) for _ in thirds]
-        _unwoven(grad, rows, dim=1)
-        for row, third in zip(rows, thirds, strict=True):
-            _unwoven(row, third, dim=2)
-        del rows, thirds, grad
-        of_x = of_kernels = None
-        if ctx.needs_input_grad[1]:
-            of_kernels = torch.cat([_of_weight(p, m) for p, m in zip(products, _Upsampled.arrays(x), strict=True)])
-        if ctx.needs_input_grad[0]:
-            weights = kernels.split([width * n for n in (1, 2, 2, 4)])
-            own, across, down, both = (product(p, w.t()) for p, w in zip(products, weights, strict=True))
-            of_x = _undone(_undone(both, 1, across), 2, _undone(down, 1, own)).permute(0, 3, 1, 2)
-        return of_x, of_kernels, None
+        for source, upstream, target in _chunks(len(kernels) * side * side, x, grad, of_x):
+            products = [x.new_zeros(len(source), high, wide, n * width) for high, wide, n in shapes]
+            rows = x.new_empty(3, len(source), side, ctx.size, width)
+            _unwoven(upstream, rows, dim=1)
+            for row, third in zip(rows, _thirds(*products), strict=True):
+                _unwoven(row, third, dim=2)
+            del rows
+            if ctx.needs_input_grad[1]:
+                arrays = zip(products, _Upsampled.arrays(source), _Upsampled.split(of_kernels), strict=True)
+                for upstream, array, of_kernel in arrays:
+                    of_kernel += _of_weight(upstream, array)
+            if ctx.needs_input_grad[0]:
+                own, across, down, both = (product(p, w.t()) for p, w in zip(products, weights, strict=True))
+                target.copy_(_undone(_undone(both, 1, across), 2, _undone(down, 1, own)))
+        return *_wanted(ctx, of_x.permute(0, 3, 1, 2), of_kernels), None
+
+
+def _chunks(numbers: int, *maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A few images of each of `maps` at a time: as many as are transformed to CHUNK, at `numbers` an image."""
+    return zip(*(each.split(max(1, CHUNK // numbers)) for each in maps), strict=True)
+
+
+def _wanted(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False))
 
 
 def winograd_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     """conv3x3 with padding 1; x (B,C_in,H,W), H and W even, weight (C_out,C_in,3,3) -> (B,C_out,H,W)."""
-    rows = _kernels(weight, 2)
-    return _Winograd.apply(x, torch.stack([k.contiguous() for each in rows for k in _kernels(each, 2)]))
-
-
-def _kernels(weight: Tensor, dim: int) -> tuple[Tensor, ...]:
-    """Three weights w along `dim` -> w0, (w0 + w1 + w2) / 2, (w0 - w1 + w2) / 2, w2."""
-    first, middle, last = weight.unbind(dim)
-    outer, half = (first + last) / 2, middle / 2
-    return first, outer + half, outer - half, last
+    return _Winograd.apply(x, _combined(weight, WINOGRAD))
 
 
 def _tiles(x: Tensor, dim: int) -> Tensor:
@@ -207,11 +225,11 @@ def _tiles(x: Tensor, dim: int) -> Tensor:
     return v
 
 
-def _untiled(v: Tensor, dim: int) -> Tensor:
+def _untiled(v: Sequence[Tensor], dim: int) -> Tensor:
     """The transpose of `_tiles`."""
-    shape, count = list(v.shape[1:]), v.shape[dim + 1] - 1
+    shape, count = list(v[0].shape), v[0].shape[dim] - 1
     shape[dim] *= 2
-    x = v.new_empty(shape)
+    x = v[0].new_empty(shape)
     even, odd = x.unflatten(dim, (-1, 2)).unbind(dim + 1)
     torch.sub(v[1], v[2], out=even).add_(v[3])
     even.narrow(dim, 1, count).sub_(v[3].narrow(dim, 0, count))
@@ -220,8 +238,8 @@ def _untiled(v: Tensor, dim: int) -> Tensor:
     return x
 
 
-def _outputs(m: Tensor, dim: int, out: Tensor) -> Tensor:
-    """Products (4,...) with t positions along `dim` -> 2t outputs: m0 + m1 + m2 and m1 - m2 - m3."""
+def _outputs(m: Sequence[Tensor], dim: int, out: Tensor) -> Tensor:
+    """Four products with t positions along `dim` -> 2t outputs: m0 + m1 + m2 and m1 - m2 - m3."""
     even, odd = out.unflatten(dim, (-1, 2)).unbind(dim + 1)
     torch.add(m[1], m[0], out=even).add_(m[2])
     torch.sub(m[1], m[2], out=odd).sub_(m[3])
@@ -247,39 +265,31 @@ class _Winograd(Function):
         ctx.save_for_backward(x, kernels)
         x = _last(x)
         y = x.new_empty(*x.shape[:3], kernels.shape[1])
-        for source, target in zip(*(_Winograd.chunks(each, x) for each in (x, y)), strict=True):
-            v = _tiles(_tiles(source, 1), 3).transpose(0, 1)  # (row's tile, column's tile, images, h, w, C)
-            m = v.new_empty(4, 4, *v.shape[2:5], len(kernels[0]))
-            for number, kernel in enumerate(kernels):
-                m[number // 4, number % 4] = product(v[number // 4, number % 4], kernel)
+        for source, target in _chunks(4 * x[0].numel(), x, y):
+            v = _tiles(_tiles(source, 1), 3)  # (column's tile, row's tile, images, h, w, C)
+            rows = y.new_empty(4, len(source), source.shape[1] // 2, source.shape[2], y.shape[-1])
+            for row, of_columns in enumerate(kernels.unflatten(0, (4, 4))):
+                _outputs([product(v[column, row], k) for column, k in enumerate(of_columns)], 2, rows[row])
             del v
-            rows = m.new_empty(4, *source.shape[:1], source.shape[1] // 2, source.shape[2], m.shape[-1])
-            _outputs(_outputs(m.transpose(0, 1), 3, rows), 1, target)
+            _outputs(rows, 1, target)
         return y.permute(0, 3, 1, 2)
-
-    @staticmethod
-    def chunks(each: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        return each.split(max(1, CHUNK // (4 * x[0].numel())))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         saved, kernels = ctx.saved_tensors
         x, grad = _last(saved), _last(grad)
-        of_x = torch.empty_like(x)
-        of_kernels = torch.zeros_like(kernels)
-        for source, upstream, target in zip(*(_Winograd.chunks(each, x) for each in (x, grad, of_x)), strict=True):
-            m = _unput(_unput(upstream, 1), 3)  # (column, row, images, h, w, C_out)
+        of_x, of_kernels = torch.empty_like(x), torch.zeros_like(kernels)
+        for source, upstream, target in _chunks(4 * x[0].numel(), x, grad, of_x):
+            m = _unput(_unput(upstream, 1), 3)
             if ctx.needs_input_grad[1]:
                 v = _tiles(_tiles(source, 1), 3)
-                for i in range(16):
-                    of_kernels[i] += _of_weight(m[i % 4, i // 4], v[i % 4, i // 4])
+                for number, of_kernel in enumerate(of_kernels):
+                    of_kernel += _of_weight(m[number % 4, number // 4], v[number % 4, number // 4])
                 del v
             if ctx.needs_input_grad[0]:
-                v = m.new_empty(*m.shape[:5], source.shape[-1])
-                for i in range(16):
-                    v[i % 4, i // 4] = product(m[i % 4, i // 4], kernels[i].t())
-                target.copy_(_untiled(_untiled(v, 3), 1))
-        return of_x.permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None, of_kernels if ctx.needs_input_grad[
-            1
-        ] else None
+                rows = []
+                for row, of_columns in enumerate(kernels.unflatten(0, (4, 4))):
+                    rows.append(_untiled([product(m[column, row], k.t()) for column, k in enumerate(of_columns)], 2))
+                target.copy_(_untiled(rows, 1))
+        return _wanted(ctx, of_x.permute(0, 3, 1, 2), of_kernels)

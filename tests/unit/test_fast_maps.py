@@ -49,7 +49,9 @@ SIZES = [(1, 2), (3, 6), (8, 16), (4, 7), (7, 8), (5, 5), (8, 14), (6, 9), (2, 9
 
 
 @pytest.mark.parametrize("side, size", SIZES)
-def test_convolution_of_an_upsampled_map(side, size):
+@pytest.mark.parametrize("chunk", [1, products.CHUNK])
+def test_convolution_of_an_upsampled_map(side, size, chunk, monkeypatch):
+    monkeypatch.setattr(products, "CHUNK", chunk)
     x, weight = map64(2, 3, side, side), map64(4, 3, 3, 3)
     theirs = F.conv2d(F.interpolate(x, size=(size, size)), weight, padding=1)
     assert_same(upsampled_conv3x3(x, weight, size), theirs, (x, weight))
