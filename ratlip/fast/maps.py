@@ -65,12 +65,6 @@ class _ResizedConv(Function):
         return of_large, *others, None
 
 
-def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted) -> tuple[Tensor | None, ...]:
-    """Gradients of a convolution with stride 1 and padding 1 for its input, weight and bias, as far as wanted."""
-    wanted, one = [*wanted, False][:3], [1, 1]
-    return torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], one, one, one, False, [0, 0], 1, wanted)
-
-
 def _sum(x: Tensor, like: Tensor) -> Tensor:
     """Sum over positions, and over the batch where `like` (B or 1,C,1,1) is one for all."""
     return x.sum(dim=(2, 3), keepdim=True).sum_to_size(like.shape)
@@ -96,8 +90,9 @@ class Affines(Function):
         outer = torch.ops.aten.leaky_relu_backward(grad, y, 0.2, True)
         between = F.leaky_relu_(torch.addcmul(beta0, gamma0, x), 0.2)
         d_beta1, d_gamma1 = _sum(outer, gamma1), _sum(outer * between, gamma1)
-        inner = torch.ops.aten.leaky_relu_backward(outer.mul_(gamma1), between, 0.2, True)
-        d_beta0, d_gamma0 = _sum(inner, gamma0), _sum(torch.mul(inner, x, out=outer), gamma0)
+        inner = outer.mul_(gamma1)
+        torch.ops.aten.leaky_relu_backward(inner, between, 0.2, True, grad_input=inner)
+        d_beta0, d_gamma0 = _sum(inner, gamma0), _sum(torch.mul(inner, x, out=between), gamma0)
         return inner.mul_(gamma0), d_gamma0, d_beta0, d_gamma1, d_beta1
 
 
@@ -135,9 +130,8 @@ class NormGates(Function):
         of_gates: tuple[Tensor, ...] = ()
         if rest:
             grad, of_gates = _through_gates(grad, y, rest[:2], rest[2:])
-        grad = torch.ops.aten.leaky_relu_backward(grad, y, 0.01, True)
-        del y
-        still = (mean, 1 / rstd.square() - eps) if not training else (None, None)
+        grad = torch.ops.aten.leaky_relu_backward(grad, y, 0.01, True, grad_input=y)  # in the place of y
+        still = (mean, rstd.pow(-2) - eps) if not training else (None, None)
         of_norm = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, *still, mean, rstd, training, eps, [True, True, True]
         )
@@ -160,7 +154,8 @@ def _through_gates(grad: Tensor, u: Tensor, moments, gates) -> tuple[Tensor, tup
     (mean, rstd), (of_mean, of_norm, _) = moments, gates
     shift, scale = _shift_and_scale(moments, gates)
     opened = torch.addcmul(shift, scale, u).sigmoid_()
-    slope = torch.ops.aten.sigmoid_backward(grad * u, opened)  # of the sigmoid's argument
+    slope = grad * u
+    torch.ops.aten.sigmoid_backward(slope, opened, grad_input=slope)  # of the sigmoid's argument
     of_u = opened.mul_(grad).addcmul_(slope, scale)
     of_shift = slope.sum(dim=(2, 3))
     of_scale = slope.mul_(u).sum(dim=(2, 3)) - of_shift * mean  # the shift holds the scale too
