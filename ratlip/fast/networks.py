@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ratlip.fast.maps import Affines, NormGates, checkpointed, conv3x3, usable
+from ratlip.fast.products import narrow_conv3x3
 from ratlip.networks.affine import ConditionalAffine, OfficialRecurrentAffine, Recurrence
 from ratlip.networks.attention import ConvShuffle, ShuffleAttention
 from ratlip.networks.discriminator import Discriminator, ResidualBlock
@@ -129,6 +130,15 @@ def _conv(conv: nn.Module, x: Tensor, size: int | None) -> Tensor:
     if type(conv) is nn.Conv2d:
         return conv3x3(x, conv.weight, conv.bias, size)
     return conv(x, size)
+
+
+class FastToRGB(nn.Conv2d):
+    """The last convolution, to three channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not usable(x) or x.device.type != "cpu" or self.in_channels < 32:
+            return super().forward(x)
+        return narrow_conv3x3(x, self.weight, self.bias)
 
 
 class FastResidualBlock(ResidualBlock):
