@@ -338,3 +338,22 @@ class _Narrow(Function):
         rows, x = parts.flatten(0, 1).flatten(1), _last(x)
         of_x = (rows.t() @ kernels).view(x.shape).permute(0, 3, 1, 2)
         return _wanted(ctx, of_x, rows @ x.flatten(0, 2))
+
+
+def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (B,C_in,H,W), weight (C_out,C_in,1,1), bias (C_out) -> (B,C_out,H,W)."""
+    return _Pointwise.apply(x, weight.flatten(1)) + bias[:, None, None]
+
+
+class _Pointwise(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(_last(x), weight).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        grad = _last(grad)
+        return _wanted(ctx, product(grad, weight.t()).permute(0, 3, 1, 2), _of_weight(grad, _last(x)))

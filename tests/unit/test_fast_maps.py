@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ratlip.fast import accelerate, products
 from ratlip.fast.maps import conv3x3
-from ratlip.fast.products import narrow_conv3x3, upsampled_conv3x3, winograd_conv3x3
+from ratlip.fast.products import conv1x1, narrow_conv3x3, upsampled_conv3x3, winograd_conv3x3
 from ratlip.networks import ConvShuffle, ShuffleAttention
 from ratlip.networks.affine import affine_factories
 from ratlip.networks.generator import Fuse, SynthesisBlock
@@ -69,6 +69,11 @@ def test_winograd(height, width, chunk, monkeypatch):
 def test_convolution_to_few_channels(height, width):
     x, weight, bias = map64(2, 5, height, width), map64(3, 5, 3, 3), map64(3)
     assert_same(narrow_conv3x3(x, weight, bias), F.conv2d(x, weight, bias, padding=1), (x, weight, bias))
+
+
+def test_convolution_of_single_positions():
+    x, weight, bias = map64(2, 5, 3, 4), map64(3, 5, 1, 1), map64(3)
+    assert_same(conv1x1(x, weight, bias), F.conv2d(x, weight, bias), (x, weight, bias))
 
 
 def test_winograd_rounds_little_more_than_a_direct_convolution():
