@@ -8,7 +8,8 @@ change the class of the modules: keys, checkpoints and copies stay as they are. 
 
 from torch import nn
 
-from ratlip.fast.networks import FAST
+from ratlip.fast.networks import FAST, FastToRGB
+from ratlip.networks import Generator
 
 
 def accelerate(*networks: nn.Module, on: bool = True) -> None:
@@ -17,3 +18,5 @@ def accelerate(*networks: nn.Module, on: bool = True) -> None:
     for network in networks:
         for module in network.modules():
             module.__class__ = forms.get(type(module), type(module))
+        if isinstance(network, Generator):  # its class alone does not tell this convolution from others
+            network.to_rgb.__class__ = FastToRGB if on else nn.Conv2d

@@ -6,23 +6,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ratlip.fast.maps import Moments, ShuffledGates, checkpointed, resized_conv3x3, usable
+from ratlip.fast.maps import Affines, NormGates, checkpointed, conv3x3, usable
+from ratlip.fast.products import conv1x1
 from ratlip.networks.affine import ConditionalAffine, OfficialRecurrentAffine, Recurrence
 from ratlip.networks.attention import ConvShuffle, ShuffleAttention
 from ratlip.networks.discriminator import Discriminator, ResidualBlock
-from ratlip.networks.generator import Fuse, Generator, SynthesisBlock
+from ratlip.networks.generator import Fuse, SynthesisBlock
 
 
 class FastAffine(ConditionalAffine):
     """gamma * x + beta in one pass over the map."""
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        gamma, beta = self.gamma(condition), self.beta(condition)
-        return torch.addcmul(beta[:, :, None, None], gamma[:, :, None, None], x)
+        gamma, beta = self.scale_and_shift(condition)
+        return torch.addcmul(beta, gamma, x)
+
+    def scale_and_shift(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """condition (B,D) -> gamma, beta (B,C,1,1)."""
+        return self.gamma(condition)[:, :, None, None], self.beta(condition)[:, :, None, None]
 
 
 class FastOfficialAffine(OfficialRecurrentAffine, FastAffine):
-    """The same for the affine with an LSTM of its own, whose `super().forward` is `FastAffine`'s here."""
+    """The same for the affine with an LSTM of its own."""
+
+    forward = FastAffine.forward
+
+    def scale_and_shift(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        _, (state, _) = self.lstm(condition[None])
+        return super().scale_and_shift(state[0])
 
 
 class FastRecurrence(Recurrence):
@@ -39,35 +50,54 @@ class FastRecurrence(Recurrence):
 
 
 class FastFuse(Fuse):
-    """Activations take the place of the map before them."""
+    """Both affines and activations as one function, which keeps no map between them."""
 
     def forward(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
-        for affine, condition in zip((self.affine0, self.affine1), conditions, strict=True):
-            x = F.leaky_relu(affine(x, condition), 0.2, inplace=True)
-        return x
+        affines = self.affine0, self.affine1
+        if not usable(x) or not all(isinstance(affine, FastAffine) for affine in affines):
+            return super().forward(x, conditions)
+        pairs = (affine.scale_and_shift(condition) for affine, condition in zip(affines, conditions, strict=True))
+        return Affines.apply(x, *(each for pair in pairs for each in pair))
 
 
 class FastShuffleAttention(ShuffleAttention):
-    """Fewer passes: GroupNorm of one channel a group only shifts and scales, as does what follows up to the sigmoid."""
+    """Both halves' gates as one equation, for `NormGates`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not usable(x) or self.groups % 2:
-            return super().forward(x)
-        parts = x.unflatten(1, (self.groups, 2, -1))
-        channel, spatial = parts.unbind(2)
-        gate = torch.sigmoid(self.channel_weight * channel.mean(dim=(3, 4), keepdim=True) + self.channel_bias)
-        variance, mean = Moments.apply(spatial)
-        norm = self.norm
-        scale = self.spatial_weight * norm.weight[:, None, None] * torch.rsqrt(variance + norm.eps)
-        shift = self.spatial_weight * norm.bias[:, None, None] + self.spatial_bias - scale * mean
-        return ShuffledGates.apply(parts, gate, scale, shift)
+    def gates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """of_mean, of_norm, constant of `NormGates`, (C) each, for channels that lie as they come out: shuffled."""
+        of_norm = self.spatial_weight.flatten() * self.norm.weight
+        constant = self.spatial_bias.flatten() + self.spatial_weight.flatten() * self.norm.bias
+        none = torch.zeros_like(of_norm)
+        halves = (self.channel_weight.flatten(), none), (none, of_norm), (self.channel_bias.flatten(), constant)
+        of_mean, of_norm, constant = (shuffled(torch.cat(pair).repeat(self.groups)) for pair in halves)
+        return of_mean, of_norm, constant
+
+
+def shuffled(x: Tensor) -> Tensor:
+    """What belongs to channels (C,...) in the order of the shuffled channels, in two groups."""
+    return x.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
 
 
 class FastConvShuffle(ConvShuffle):
-    """Takes the map before it is resized; the activation takes the place of the map before it."""
+    """Takes the map before it is resized. The channels come shuffled out of the convolution, by its kernels' order."""
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
-        return self.attention(F.leaky_relu(self.norm(_conv(self.conv, x, size)), 0.01, inplace=True))
+        norm, attention = self.norm, self.attention
+        if not usable(x):
+            return super().forward(x if size is None else F.interpolate(x, size=(size, size)))
+        gates = attention.gates() if isinstance(attention, FastShuffleAttention) else ()
+        order = shuffled if gates else Tensor.clone
+        if norm.training:
+            norm.num_batches_tracked.add_(1)
+        averages = norm.running_mean, norm.running_var
+        own = [order(average) for average in averages]
+        how = norm.training, norm.momentum, norm.eps, attention.norm.eps if gates else 0.0
+        y = conv3x3(x, order(self.conv.weight) if gates else self.conv.weight, size=size)
+        y = NormGates.apply(y, order(norm.weight), order(norm.bias), *own, *how, *gates)
+        if norm.training:
+            for average, new in zip(averages, own, strict=True):
+                average.copy_(new.unflatten(0, (-1, 2)).transpose(0, 1).flatten() if gates else new)
+        return y
 
 
 class FastSynthesisBlock(SynthesisBlock):
@@ -84,32 +114,37 @@ class FastSynthesisBlock(SynthesisBlock):
         return checkpointed(self, x, conditions, forward=self._forward) if again else self._forward(x, conditions)
 
     def _forward(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
+        if usable(x) and x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)
         h = _conv(self.conv1, self.fuse1(x, conditions[:2]), self.size)
-        h = self.conv2(self.fuse2(h, conditions[2:]))
-        x = self.shortcut(x)
+        h = _conv(self.conv2, self.fuse2(h, conditions[2:]), None)
+        shortcut = self.shortcut
+        if isinstance(shortcut, nn.Conv2d) and usable(x) and x.device.type == "cpu":
+            x = conv1x1(x, shortcut.weight, shortcut.bias)
+        else:
+            x = shortcut(x)
         return (x if x.shape[-1] == self.size else F.interpolate(x, size=(self.size, self.size))) + h
 
 
 def _conv(conv: nn.Module, x: Tensor, size: int | None) -> Tensor:
     """conv3x3 or conv-shuffle of `x` resized by nearest to `size`; None: as it is."""
     if type(conv) is nn.Conv2d:
-        return conv(x) if size is None else resized_conv3x3(x, conv.weight, conv.bias, size)
+        return conv3x3(x, conv.weight, conv.bias, size)
     return conv(x, size)
 
 
-class FastGenerator(Generator):
+class FastToRGB(nn.Conv2d):
     """The last convolution as the transposed one with its kernel turned round, on a map with the channels last.
 
     The library's convolution to three channels is slow in the backward pass; as a transposed convolution from three
     it is the forward pass of what it is good at.
     """
 
-    def rgb(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not usable(x):
-            return super().rgb(x)
-        x, weight = x.contiguous(memory_format=torch.channels_last), self.to_rgb.weight
-        turned = weight.flip(2, 3).transpose(0, 1)
-        return F.conv_transpose2d(x, turned, self.to_rgb.bias, padding=1).contiguous()
+            return super().forward(x)
+        x, turned = x.contiguous(memory_format=torch.channels_last), self.weight.flip(2, 3).transpose(0, 1)
+        return F.conv_transpose2d(x, turned, self.bias, padding=1).contiguous()
 
 
 class FastResidualBlock(ResidualBlock):
@@ -174,7 +209,6 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     ShuffleAttention: FastShuffleAttention,
     ConvShuffle: FastConvShuffle,
     SynthesisBlock: FastSynthesisBlock,
-    Generator: FastGenerator,
     ResidualBlock: FastResidualBlock,
     Discriminator: FastDiscriminator,
 }

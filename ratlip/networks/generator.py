@@ -201,11 +201,7 @@ class Generator(nn.Module):
         x = self.mapper(self.code(latent).unflatten(1, self.code_shape), condition, conditions[:mapped])
         for block, four in zip(self.synthesis_blocks, conditions[mapped:], strict=True):
             x = block(x, four)
-        return self.rgb(F.leaky_relu(x, 0.2))
-
-    def rgb(self, x: Tensor) -> Tensor:
-        """The last map (B,C,S,S) -> images (B,3,S,S)."""
-        return self.to_rgb(x)
+        return self.to_rgb(F.leaky_relu(x, 0.2))
 
     def conditions(self, latent: Tensor, sentence: Tensor) -> list[Tensor]:
         """What each affine reads, (B,D), in the order of use: RAT's inputs as far as it reaches, then CAT's."""

@@ -11,11 +11,11 @@ import torch
 from torch.nn import functional as F
 
 from ratlip.fast import accelerate
-from ratlip.fast.maps import phase_kernels, resized_conv3x3
+from ratlip.fast.maps import conv3x3
 from ratlip.fast.memory import keep_freed_memory, return_freed_memory
-from ratlip.fast.networks import FAST
+from ratlip.fast.networks import FAST, FastToRGB
 from ratlip.fast.tower import FrozenAttention, FrozenLinear, accelerate_tower, frozen_linear
-from ratlip.networks import ConvShuffle, Discriminator, Generator, ShuffleAttention
+from ratlip.networks import ConvShuffle, Discriminator, Generator
 from ratlip.studies import bench
 from ratlip.studies.bench import count_operations, matrix_rate
 
@@ -114,6 +114,7 @@ def test_fast_and_plain_generators_are_the_same_function(conditioning, scope, at
     torch.manual_seed(0)
     sizes = dict(latent_size=3, base_channels=4, code_channels=8, mapper_blocks=2, hidden_size=4, prompt_blocks=[0, 1])
     how = dict(conditioning=conditioning, rat_scope=scope, attention=attention, attention_groups=2)
+    sizes["base_channels"] = 32 if scope == "mapper" else 4  # from 32 on, the last convolution has a form of its own
     plain = moved(Generator(Bridge(), **sizes, **how)).double()
     fast = copy.deepcopy(plain)
     accelerate(fast)
@@ -158,7 +159,7 @@ def test_accelerate_keeps_keys_tensors_and_copies_and_can_be_undone(bench_world)
     assert set(fast) & set(FAST.values()) and not set(fast) & set(FAST)
     assert [type(module) for module in copy.deepcopy(generator).modules()] == fast
     accelerate(generator, on=False)
-    assert not {type(module) for module in generator.modules()} & set(FAST.values())
+    assert not {type(module) for module in generator.modules()} & {*FAST.values(), FastToRGB}
     assert {key: tensor.data_ptr() for key, tensor in generator.state_dict().items()} == tensors
     accelerate(generator)
     accelerate(generator)
@@ -185,50 +186,6 @@ def test_operations_of_a_product_and_of_onednn_are_counted():
     assert matrix_rate(torch.device("cpu"), size=64, repeats=2) > 0
 
 
-@pytest.mark.parametrize("side, size", [(1, 2), (3, 6), (8, 16), (4, 7), (7, 8), (5, 5)])
-@pytest.mark.parametrize("bias", [False, True])
-def test_convolution_after_resizing(side, size, bias):
-    """Values and gradients, borders included, in double precision: to 1e-10 there is no other explanation."""
-    torch.manual_seed(0)
-    conv = torch.nn.Conv2d(3, 4, 3, padding=1, bias=bias).double()
-    x = torch.randn(2, 3, side, side, dtype=torch.float64, requires_grad=True)
-    mine = resized_conv3x3(x, conv.weight, conv.bias, size)
-    theirs = F.conv2d(F.interpolate(x, size=(size, size)), conv.weight, conv.bias, padding=1)
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
-    wanted = (x, *conv.parameters())
-    upstream = torch.randn_like(theirs)
-    for one, other in zip(
-        torch.autograd.grad(mine, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
-
-
-def test_phase_kernels_have_the_sums_of_the_kernels():
-    weight = torch.randn(4, 3, 3, 3)
-    kernels = phase_kernels(weight)
-    assert kernels.shape == (16, 3, 2, 2)
-    for part in kernels.chunk(4):
-        torch.testing.assert_close(part.sum((2, 3)), weight.sum((2, 3)), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("groups", [1, 2, 3, 8])
-def test_shuffle_attention_in_few_passes(groups):
-    torch.manual_seed(0)
-    attention = ShuffleAttention(48, groups).double()
-    moved(attention)
-    x = (3 + torch.randn(2, 48, 5, 4, dtype=torch.float64)).requires_grad_()
-    theirs = attention(x)
-    accelerate(attention)
-    mine = attention(x)
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
-    upstream = torch.randn_like(mine)
-    wanted = (x, *attention.parameters())
-    for one, other in zip(
-        torch.autograd.grad(mine, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
-
-
 def test_resized_convolution_under_autocast_is_pytorchs_own():
     conv, x = ConvShuffle(8, 8, groups=2), torch.randn(2, 8, 4, 4, requires_grad=True)
     accelerate(conv)
@@ -241,7 +198,7 @@ def test_resized_convolution_under_autocast_is_pytorchs_own():
 def test_an_in_place_activation_leaves_the_map_before_it_alone():
     x = torch.randn(2, 3, 4, 4)
     kept = x.clone()
-    resized_conv3x3(x, torch.randn(3, 3, 3, 3), torch.randn(3), 8)
+    conv3x3(x, torch.randn(3, 3, 3, 3), torch.randn(3), 8)
     assert torch.equal(x, kept)
 
 
