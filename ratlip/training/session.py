@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ratlip.clip.frozen import FrozenClip
-from ratlip.clip.pairs import caption_groups
+from ratlip.clip.pairs import caption_facts
 from ratlip.errors import RunError, SettingsError
 from ratlip.fast import accelerate, options
 from ratlip.fast.memory import keep_freed_memory
@@ -114,7 +114,7 @@ class Session:
         if self.device.type == "cpu":
             keep_freed_memory(kept_bytes(settings))
         self.clip, self.sentences = clip.to(self.device), sentences.to(self.device)
-        self.groups = torch.from_numpy(caption_groups(prepared.train)).to(self.device)
+        self.facts = torch.from_numpy(caption_facts(prepared.train)).to(self.device)
         t = settings.training
         generator, discriminator = build_networks(settings, self.clip)
         self.networks: dict[str, Any] = {"generator": generator, "discriminator": discriminator}
