@@ -102,7 +102,7 @@ class Workspace:
     @cached_property
     def prepared(self) -> Prepared:
         """The prepared data, which must be there. Raises DataError that says how to make them."""
-        if self.settings.data.dataset == "synthetic":
+        if self.settings.data.generated:
             return self.prepare()
         if not (self.prepared_folder / "manifest.json").is_file():
             command = f"ratlip prepare --profile {self.settings.profile} --data ROOT"
@@ -139,7 +139,7 @@ class Workspace:
     def judge(self) -> Judge | None:
         """The attribute classifier, for the generated set; None for photographs."""
         s = self.settings
-        if s.data.dataset != "synthetic":
+        if not s.data.generated:
             return None
         how: dict[str, Any] = dict(crop=s.data.crop, image_size=s.model.image_size, steps=s.evaluation.judge_steps)
         return load_judge(self.prepared, self.judge_folder, **how, progress=self.progress)
@@ -180,7 +180,7 @@ def read_records(settings: Settings, data: str | Path | None) -> Iterable[Record
     """Read a dataset root by its official layout, or draw the generated set. DataError lists all problems."""
     require_data(settings, data)
     reader = import_module(f"ratlip.data.{settings.data.dataset}")
-    if settings.data.dataset == "synthetic":
+    if settings.data.generated:
         return reader.records(settings.data.resize, **settings.data.options)
     return reader.read(data, **settings.data.options)
 
@@ -188,7 +188,7 @@ def read_records(settings: Settings, data: str | Path | None) -> Iterable[Record
 def require_data(settings: Settings, data: str | Path | None, prepared: bool = False) -> None:
     """SettingsError where the profile needs a dataset root and `data` is none; `prepared`: it is not read again."""
     profile, name = settings.profile, settings.data.dataset
-    if name != "synthetic" and not data and not prepared:
+    if not settings.data.generated and not data and not prepared:
         give = f"give its root folder (`--data ROOT`, with make `make reproduce PROFILE={profile} DATA=ROOT`)"
         fetch = f"`ratlip download {name} --to ROOT` fetches it or says where to get it"
         raise SettingsError(

@@ -8,34 +8,65 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ratlip.data import facts
+
 if TYPE_CHECKING:
     from ratlip.data.prepared import Split
 
 
 def group_names(split: Split) -> list[str]:
-    """For each image, a text that it shares with those whose captions are true of it too, its positives: its attributes
-    where they are known, else its set of captions (template captions repeat).
+    """For each image, a text that it shares with those whose captions are true of it too, where captions name all: its
+    attributes where they are known, else its set of captions (template captions repeat).
     """
     if split.attributes is not None:
         return [json.dumps(a, sort_keys=True) for a in split.attributes]
     return ["\n".join(sorted(set(captions))) for captions in split.captions]
 
 
-def caption_groups(split: Split) -> np.ndarray:
-    """The group of each caption, int64 (captions,), in the order of `split.all_captions`: see `group_names`."""
-    return np.repeat(_numbered(group_names(split)), np.diff(split.caption_offsets))
+def partial(split: Split) -> bool:
+    """Whether captions name a part of what is known of their image, so that they are true of many others."""
+    return getattr(split, "named", None) is not None
+
+
+def truths(*splits: Split) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each split, what its captions say (captions,K) and what its images show (images,R,K): see `data.facts`.
+
+    Whole numbers, the same in all splits. Where captions name all (or nothing is known), K is 1: the image's group.
+    """
+    if all(partial(split) for split in splits):
+        table = facts.values_of(splits)
+        shown = [facts.readings(facts.codes(split.attributes or [], table), table) for split in splits]
+        return [(facts.says(split, table), shows) for split, shows in zip(splits, shown, strict=True)]
+    number = _numbered([name for split in splits for name in group_names(split)])
+    parts = np.split(number, np.cumsum([len(split.captions) for split in splits])[:-1])
+    counts = [np.diff(split.caption_offsets) for split in splits]
+    return [(np.repeat(part, n)[:, None], part[:, None, None]) for part, n in zip(parts, counts, strict=True)]
+
+
+def caption_facts(split: Split) -> np.ndarray:
+    """What each caption says, and what its image shows: whole numbers (captions,1+R,K), in the order of `all_captions`.
+
+    Row i says [i, 0], its image shows [i, 1:]; `facts.true_of` tells whether a caption is true of another's image.
+    """
+    ((says, shows),) = truths(split)
+    return np.concatenate([says[:, None], np.repeat(shows, np.diff(split.caption_offsets), axis=0)], axis=1)
 
 
 def neighbourhoods(split: Split) -> list[np.ndarray]:
     """Groupings, int64 (n,) each, that say which images are hard to tell apart: equal number = neighbours.
 
-    With known attributes, one for each: images that agree in all the others. Else one, the class; none if unknown.
+    With known attributes, one for each: images that agree in all the others. Else one, the class (in `data.scenes`,
+    which has too many attributes for that, the pair); none if unknown.
     """
-    if (known := split.attributes) is not None:
+    if (known := _few_attributes(split)) is not None:
         others = [[{k: v for k, v in a.items() if k != left_out} for a in known] for left_out in known[0]]
         return [_numbered([json.dumps(a, sort_keys=True) for a in each]) for each in others]
     labels = np.asarray(split.labels)
     return [_numbered(labels)] if (labels >= 0).all() and len(np.unique(labels)) > 1 else []
+
+
+def _few_attributes(split: Split) -> list[dict] | None:
+    return split.attributes if split.attributes and not facts.two_objects(split.attributes[0]) else None
 
 
 def _numbered(keys: Sequence | np.ndarray) -> np.ndarray:
@@ -53,9 +84,11 @@ class PairBatches:
     def __init__(self, split: Split, batch_size: int, seed: int, hard_negatives: bool = True):
         self.captions, self.batch_size, self.seed = split.captions, batch_size, seed
         self.group = _numbered(group_names(split))
+        says, self.shows = truths(split)[0]
+        self.says = dict(zip(split.all_captions, says, strict=True)) if partial(split) else None
         groupings = neighbourhoods(split) if hard_negatives else []
         self.neighbourhoods = [_Neighbours(numbers, self.group) for numbers in groupings]
-        self.origin = "none" if not groupings else "labels" if split.attributes is None else "attributes"
+        self.origin = "none" if not groupings else "labels" if _few_attributes(split) is None else "attributes"
 
     def __call__(self, step: int) -> tuple[np.ndarray, list[str], np.random.Generator]:
         """Image numbers (B,), one caption of each, and the generator for whatever else is random in this step."""
@@ -68,6 +101,13 @@ class PairBatches:
                 positions = np.flatnonzero(which == number)
                 chosen[size - half + positions] = neighbours.of(chosen[positions], rng)
         return chosen, [self.captions[i][rng.integers(len(self.captions[i]))] for i in chosen], rng
+
+    def positives(self, chosen: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+        """Whether the captions (columns) are true of the images (rows) of a batch of `__call__`: bool (B,B)."""
+        if self.says is None:
+            return self.group[chosen][:, None] == self.group[chosen]
+        says = np.stack([self.says[text] for text in captions])
+        return facts.true_of(says, self.shows[chosen][:, None])
 
 
 class _Neighbours:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ratlip.clip.frozen import FrozenClip
-from ratlip.clip.pairs import group_names
+from ratlip.clip.pairs import partial, truths
 from ratlip.data.batches import centre_crop, to_network
+from ratlip.data.facts import true_of
 from ratlip.data.prepared import Prepared, Split
 from ratlip.data.store import Store
 from ratlip.progress import bar
@@ -26,7 +27,8 @@ def embed_captions(
     """
     data, found = prepared.manifest["content_sha256"], {}
     identity, home = {"data": data, "clip": clip.fingerprint}, Path(folder) / f"captions-{data[:8]}-{clip.fingerprint}"
-    for name, captions in (("train", prepared.train.all_captions), ("test", prepared.test.all_captions)):
+    splits = dict(train=prepared.train, test=prepared.test, validation=getattr(prepared, "validation", None))
+    for name, captions in ((name, split.all_captions) for name, split in splits.items() if split is not None):
         row_of = {text: row for row, text in enumerate(dict.fromkeys(captions))}
         texts = list(row_of)
         store = Store(home, name, identity, len(texts), {"embedding": ((clip.embed_dim,), "float32")})
@@ -46,14 +48,14 @@ def retrieval(
     """How well CLIP finds the caption of an image among others, and the image of a caption.
 
     Candidates are one caption of each image of `split` (image i gives its caption i modulo their count), equal strings
-    counted once; `distractors`, another split, adds its captions as wrong ones. Right are the captions of the image
-    itself and of images of its group (`group_names`).
+    counted once; `distractors`, another split, adds its captions as wrong ones. Right are the captions that are true of
+    the image (`pairs.truths`), the distractors' too.
 
     Returns the number of `images`, `captions` (distinct candidates) and `distractors`, and for "image_to_text" and
     "text_to_image" each `R@1` and `R@10` (share of queries, 0 to 1, with a right answer among the first 1 or 10),
-    `median_rank` (of the best right answer, from 1), `chance_R@1`, `chance_R@10`, `chance_rank`, and, where attributes
-    are known, `attributes` (the share of queries whose first answer has it right) and `chance_attributes`. Ties count
-    as wrong. Holds all similarities, images x candidates, in memory.
+    `median_rank` (of the best right answer, from 1), `chance_R@1`, `chance_R@10`, `chance_rank`, and, where captions
+    name all attributes, `attributes` (the share of queries whose first answer has it right) and `chance_attributes`.
+    Ties count as wrong. Holds all similarities, images x candidates, in memory.
     """
     own, others = _candidates(split), _candidates(distractors) if distractors is not None else {}
     others = {text: i for text, i in others.items() if text not in own}
@@ -66,7 +68,7 @@ def retrieval(
         parts.append(F.normalize(clip.embed_images(images.to(clip.mean.device)), dim=1) @ texts.T)
     similarity = torch.cat(parts).cpu()
     to_text, to_image = _ranking(similarity, right), _ranking(similarity[:, :count].T, right[:, :count].T)
-    if (truth := split.attributes) is not None:
+    if (truth := split.attributes) is not None and not partial(split):
         other = (distractors.attributes if distractors is not None else None) or []
         named = [truth[i] for i in own.values()] + [other[i] for i in others.values()]
         to_text |= _attributes_right(truth, named, similarity)
@@ -85,14 +87,18 @@ def _candidates(split: Split) -> dict[str, int]:
 
 def _right_answers(split: Split, own: dict[str, int], distractors: Split | None, others: dict[str, int]) -> Tensor:
     """bool (images, candidates `own` and `others`): whether the caption is true of the image, as far as is known."""
-    of_image, of_other = group_names(split), group_names(distractors) if distractors is not None else []
-    of_caption = [of_image[i] for i in own.values()] + [of_other[i] for i in others.values()]
-    number = {name: i for i, name in enumerate(dict.fromkeys(of_image + of_caption))}
-    rows, columns = (torch.tensor([number[name] for name in names]) for names in (of_image, of_caption))
-    right, column = rows[:, None] == columns, {text: j for j, text in enumerate([*own, *others])}
+    splits = [split] if distractors is None else [split, distractors]
+    (says, shows), *more = truths(*splits)
+    rows = [
+        [part.caption_offsets[i] + part.captions[i].index(text) for text, i in each.items()]
+        for part, each in zip(splits, (own, others), strict=False)
+    ]
+    said = np.concatenate([part[0][numbers] for part, numbers in zip([(says, shows), *more], rows, strict=True)])
+    right = np.concatenate([true_of(said, part[:, None]) for part in np.array_split(shows, len(shows) // 64 + 1)])
+    column = {text: j for j, text in enumerate([*own, *others])}
     for i, held in enumerate(split.captions):
         right[i, [column[text] for text in held if text in column]] = True
-    return right
+    return torch.from_numpy(right)
 
 
 def centre_square(image: np.ndarray, image_size: int) -> Tensor:

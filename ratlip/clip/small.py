@@ -122,8 +122,8 @@ def _fit(
     for step in (steps_bar := bar(range(first, steps), **shown)):
         chosen, captions, rng = batches(step)
         images = normalise(crops(chosen, rng=rng).to(device), mean, std)
-        tokens, group = words(captions).to(device), torch.from_numpy(batches.group[chosen]).to(device)
-        positives = (group[:, None] == group) | (tokens[:, None] == tokens).all(-1)
+        tokens, right = words(captions).to(device), torch.from_numpy(batches.positives(chosen, captions)).to(device)
+        positives = right | (tokens[:, None] == tokens).all(-1)
         image_embeddings, text_embeddings, scale = model(images, tokens)
         loss = contrastive_loss(image_embeddings, text_embeddings, scale, positives)
         rate = learning_rate(step, steps, s.warmup, s.lr)

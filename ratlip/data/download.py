@@ -22,10 +22,11 @@ from ratlip.errors import DataError
 from ratlip.files import atomic_path
 from ratlip.progress import bar as progress_bar
 from ratlip.settings import DataSettings
+from ratlip.settings.sections import GENERATED
 
 NAMES = get_args(DataSettings.model_fields["dataset"].annotation)  # each has a module of its own, its reader
 SOURCES: dict[str, Source] = {
-    name: import_module(f"ratlip.data.{name}").SOURCE for name in NAMES if name != "synthetic"
+    name: import_module(f"ratlip.data.{name}").SOURCE for name in NAMES if name not in GENERATED
 }
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from ratlip import __version__
 from ratlip.cache import check_identity, digest
-from ratlip.data.records import SPLITS, Problems, Record, in_order, open_image
+from ratlip.data.records import SPLITS, VALIDATION, Problems, Record, in_order, open_image
 from ratlip.errors import DataError
 from ratlip.files import atomic_path, read_json, write_json
 from ratlip.progress import bar
@@ -34,9 +34,11 @@ LISTED = ("name", "hash", "resize", "settings", "counts", "records_sha256", "con
 LIBRARIES = ("pillow", "numpy", "pyarrow", "datasets")  # those that decide the pixels and the files
 AGAIN = "delete the folder and prepare it again"
 TEXT, BYTES = pa.string(), pa.binary()
-SCHEMA = pa.schema(  # pixels: raw RGB; attributes: JSON, or ""; mask: packed bits, or empty
+EVERY = (*SPLITS, VALIDATION)
+SCHEMA = pa.schema(  # pixels: raw RGB; attributes: JSON, or ""; mask: packed bits, or empty; named: a bit an attribute
     {"key": TEXT, "label": pa.int64(), "height": pa.int32(), "width": pa.int32(), "pixels": BYTES}
     | {"captions": pa.list_(TEXT), "attributes": TEXT, "mask": BYTES}
+    | {"named": pa.list_(pa.int32())}
 )
 
 
@@ -119,7 +121,7 @@ def _check_replaceable(out: Path) -> None:
     if out.is_file():
         raise DataError(f"{out}: is a file; choose a folder")
     foreign = {item.name for item in out.glob("*")} - {"dataset", "manifest.json"}
-    foreign |= {item.name for item in out.glob("dataset/*")} - {*SPLITS, "dataset_dict.json"}
+    foreign |= {item.name for item in out.glob("dataset/*")} - {*EVERY, "dataset_dict.json"}
     if foreign:
         raise DataError(f"{out}: holds other files ({', '.join(sorted(foreign)[:3])}); choose an empty folder")
 
@@ -127,6 +129,7 @@ def _check_replaceable(out: Path) -> None:
 def _checked(record: Record, content: str = "") -> bytes:
     """What a checksum covers of a record: all but the pixels, whose own checksum is `content`."""
     fields = [record.key, record.split, record.label, record.captions, record.box, record.attributes, content]
+    fields += [] if record.named is None else [record.named]
     return json.dumps(fields, default=str).encode()
 
 
@@ -145,6 +148,10 @@ def _encode(record: Record, resize: int) -> tuple[Record, dict[str, Any] | str]:
     content = hashlib.sha256(f"{width}x{height}".encode() + packed + pixels).hexdigest()
     attributes = "" if record.attributes is None else json.dumps(record.attributes)
     row = {"key": record.key, "label": record.label, "captions": record.captions, "attributes": attributes}
+    names = sorted(record.attributes or ())
+    if record.named and (len(record.named) != len(record.captions) or not set().union(*record.named) <= set(names)):
+        return record, f"named={record.named!r} should list attributes ({', '.join(names)}) for each caption"
+    row["named"] = [sum(1 << names.index(name) for name in each) for each in record.named or ()]
     return record, {**row, "height": height, "width": width, "pixels": pixels, "mask": packed, "content": content}
 
 
@@ -154,11 +161,11 @@ def _write_dataset(encoded: Iterable[tuple], draft: Path, problems: Problems, he
     Raises DataError that lists all that is wrong with the records.
     """
     draft.mkdir()
-    rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    rows: dict[str, list[dict]] = {split: [] for split in EVERY}
     split_of: dict[str, str] = {}
     given, stored = hashlib.sha256(), hashlib.sha256()
     with ExitStack() as stack:
-        files = {s: stack.enter_context(pa.ipc.new_stream(str(draft / f"{s}.arrow"), SCHEMA)) for s in SPLITS}
+        files = {s: stack.enter_context(pa.ipc.new_stream(str(draft / f"{s}.arrow"), SCHEMA)) for s in EVERY}
 
         def flush(split: str) -> None:
             files[split].write_batch(pa.RecordBatch.from_pylist(rows[split], schema=SCHEMA))
@@ -174,11 +181,13 @@ def _write_dataset(encoded: Iterable[tuple], draft: Path, problems: Problems, he
                 rows[record.split].append(row)
                 if len(rows[record.split]) >= held:
                     flush(record.split)
-        for split in SPLITS:
+        for split in EVERY:
             flush(split)
     empty = [f"{split}: the split has no image" for split in SPLITS if split not in split_of.values()]
     problems.found = problems.found or empty
     problems.raise_if_any()
+    if VALIDATION not in split_of.values():
+        (draft / f"{VALIDATION}.arrow").unlink()
     _save(draft)
     return {"records_sha256": given.hexdigest(), "content_sha256": stored.hexdigest()}
 
@@ -188,8 +197,8 @@ def _wrong_with(record: Record, row: dict | str, known: Container[str]) -> list[
     wrong = [row] if isinstance(row, str) else []
     if record.key in known:
         wrong.append(f"the key {record.key!r} occurs twice")
-    if record.split not in SPLITS:
-        wrong.append(f"the split is {record.split!r}, not one of {', '.join(SPLITS)}")
+    if record.split not in EVERY:
+        wrong.append(f"the split is {record.split!r}, not one of {', '.join(EVERY)}")
     if not record.captions or not all(map(str.strip, record.captions)):
         wrong.append("a caption is empty, or there is none")
     return wrong
@@ -202,7 +211,8 @@ def _save(draft: Path) -> None:
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # `prepare` has its own
     try:
-        parts = {split: datasets.Dataset.from_file(str(draft / f"{split}.arrow")) for split in SPLITS}
+        files = {split: draft / f"{split}.arrow" for split in EVERY}
+        parts = {split: datasets.Dataset.from_file(str(file)) for split, file in files.items() if file.is_file()}
         datasets.DatasetDict(parts).save_to_disk(str(draft / "dataset"))
     finally:
         if shown:
@@ -213,7 +223,7 @@ def _save(draft: Path) -> None:
 
 def _counts(folder: Path) -> dict[str, dict]:
     """What the manifest counts of each split; image sizes are height, width."""
-    splits = [Split(folder, name) for name in SPLITS]
+    splits = [Split(folder, name) for name in EVERY if (folder / "dataset" / name).is_dir()]
     sizes = {s.name: {"smallest": s.sizes.min(0).tolist(), "largest": s.sizes.max(0).tolist()} for s in splits}
     captions = {s.name: len(s.all_captions) for s in splits}
     return {"counts": {s.name: len(s) for s in splits}, "captions": captions, "image_sizes": sizes}
@@ -241,7 +251,8 @@ def load_prepared(folder: str | Path) -> Prepared:
     if wrong:
         raise DataError(f"{path}: {wrong}; {AGAIN}")
     try:
-        prepared = Prepared(folder, manifest, Split(folder, "train"), Split(folder, "test"))
+        more = {VALIDATION: Split(folder, VALIDATION)} if VALIDATION in manifest["counts"] else {}
+        prepared = Prepared(folder, manifest, Split(folder, "train"), Split(folder, "test"), **more)
     except Exception as error:  # whatever Arrow makes of a missing or damaged file
         raise DataError(f"{folder / 'dataset'}: is damaged or incomplete ({error}); {AGAIN}") from error
     for name, number in manifest["counts"].items():
@@ -264,7 +275,8 @@ class Split:
 
     keys: list[str]. labels: np.int64 (n,). sizes: np.int32 (n,2), height and width. captions: list of list of str.
     all_captions: the same, flattened; those of image i are all_captions[caption_offsets[i]:caption_offsets[i + 1]],
-    caption_offsets: int64 (n+1,). attributes: list[dict] or None.
+    caption_offsets: int64 (n+1,). attributes: list[dict] or None. named: bool (captions, attributes), which of them
+    (in alphabetic order) each caption names, or None where captions name all, or nobody knows.
     """
 
     def __init__(self, folder: Path, name: str):
@@ -278,7 +290,12 @@ class Split:
         self.caption_offsets = np.cumsum([0, *map(len, self.captions)], dtype=np.int64)
         attributes = table["attributes"].to_pylist()
         self.attributes = [json.loads(text or "{}") for text in attributes] if any(attributes) else None
+        self.named = self._named(table["named"].to_pylist()) if "named" in table.column_names else None
         self._pixels, self._masks = table["pixels"], table["mask"]
+
+    def _named(self, bits: list[list[int] | None]) -> np.ndarray | None:
+        flat = np.array(list(chain.from_iterable(each or () for each in bits)), dtype=np.int32)
+        return (flat[:, None] >> np.arange(len(self.attributes[0]))) & 1 > 0 if len(flat) and self.attributes else None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -302,16 +319,20 @@ class Split:
 
 @dataclass(frozen=True, repr=False)
 class Prepared:
-    """A complete prepared folder: `.train` and `.test` (or `["train"]`), `.manifest`, `.folder`."""
+    """A complete prepared folder: `.train` and `.test` (or `["train"]`), `.manifest`, `.folder`.
+
+    `.validation` is None where the set has no such split.
+    """
 
     folder: Path
     manifest: dict
     train: Split
     test: Split
+    validation: Split | None = None
 
     def __getitem__(self, split: str) -> Split:
-        return {"train": self.train, "test": self.test}[split]
+        return {each.name: each for each in (self.train, self.test, self.validation) if each is not None}[split]
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{len(self[split])} {split}" for split in SPLITS)
+        counts = ", ".join(f"{number} {split}" for split, number in self.manifest["counts"].items())
         return f"Prepared({self.manifest['name']}, resize {self.manifest['resize']}, {counts}, {self.folder})"

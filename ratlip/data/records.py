@@ -16,6 +16,7 @@ from PIL import Image
 from ratlip.errors import DataError
 
 SPLITS = ("train", "test")
+VALIDATION = "validation"  # the split that a set may have beside: learning rates are chosen on it, no verdict uses it
 SHOWN = 50  # problems listed in full; the rest is counted
 BOX_OVERSHOOT = 0.2  # official CUB boxes overshoot the image by up to 7 % of the box; much more is a mistake
 
@@ -30,14 +31,15 @@ class Record:
     """
 
     key: str  # unique and stable
-    split: str  # "train" or "test"
+    split: str  # "train", "test" or "validation"
     captions: tuple[str, ...]  # at least one, stripped, none empty
-    label: int = -1  # class (birds, flowers), identity (faces) or kind of object (synthetic); -1 unknown
+    label: int = -1  # class (birds, flowers), identity (faces), kind of object (synthetic), pair (scenes); -1 unknown
     path: Path | None = None
     pixels: np.ndarray | None = None  # uint8 (H,W,3) RGB
     box: Box | None = None  # in pixels of the image file, for `published_crop`
     attributes: dict[str, str] | None = None
     mask: np.ndarray | None = None  # bool (H,W)
+    named: tuple[tuple[str, ...], ...] | None = None  # the attributes that each caption names; None: all, or unknown
 
     @property
     def where(self) -> str:

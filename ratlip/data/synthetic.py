@@ -5,14 +5,18 @@ attribute (`ratlip.scores.judge`), and the object's mask is known, so "where doe
 
 An image is one of 960 combinations of attributes with position, scale, rotation, shade and a faint background gradient
 drawn at random. One combination in `HELD_OUT`, drawn by the seed, belongs to the test split: its captions are never
-seen in training, although each of its attributes is.
+seen in training, although each of its attributes is. So does another one to the validation split, if that is asked for.
+
+With `named` "subset", a caption names a random part of the attributes: one to all of them, each number as often as the
+others, in one of the wordings of `PARTIAL`. What it leaves open is left to the latent z.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -51,6 +55,16 @@ TEMPLATES = (
     "one {size} {object} , {colour} , {place} , {background} background",
     "{size} {colour} {object} , {place} , on a {background} ground",
 )
+PARTIAL = (  # what stands in brackets goes where something in it is not named; see `fill`
+    "a {size} {colour} {object} {place} [on a {background} background]",
+    "one {colour} {object} [that is {size}] , {place} , [{background} background]",
+    "{place} there is a {size} {colour} {object} , [the background is {background}]",
+    "a {background} picture with a {size} {colour} {object} {place}",
+    "the {object} [is {colour}] , [it is {size}] , {place} , [behind it all is {background}]",
+    "[on {background}] , {place} , a {size} {object} [in {colour}]",
+    "a picture of a {size} {colour} {object} {place} [against {background}]",
+    "this is a {size} {colour} {object} , {place} , [on a {background} ground]",
+)
 PLACE_WORDS = {"left": "on the left", "centre": "in the centre", "right": "on the right"}
 
 
@@ -59,12 +73,50 @@ def caption(attributes: dict[str, str], template: int = 0) -> str:
     return TEMPLATES[template].format(**{**attributes, "place": PLACE_WORDS[attributes["place"]]})
 
 
-def combinations(seed: int = 0) -> dict[str, list[dict[str, str]]]:
-    """All attribute combinations as `train` and `test` (one in `HELD_OUT`), in an order given by `seed`."""
+def fill(wording: str, words: Mapping[str, str]) -> str:
+    """A wording with these words put in: without a word for it, "{size}" goes, and "[in {colour}]" as a whole."""
+
+    def whole(part: re.Match) -> str:
+        return part[1] if set(re.findall(r"{(\w+)}", part[1])) <= set(words) else ""
+
+    kept = re.sub(r"\[([^]]*)\]", whole, wording)
+    text = re.sub(r"{(\w+)}", lambda field: words.get(field[1], ""), kept)
+    text = re.sub(r"( *,)+", " ,", " ".join(text.split())).strip(" ,")
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+
+def some_of(names: Sequence[str], rng: np.random.Generator) -> tuple[str, ...]:
+    """A random part of these names, in their order: one to all of them, each number with the same chance."""
+    chosen = rng.choice(len(names), rng.integers(1, len(names) + 1), replace=False)
+    return tuple(names[i] for i in sorted(chosen))
+
+
+def say(attributes: Mapping[str, str], named: Collection[str], rng: np.random.Generator) -> str:
+    """A caption that names these attributes alone, in a wording drawn by `rng`."""
+    words = {name: PLACE_WORDS[attributes[name]] if name == "place" else attributes[name] for name in named}
+    return fill(PARTIAL[rng.integers(len(PARTIAL))], {"object": "shape", **words})
+
+
+def attributes_of_set() -> dict[str, tuple[str, ...]]:
+    """Names and values of the attributes."""
+    return ATTRIBUTES
+
+
+def complete(known: Mapping[str, str], rng: np.random.Generator) -> dict[str, str]:
+    """All attributes of an image that a caption of these is true of; the others are drawn, each value alike."""
+    return {name: known.get(name) or str(rng.choice(values)) for name, values in ATTRIBUTES.items()}
+
+
+def combinations(seed: int = 0, validation: bool = False) -> dict[str, list[dict[str, str]]]:
+    """All attribute combinations as `train` and `test` (one in `HELD_OUT`), in an order given by `seed`.
+
+    `validation`: another one in `HELD_OUT` is taken from the training split for a split of that name.
+    """
     every = [dict(zip(ATTRIBUTES, values, strict=True)) for values in itertools.product(*ATTRIBUTES.values())]
     shuffled = [every[i] for i in np.random.default_rng([seed, 1]).permutation(len(every))]
     cut = len(shuffled) // HELD_OUT
-    return {"test": shuffled[:cut], "train": shuffled[cut:]}
+    more = {"validation": shuffled[cut : 2 * cut]} if validation else {}
+    return {"test": shuffled[:cut], "train": shuffled[(1 + validation) * cut :], **more}
 
 
 def render(attributes: dict[str, str], image_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -85,13 +137,22 @@ def render(attributes: dict[str, str], image_size: int, rng: np.random.Generator
     mask = mask.resize((image_size, image_size), Image.Resampling.BOX)
     cover = np.asarray(mask, dtype=np.float64)[..., None] / 255
 
-    shade = np.clip(np.array(COLOURS[attributes["colour"]]) + rng.uniform(-12, 12, 3), 0, 255)
-    ground = np.array(BACKGROUNDS[attributes["background"]]) + rng.uniform(-8, 8)
+    colour = shade(attributes["colour"], rng)
+    pixels = np.rint(cover * colour + (1 - cover) * backdrop(attributes["background"], image_size, rng))
+    return np.clip(pixels, 0, 255).astype(np.uint8), cover[..., 0] > 0.5
+
+
+def shade(colour: str, rng: np.random.Generator) -> np.ndarray:
+    """A shade of a named colour: (3,), 0 to 255."""
+    return np.clip(np.array(COLOURS[colour]) + rng.uniform(-12, 12, 3), 0, 255)
+
+
+def backdrop(background: str, image_size: int, rng: np.random.Generator) -> np.ndarray:
+    """A named background with a faint gradient: (S,S,3), about 0 to 255."""
+    ground = np.array(BACKGROUNDS[background]) + rng.uniform(-8, 8)
     slope = rng.uniform(-10, 10, 2)
     yy, xx = np.mgrid[0:image_size, 0:image_size] / image_size - 0.5
-    backdrop = ground + (slope[0] * xx + slope[1] * yy)[..., None]
-    pixels = np.rint(cover * shade + (1 - cover) * backdrop)
-    return np.clip(pixels, 0, 255).astype(np.uint8), cover[..., 0] > 0.5
+    return ground + (slope[0] * xx + slope[1] * yy)[..., None]
 
 
 def object_mask(pixels: np.ndarray, backgrounds: Sequence[str]) -> np.ndarray:
@@ -109,17 +170,30 @@ def object_mask(pixels: np.ndarray, backgrounds: Sequence[str]) -> np.ndarray:
     return distance > np.maximum(high / 2, FAINT)
 
 
-def records(image_size: int = 32, train_images: int = 4096, test_images: int = 512, seed: int = 0) -> Iterator[Record]:
+def records(
+    image_size: int = 32,
+    train_images: int = 4096,
+    test_images: int = 512,
+    seed: int = 0,
+    named: str = "all",
+    validation_images: int = 0,
+) -> Iterator[Record]:
     """Yield the set, image after image, each from a seed of its own: a longer set begins like a shorter one.
 
-    Raises SettingsError for images under 16 px.
+    `named`: "all", or "subset" (see `say`). Raises SettingsError for images under 16 px.
     """
     if image_size < 16:
         raise SettingsError(f"data.resize={image_size}: the generated set needs at least 16 px to show an object")
-    split = combinations(seed)
-    for name, count, stream in (("train", train_images, 2), ("test", test_images, 3)):
+    split, counts = combinations(seed, validation_images > 0), (train_images, test_images, validation_images)
+    for name, count, stream in zip(("train", "test", "validation"), counts, (2, 3, 4), strict=True):
+        if not count:
+            continue
         for i, attributes in zip(range(count), itertools.cycle(split[name])):
             pixels, mask = render(attributes, image_size, np.random.default_rng([seed, stream, i]))
-            captions = tuple(caption(attributes, template) for template in range(len(TEMPLATES)))
-            key, label = f"{name}/{i:06d}", OBJECTS.index(attributes["object"])
-            yield Record(key, name, captions, label, pixels=pixels, attributes=dict(attributes), mask=mask)
+            captions, says = tuple(caption(attributes, template) for template in range(len(TEMPLATES))), None
+            if named == "subset":
+                words = np.random.default_rng([seed, stream, i, 5])
+                says = tuple(some_of(list(ATTRIBUTES), words) for _ in TEMPLATES)
+                captions = tuple(say(attributes, each, words) for each in says)
+            key, label, about = f"{name}/{i:06d}", OBJECTS.index(attributes["object"]), dict(attributes)
+            yield Record(key, name, captions, label, pixels=pixels, attributes=about, mask=mask, named=says)

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 MINE, REAL = "measured here", "real images"
 NONE = "-"  # a cell for which nobody has a number
-DATASETS = {"synthetic": "generated set", "birds": "CUB", "flowers": "Oxford", "faces": "CelebA (ours)"}
+DATASETS = {
+    "synthetic": "generated set",
+    "scenes": "generated scenes",
+    "birds": "CUB",
+    "flowers": "Oxford",
+    "faces": "CelebA (ours)",
+}
 # The kinds of score that the authors publish too; all scores of a run (`scores.json`) in the order of the tables
 COMPARED = ("independent_similarity", "clip_similarity", "frechet_distance")
 SCORES = (*COMPARED, "kernel_distance", "inception_score", "precision", "recall", "judge_all")

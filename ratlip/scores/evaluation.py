@@ -4,7 +4,9 @@
   learned to raise exactly this number), and by an independent one that it never saw.
 * Frechet and kernel distance to real training images, inception score, precision and recall, in an extractor's
   features. `labels` holds the name to print: FID is what Inception gives, others are an FD.
-* On the generated set, the share of captions that an attribute classifier finds in the image (`ratlip.scores.judge`).
+* On a generated set, the share of captions that an attribute classifier finds in the image (`ratlip.scores.judge`);
+  where captions name a part of the attributes, diversity of the rest and distances to fresh renders
+  (`ratlip.scores.diversity`).
 
 Images are made and read batch by batch into a `ratlip.data.store.Store`: an interrupted evaluation goes on where it
 was.
@@ -16,6 +18,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +27,17 @@ from torch import Tensor
 
 from ratlip.cache import digest, weights_digest
 from ratlip.clip.frozen import FrozenClip, with_normalisation
+from ratlip.clip.pairs import partial
 from ratlip.data.batches import real_images
+from ratlip.data.facts import UNNAMED, coding, says
 from ratlip.data.prepared import Prepared
 from ratlip.data.store import Store
 from ratlip.errors import RunError, SettingsError
 from ratlip.files import read_json, write_json
 from ratlip.networks.losses import clip_similarity
+from ratlip.scores.diversity import against_fresh, diversity_of
 from ratlip.scores.extractors import Extractor, choose_extractor, fit
-from ratlip.scores.judge import Judge, chance, judge_right
+from ratlip.scores.judge import Judge, chance, judge_captions
 from ratlip.scores.metrics import distances_and_diversity
 from ratlip.settings import Settings
 from ratlip.training.generation import generate, load_generator
@@ -102,7 +108,10 @@ class Instruments:
         widths = self.extractor.widths
         self.columns: dict[str, tuple[tuple[int, ...], str]] = {n: ((w,), "float32") for n, w in widths.items()}
         self.columns |= {score: ((), "float32") for score in self.clips}
-        self.columns |= {"judge": ((len(chance()),), "bool")} if judge is not None else {}
+        if judge is not None:
+            self.columns |= dict.fromkeys(("judge", "named"), ((len(judge.values),), "bool"))
+            said = says(prepared.test, coding(judge.values))
+            self.says = dict(zip(prepared.test.all_captions, said, strict=True))
         self.identity = dict(
             extractor=self.extractor.key,
             data=prepared.manifest["content_sha256"],
@@ -114,13 +123,12 @@ class Instruments:
 
     def read(self, images: Tensor, numbers: np.ndarray, captions: Sequence[str]) -> dict:
         """Images (B,3,S,S) in [-1,1] for these captions of the test images with these numbers (B,)."""
-        found = self.extractor(images)
+        found: dict[str, Any] = dict(self.extractor(images))
         for score, clip in self.clips.items():
             found[score] = clip_similarity(embed(clip, images), clip.embed_text(captions).cpu())
         if self.judge is not None:
-            truth = self.prepared.test.attributes or []
-            right = judge_right(self.judge, images, [truth[i] for i in numbers])
-            found["judge"] = torch.stack([right[name] for name in chance()], dim=1)
+            said = np.stack([self.says[caption] for caption in captions])
+            found |= {"judge": judge_captions(self.judge, images, said), "named": said != UNNAMED}
         return found
 
     def scores(self, store: Store, reference: Store) -> dict:
@@ -129,8 +137,9 @@ class Instruments:
         found.setdefault("independent_similarity", None)
         found |= distances_and_diversity(store["features"], store["logits"], reference["features"])
         if self.judge is not None:
-            right = store["judge"]
-            found["judge"] = {name: round(float(share), 4) for name, share in zip(chance(), right.mean(0), strict=True)}
+            right, named = store["judge"], store["named"]
+            shares = (right & named).sum(0) / np.maximum(named.sum(0), 1)  # of those whose caption names it
+            found["judge"] = {n: round(float(share), 4) for n, share in zip(self.judge.values, shares, strict=True)}
             found["judge_all"] = round(float(right.all(axis=1).mean()), 4)
         return found
 
@@ -199,6 +208,7 @@ def evaluate(
     found = instruments.scores(store, reference)
     real = _real_scores(root, instruments, reference, count, progress)
     seconds = float(np.sum(store["seconds"], dtype=np.float64))
+    more = _scores_of_z(folder, root, clip, instruments, store, progress) if partial(prepared.test) else {}
     shutil.rmtree(store.folder)
     scores = {
         "run": folder.name,
@@ -210,11 +220,12 @@ def evaluate(
         "reference": f"{reference.rows} training images",
         "seconds_per_image": round(seconds / count, 5),
         **found,
+        **more,
         "labels": instruments.labels(),
         "real": real,
     }
     if judge is not None:
-        scores["chance"] = {"judge": {name: round(share, 4) for name, share in chance().items()}}
+        scores["chance"] = {"judge": {name: round(share, 4) for name, share in chance(judge.values).items()}}
     return scores
 
 
@@ -237,6 +248,20 @@ def _read_generated(folder: Path, clip: FrozenClip, instruments: Instruments, co
     identity = {**instruments.identity, "generator": weights_digest(generator), "seed": settings.seed}
     store = Store(folder, "evaluation", identity, count, instruments.columns | {"seconds": ((), "float32")})
     return store.fill(read, settings.evaluation.batch_size, desc="evaluate", progress=progress)
+
+
+def _scores_of_z(
+    folder: Path, root: Path, clip: FrozenClip, instruments: Instruments, store: Store, progress: bool
+) -> dict:
+    """Where captions name a part: `fresh`, distances to new renders of the test captions, and `diversity` over z."""
+    settings, prepared, judge = instruments.settings, instruments.prepared, instruments.judge
+    if judge is None:
+        return {}
+    said = np.stack([instruments.says[caption] for caption in test_pairs(prepared, store.rows)[1]])
+    cut = dict(crop=settings.data.crop, image_size=settings.model.image_size)
+    near = against_fresh(root, instruments.extractor, store, prepared, said, **cut, progress=progress)
+    generator = load_generator(folder, settings, clip)
+    return {"fresh": near, "diversity": diversity_of(generator, clip, prepared, judge, settings, root=root)}
 
 
 def _real_scores(root: Path, instruments: Instruments, reference: Store, count: int, progress: bool) -> dict:

@@ -27,32 +27,60 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
+class SceneSettings(Section):
+    """How many values of each attribute the set `scenes` uses, the first ones of `ratlip.data.scenes.EVERY`."""
+
+    shapes: Annotated[int, Field(ge=2, le=8)] = 8
+    colours: Annotated[int, Field(ge=4, le=8)] = 8
+    textures: Annotated[int, Field(ge=1, le=4)] = 4
+    sizes: Annotated[int, Field(ge=1, le=2)] = 2
+    backgrounds: Annotated[int, Field(ge=1, le=5)] = 5
+    relations: Annotated[int, Field(ge=1, le=3)] = 3
+
+
+GENERATED = ("synthetic", "scenes")  # drawn, not read: no dataset root, attributes and masks are known
+
+
 class DataSettings(Section):
     """Which pictures, and how they are cut. Sizes in pixels."""
 
-    dataset: Literal["synthetic", "birds", "flowers", "faces"]
+    dataset: Literal["synthetic", "scenes", "birds", "flowers", "faces"]
     resize: Pixels = Field(description="shorter side of the stored images")
     crop: Pixels = Field(description="side of the square cut at random at each visit")
     flip: bool = Field(True, description="mirror half of the images (not where captions say left, right)")
-    train_images: PositiveInt = Field(4096, description="synthetic only: size of the training split")
-    test_images: PositiveInt = Field(512, description="synthetic only: size of the test split")
+    train_images: PositiveInt = Field(4096, description="generated sets: size of the training split")
+    test_images: PositiveInt = Field(512, description="generated sets: size of the test split")
+    validation_images: Count = Field(0, description="generated sets: of a split for choices that no verdict uses")
+    named: Literal["all", "subset"] = Field("all", description="synthetic only: what captions name")
+    scenes: SceneSettings = Field(SceneSettings(), description="scenes only: how difficult")
     human_captions_only: bool = Field(False, description="flowers only: no template captions")
     tiny: bool = Field(True, description="faces only: our CelebA-tiny instead of all images")
-    seed: Count = Field(0, description="of the generated set (synthetic)")
+    seed: Count = Field(0, description="of a generated set")
 
     @model_validator(mode="after")
     def _fits(self):
         if self.crop > self.resize:
             raise ValueError(f"crop={self.crop} is larger than resize={self.resize}; choose crop <= resize")
-        if self.dataset == "synthetic" and self.flip:
-            raise ValueError("flip=true would turn 'on the left' into a lie; synthetic needs flip: false")
+        if self.generated and self.flip:
+            raise ValueError(f"flip=true would turn 'on the left' into a lie; {self.dataset} needs flip: false")
         return self
 
     @property
+    def generated(self) -> bool:
+        """Whether the set is drawn."""
+        return self.dataset in GENERATED
+
+    @property
     def options(self) -> dict[str, Any]:
-        """The dataset's own settings: what its reader in `ratlip.data` is given."""
-        own = {"synthetic": ("train_images", "test_images", "seed"), "flowers": ("human_captions_only",)}
-        return {name: getattr(self, name) for name in (own | {"faces": ("tiny",)}).get(self.dataset, ())}
+        """The dataset's own settings: what its reader in `ratlip.data` is given. Later ones only where they are set."""
+        drawn = {name: getattr(self, name) for name in ("train_images", "test_images", "seed")}
+        drawn |= {"validation_images": self.validation_images} if self.validation_images else {}
+        if self.dataset == "synthetic":
+            return drawn | ({"named": self.named} if self.named != "all" else {})
+        if self.dataset == "scenes":
+            return drawn | self.scenes.model_dump()
+        own = {"flowers": ("human_captions_only",), "faces": ("tiny",)}
+        return {name: getattr(self, name) for name in own.get(self.dataset, ())}
 
     @property
     def stored(self) -> dict[str, Any]:
@@ -296,6 +324,9 @@ class Settings(Section):
         model, training = content["model"], content["training"]
         for name in ("log_every", "sample_every", "checkpoint_every", "visits"):
             del training[name]
+        for name, before in {"named": "all", "validation_images": 0, "scenes": SceneSettings().model_dump()}.items():
+            if content["data"][name] == before:
+                del content["data"][name]
         model["noise_size"] = model.pop("latent_size")  # its name when runs were first named
         later = ("checkpointing", "compile", "channels_last", "cached_features")  # off: as before they were there
         for name, before in {"resume": "exact", **dict.fromkeys(later, False)}.items():

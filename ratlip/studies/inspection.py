@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ratlip.clip.frozen import FrozenClip
-from ratlip.data.synthetic import ATTRIBUTES, caption
+from ratlip.data import facts
+from ratlip.data.generated import GeneratedSet
+from ratlip.data.scenes import exchanged
+from ratlip.data.synthetic import ATTRIBUTES, caption, some_of
 from ratlip.networks import ConditionalAffine, Generator
 from ratlip.training.generation import Run, generate
 from ratlip.training.step import sample_latents
@@ -49,6 +52,41 @@ def one_word_changed(
         texts = F.normalize(clip.embed_text(pairs), dim=1).unflatten(0, (-1, 2))
         true, changed = torch.einsum("ne,nke->kn", embedded, texts)
         shares[name] = float((true > changed).float().mean())
+    return shares
+
+
+@torch.no_grad()
+def words_told_apart(
+    clip: FrozenClip, made: GeneratedSet, images: Tensor, attributes: Sequence[dict[str, str]], seed: int = 0
+) -> dict[str, float]:
+    """For each attribute, the share of images closer to a caption of theirs than to it with that word changed.
+
+    images (N,3,S,S) in [-1,1] with their attributes, of a set whose captions name a part: that part (with the attribute
+    in it), wording and wrong value are drawn by `seed`, so that the changed caption is not true of the image.
+    "exchanged" (two objects): the word itself stays, but goes to the other object. Guessing gives 0.5.
+    """
+    rng, table, shares, names = np.random.default_rng(seed), made.table, {}, list(made.values)
+    shown = facts.readings(facts.codes(attributes, table), table)
+    embedded = F.normalize(clip.embed_images(images), dim=1)
+    for name in [*names, *(["exchanged"] if facts.two_objects(names) else [])]:
+        pairs = []
+        for known, shows in zip(attributes, shown, strict=True):
+            true = True
+            while true:
+                part = {*some_of(names, rng), *([name] if name in names else [])}
+                named = [each for each in names if each in part]
+                if name in names:
+                    wrong = {**known, name: str(rng.choice([v for v in made.values[name] if v != known[name]]))}
+                else:
+                    own = [each.removeprefix(facts.FIRST) for each in names if each.startswith(facts.FIRST)]
+                    wrong = exchanged(known, [str(rng.choice(own))])
+                says = np.where([each in part for each in names], facts.codes([wrong], table)[0], facts.UNNAMED)
+                true = bool(facts.true_of(says, shows))
+            wording = int(rng.integers(2**32))
+            pairs += [made.module.say(each, named, np.random.default_rng(wording)) for each in (known, wrong)]
+        texts = F.normalize(clip.embed_text(pairs), dim=1).unflatten(0, (-1, 2))
+        right, changed = torch.einsum("ne,nke->kn", embedded, texts)
+        shares[name] = float((right > changed).float().mean())
     return shares
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ratlip.clip.frozen import FrozenClip, with_normalisation
-from ratlip.clip.pairs import caption_groups
+from ratlip.clip.pairs import caption_facts
 from ratlip.data import synthetic
 from ratlip.data.batches import Batches, real_images, to_network
 from ratlip.data.prepared import Prepared
@@ -148,7 +148,7 @@ def matching_learned(workspace: Workspace, batch_size: int, images: int = 1600, 
     """
     prepared, clip, sentences = workspace.prepared, workspace.clip, workspace.sentences()
     s, device = workspace.settings.model_copy(update={"seed": seed}), clip.mean.device
-    groups = torch.from_numpy(caption_groups(prepared.train))
+    facts = torch.from_numpy(caption_facts(prepared.train))
     discriminator = build_networks(s, clip)[1].to(device)
     optimiser = torch.optim.Adam(discriminator.parameters(), s.training.lr_d, betas=s.training.betas)
     data = Batches(prepared.train, crop=s.data.crop, flip=s.data.flip, seed=seed, batch_size=batch_size)
@@ -162,7 +162,7 @@ def matching_learned(workspace: Workspace, batch_size: int, images: int = 1600, 
     for step in range(-(-images // batch_size)):
         batch = data[step]
         own = sentences[batch["caption"]]
-        other = mismatch(batch["caption"], sentences, groups, "published", seed, step)
+        other = mismatch(batch["caption"], sentences, facts, "published", seed, step)
         same.append(float((own == other).all(1).float().mean()))
         true, false = logits(to_network(batch["images"], s.model.image_size), own.to(device), other.to(device))
         optimiser.zero_grad()

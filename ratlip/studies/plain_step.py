@@ -35,7 +35,7 @@ class PlainStep:
         sentence = clip.embed_text([self.captions[i] for i in batch["caption"].tolist()])
         latent = sample_latents(seed, run.draw, len(real), m.latent_size, run.rank).to(run.device)
         numbers = batch["caption"].to(run.device)
-        mismatched = mismatch(numbers, run.sentences, run.groups, t.mismatch, seed, run.draw, run.rank)
+        mismatched = mismatch(numbers, run.sentences, run.facts, t.mismatch, seed, run.draw, run.rank)
 
         with run.fabric.autocast():
             real_features, _ = run.tower.features(real, m.feature_blocks)

@@ -45,7 +45,7 @@ def plan(profile: str, data: str | None = None) -> Plan:
     """The plan of a profile. SettingsError for one that needs a data set, where it is neither prepared nor given."""
     s = load_settings(profile)
     folder, report = outputs_folder(s.profile), f"reports/{s.profile}"
-    if data or s.data.dataset != "synthetic":
+    if data or not s.data.generated:
         from ratlip.workspace import require_data  # brings torch: 2.4 s that the demo need not wait for
 
         require_data(s, data, prepared=(folder / f"prepared-{s.data_hash}/manifest.json").is_file())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ratlip.clip.frozen import FrozenClip, shuffled
-from ratlip.clip.pairs import caption_groups
+from ratlip.clip.pairs import caption_facts
 from ratlip.errors import RunError, SettingsError
 from ratlip.fast import accelerate, options
 from ratlip.fast.critic import fast_discriminator_loss
@@ -126,7 +126,7 @@ class Session:
         if self.device.type == "cpu":
             keep_freed_memory(kept_bytes(settings))
         self.clip, self.sentences = clip.to(self.device), sentences.to(self.device)
-        self.groups = torch.from_numpy(caption_groups(prepared.train)).to(self.device)
+        self.facts = torch.from_numpy(caption_facts(prepared.train)).to(self.device)
         t = settings.training
         random = settings.model.discriminator_tower == "random"
         self.tower = shuffled(self.clip, settings.seed) if random else self.clip

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from ratlip.data.batches import to_network
+from ratlip.data.facts import true_of
 from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss, generator_loss
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[Discriminator
             else:
                 real_features, _ = run.tower.features(real, m.feature_blocks, embedding=False)
 
-    mismatched = mismatch(captions, run.sentences, run.groups, t.mismatch, seed, run.draw, run.rank)
+    mismatched = mismatch(captions, run.sentences, run.facts, t.mismatch, seed, run.draw, run.rank)
     with record_function("D and penalty, forward"):
         loss_d = DiscriminatorLoss(*run.critic(real_features, fake_features.detach(), sentence, mismatched))
     run.optimiser_d.zero_grad()
@@ -77,31 +78,47 @@ def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[Discriminator
 
 
 def mismatch(
-    captions: Tensor, sentences: Tensor, groups: Tensor, mode: str, seed: int, step: int, rank: int = 0
+    captions: Tensor, sentences: Tensor, facts: Tensor, mode: str, seed: int, step: int, rank: int = 0
 ) -> Tensor:
-    """Sentences (B,E) that do not belong to the images of the batch, one for each of `captions` (B,).
+    """Sentences (B,E) that are not true of the images of the batch, one for each of `captions` (B,).
 
-    `captions` number the rows of `sentences` (N,E) and of `groups` (N,), whose equal numbers say that two captions
-    are true of the same images (`clip.pairs.caption_groups`).
+    `captions` number the rows of `sentences` (N,E) and of `facts` (N,1+R,K), which say what each caption says and what
+    its image shows (`clip.pairs.caption_facts`; K is 1 where captions name all).
 
-    "roll" (as published): the next image's sentence. Colour and background alone tell most of these from the
-    true one, so a discriminator trained on them learns little else. "similar": half of them are instead drawn
-    from the 4 most similar of 256 random captions of other groups. "published": as "roll", even for a batch of
-    one, where the neighbour's sentence is the true one (difference 7); any other mode raises ValueError there.
+    "roll" (as published): the next image's sentence; where captions name a part of what their images show, the next one
+    that is not true of this image. Colour and background alone tell most of these from the true one, so a discriminator
+    trained on them learns little else. "similar": half of them are instead drawn from the 4 most similar of 256 random
+    captions that are not true of the image. "published": the next image's sentence, whatever it says, even for a batch
+    of one, where it is the true one (difference 7); any other mode raises ValueError there.
     """
     if len(captions) == 1 and mode != "published":
         raise ValueError("a batch of one holds no other sentence to mismatch with: use a batch size of at least 2")
-    sentence = sentences[captions]
-    rolled = sentence.roll(-1, dims=0)
-    if mode != "similar":
-        return rolled
-    device = sentence.device
+    sentence, device = sentences[captions], sentences.device
+    if mode == "published" or mode == "roll" and facts.shape[2] == 1:
+        return sentence.roll(-1, dims=0)
     rng = np.random.default_rng([seed, MISMATCH, step, rank])
     pool = torch.from_numpy(rng.integers(0, len(sentences), 256)).to(device)
+    shows = facts[captions, 1:][:, None]
+    rolled = sentence.roll(-1, dims=0) if facts.shape[2] == 1 else sentences[_next_false(captions, pool, facts)]
+    if mode != "similar":
+        return rolled
     choice = torch.from_numpy(rng.integers(0, 4, (len(captions), 1))).to(device)
     cosine = F.normalize(sentence, dim=1) @ F.normalize(sentences[pool], dim=1).T
-    cosine = cosine.masked_fill(groups[captions][:, None] == groups[pool], -2)
+    cosine = cosine.masked_fill(true_of(facts[pool, 0], shows), -2)
     similarity, nearest = cosine.topk(4, dim=1)
     near, found = pool[nearest.gather(1, choice)].squeeze(1), similarity.gather(1, choice) > -2
     even = torch.arange(len(captions), device=device)[:, None] % 2 == 0
     return torch.where(even & found, sentences[near], rolled)
+
+
+def _next_false(captions: Tensor, pool: Tensor, facts: Tensor) -> Tensor:
+    """For each of `captions` (B,), the next one of the batch, else of the `pool`, that is not true of its image: (B,).
+
+    Where all are true of it, its own: no sentence is a mismatch for it.
+    """
+    size, device = len(captions), captions.device
+    after = (torch.arange(size, device=device)[:, None] + torch.arange(1, size, device=device)) % size
+    candidates = torch.cat([captions[after], pool.expand(size, -1), captions[:, None]], dim=1)
+    false = ~true_of(facts[candidates, 0], facts[captions, 1:][:, None])
+    false[:, -1] = True
+    return candidates.gather(1, false.int().argmax(1, keepdim=True)).squeeze(1)

@@ -15,6 +15,8 @@ LABELS = {"profile", "summary"}
 OTHER = {
     "data.dataset": ("faces", "birds"),
     "data.crop": (17,),
+    "data.named": ("subset",),
+    "data.scenes": ({"shapes": 4},),
     "clip.source": ("file", "train"),
     "clip.model": ("ViT-B-16",),
     "clip.pretrained": ("laion2b",),
@@ -376,14 +378,15 @@ def moved_by(base, identity: str, leave: set = frozenset()) -> set[str]:
         ("birds", set()),
         ("flowers", {"human_captions_only"}),
         ("faces", {"tiny"}),
-        ("synthetic", {"train_images", "test_images", "seed"}),
+        ("synthetic", {"train_images", "test_images", "validation_images", "seed", "named"}),
+        ("scenes", {"train_images", "test_images", "validation_images", "seed", "scenes"}),
     ],
 )
 def test_the_prepared_data_change_with_what_is_stored_and_nothing_else(dataset, used):
     base = load_settings(
         "smoke", {"data.dataset": dataset, "clip.path": "here.pt", "independent.path": "other.pt", **STORED_LARGER}
     )
-    moved = moved_by(base, "data_hash", leave={"data.flip"} if dataset == "synthetic" else set())
+    moved = moved_by(base, "data_hash", leave={"data.flip"} if base.data.generated else set())
     assert moved == {f"data.{name}" for name in ("dataset", "resize", *used)}
 
 
@@ -425,6 +428,8 @@ def test_the_judge_changes_with_what_it_is_trained_on_and_nothing_else():
         "data.crop",
         "data.train_images",
         "data.test_images",
+        "data.validation_images",
+        "data.named",
         "data.seed",
         "model.image_size",
         "evaluation.judge_steps",

@@ -11,7 +11,7 @@ import torch
 
 from ratlip.clip import small
 from ratlip.clip.loading import load_clip
-from ratlip.clip.pairs import PairBatches, caption_groups, neighbourhoods
+from ratlip.clip.pairs import PairBatches, caption_facts, neighbourhoods
 from ratlip.clip.retrieval import centre_square, embed_captions, retrieval
 from ratlip.clip.small import contrastive_loss, learning_rate, train_small_clip
 from ratlip.errors import DataError, RunError, WeightsError
@@ -141,10 +141,12 @@ def test_hard_negatives_without_attributes_are_of_the_same_class():
     assert PairBatches(fake().train, 8, seed=0, hard_negatives=False).origin == "none"
 
 
-def test_caption_groups_follow_the_images():
+def test_complete_captions_say_their_images_group():
     split = fake(n=12).train  # 6 kinds of bar, each twice, three captions each
-    numbers = caption_groups(split)
-    assert numbers.shape == (36,) and len(set(numbers)) == 6
+    facts = caption_facts(split)
+    assert facts.shape == (36, 2, 1) and (facts[:, 0] == facts[:, 1]).all()
+    numbers = facts[:, 0, 0]
+    assert len(set(numbers)) == 6
     assert (numbers[:18] == numbers[18:]).all() and (numbers.reshape(12, 3) == numbers[::3, None]).all()
 
 
