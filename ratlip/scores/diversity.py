@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ratlip.cache import Store, digest, weights_digest
+from ratlip.cache import digest, weights_digest
 from ratlip.clip.frozen import FrozenClip
 from ratlip.data import facts
 from ratlip.data.generated import GeneratedSet, generated_set
 from ratlip.data.prepared import Prepared, Split
+from ratlip.data.store import Store
 from ratlip.errors import DataError
 from ratlip.files import read_json, write_json
 from ratlip.scores.judge import Judge, best_readings, judge_codes
