@@ -407,15 +407,20 @@ def test_noise_is_a_function_of_seed_step_and_process():
     assert abs(base.mean()) < 0.03 and abs(base.std() - 1) < 0.03
 
 
+def complete(groups):
+    """The facts of captions that name all: each says its image's group (`clip.pairs.caption_facts`)."""
+    return groups[:, None, None].expand(-1, 2, 1)
+
+
 def test_roll_takes_the_neighbours_sentence():
-    sentences, groups = torch.arange(10.0)[:, None].expand(10, 3), torch.arange(10)
+    sentences, facts = torch.arange(10.0)[:, None].expand(10, 3), complete(torch.arange(10))
     for mode in ("roll", "published"):
-        wrong = step.mismatch(torch.tensor([7, 2, 5, 0]), sentences, groups, mode, seed=0, step=0)
+        wrong = step.mismatch(torch.tensor([7, 2, 5, 0]), sentences, facts, mode, seed=0, step=0)
         assert wrong[:, 0].tolist() == [2, 5, 0, 7]
-    alone = step.mismatch(torch.tensor([4]), sentences, groups, "published", seed=0, step=0)
+    alone = step.mismatch(torch.tensor([4]), sentences, facts, "published", seed=0, step=0)
     assert alone[:, 0].tolist() == [4]  # difference 7: the "mismatched" sentence is the true one
     with pytest.raises(ValueError, match="at least 2"):
-        step.mismatch(torch.tensor([4]), sentences, groups, "roll", seed=0, step=0)
+        step.mismatch(torch.tensor([4]), sentences, facts, "roll", seed=0, step=0)
 
 
 def test_similar_never_takes_a_true_caption_for_want_of_others():
@@ -425,7 +430,7 @@ def test_similar_never_takes_a_true_caption_for_want_of_others():
     sentences = torch.eye(400)
     captions = torch.tensor([5, 0, 6, 0])
     for number in range(20):
-        wrong = step.mismatch(captions, sentences, groups, "similar", seed=0, step=number).argmax(dim=1)
+        wrong = step.mismatch(captions, sentences, complete(groups), "similar", seed=0, step=number).argmax(dim=1)
         assert wrong[::2].tolist() == [0, 0]  # the neighbour's, or the only other one there is
 
 
@@ -435,7 +440,7 @@ def test_similar_takes_close_captions_of_other_images():
     groups = torch.arange(300) // 10
     sentences = (torch.randn(30, 4) + 1)[groups] + 0.01 * torch.randn(300, 4)
     captions = torch.arange(0, 160, 20)
-    similar = step.mismatch(captions, sentences, groups, "similar", 0, 0)
+    similar = step.mismatch(captions, sentences, complete(groups), "similar", 0, 0)
     drawn = torch.cdist(similar, sentences).argmin(dim=1)
     assert torch.equal(sentences[drawn], similar)
     assert (groups[drawn[::2]] != groups[captions[::2]]).all()
@@ -444,7 +449,8 @@ def test_similar_takes_close_captions_of_other_images():
     everything = torch.nn.functional.normalize(sentences) @ torch.nn.functional.normalize(sentences).T
     assert (cosine > everything[captions[::2]].median(dim=1).values).all()
     again, *others = (
-        step.mismatch(captions, sentences, groups, "similar", *key) for key in ((0, 0), (1, 0), (0, 1), (0, 0, 1))
+        step.mismatch(captions, sentences, complete(groups), "similar", *key)
+        for key in ((0, 0), (1, 0), (0, 1), (0, 0, 1))
     )
     assert torch.equal(similar, again)
     assert not any(torch.equal(similar, other) for other in others)  # by seed, step and process
