@@ -14,6 +14,7 @@ import ast
 import atexit
 import contextlib
 import gc
+import io
 import json
 import os
 import select
@@ -123,6 +124,9 @@ def serve(listening: socket.socket) -> None:
     for name in [*LATE.split(), *_imports()]:
         with contextlib.suppress(ImportError):
             import_module(name)
+    figure = import_module("matplotlib.figure").Figure()  # the first one loads fonts, and what writes pictures
+    figure.suptitle("first")
+    figure.savefig(io.BytesIO())
     gc.collect()
     gc.freeze()  # a fork need not copy what is never collected
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
