@@ -109,7 +109,7 @@ def train_small_clip(
     write_json(folder / "arch.json", arch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = build_small_clip(**arch).to(device)
+        model: Any = build_small_clip(**arch).to(device)
     for tower in (model.visual, model):  # the same numbers up to rounding; its weights may learn
         accelerate_tower(tower)
     batches = PairBatches(split, settings.batch_size, settings.seed, settings.hard_negatives)
@@ -178,7 +178,7 @@ def _fit(
 
 
 @contextmanager
-def _masking(model: CLIP, share: float, rng: Generator) -> Iterator[None]:
+def _masking(model: Any, share: float, rng: Generator) -> Iterator[None]:
     """Within, the image tower sees each image without a `share` of its patches, drawn anew: half the work for about
     the same lesson (Li et al.: Scaling Language-Image Pre-training via Masking, 2023).
     """
