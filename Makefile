@@ -21,7 +21,7 @@ help:  ## show this list
 
 reproduce: env  ## run every notebook of PROFILE (data in DATA, generated if none) and write reports/PROFILE
 	@$(IN_VENV) .venv/bin/python -m snakemake --cores $(CORES) --rerun-incomplete --rerun-triggers mtime params \
-		--quiet all $(SNAKEFLAGS) --config profile="$(PROFILE)" data="$(DATA)"
+		--keep-going --quiet all $(SNAKEFLAGS) --config profile="$(PROFILE)" data="$(DATA)"
 	@name="$(PROFILE)"; name="$${name##*/}"; page="reports/$${name%.*}/index.html"; test ! -f "$$page" || \
 		echo "Up to date: $$page. Open it; the notebooks with their answers are its links, or \`make lab\`."
 

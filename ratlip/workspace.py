@@ -132,8 +132,11 @@ class Workspace:
 
     def sentences(self, split: str = "train") -> Tensor:
         """Raw text embeddings (N,E) of a split, in the order of its `all_captions`; cached on disk."""
-        rows = embed_captions(self.clip, self.prepared, self.clip_folder, progress=self.progress)[split]
-        return torch.from_numpy(np.array(rows))
+        return torch.from_numpy(np.array(self._sentences[split]))
+
+    @cached_property
+    def _sentences(self) -> dict[str, np.ndarray]:
+        return embed_captions(self.clip, self.prepared, self.clip_folder, progress=self.progress)
 
     @cached_property
     def judge(self) -> Judge | None:

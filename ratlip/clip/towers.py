@@ -78,6 +78,7 @@ class ImageTower(nn.Module):
         grid, scale = image_size // patch_size, width**-0.5
         self.image_size, self.patch_size, self.grid_size = (image_size,) * 2, (patch_size,) * 2, (grid, grid)
         self.output_dim = embed_dim
+        self.seen: Tensor | None = None  # numbers (B,k) of each image's patches that are looked at; None: all of them
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(positions(width, grid), requires_grad=False)
@@ -96,6 +97,9 @@ class ImageTower(nn.Module):
         patches = self.conv1(x).flatten(2).transpose(1, 2)
         first = self.class_embedding.to(patches.dtype).expand(len(x), 1, -1)
         tokens = torch.cat([first, patches], dim=1) + self.positional_embedding.to(patches.dtype)
+        if self.seen is not None:
+            seen = self.seen.to(tokens.device)[:, :, None]
+            tokens = torch.cat([tokens[:, :1], tokens[:, 1:].take_along_dim(seen, dim=1)], dim=1)
         after = self.transformer(self.ln_pre(tokens), stop=max(indices) + 1 if stop_early else None)
         maps = [after[i][:, 1:].transpose(1, 2).unflatten(2, self.grid_size).contiguous() for i in indices]
         if intermediates_only:

@@ -60,7 +60,7 @@ class FrozenLinear(nn.Linear):
 
 
 class FrozenAttention(nn.MultiheadAttention):
-    """Self-attention (batch first, without dropout) whose weights never learn."""
+    """Self-attention (batch first, without dropout). Its weights may learn, by PyTorch's own products."""
 
     def forward(  # type: ignore[override]  # the arguments that open_clip gives
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import re
+import sys
 import tempfile
 import threading
 import time
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ratlip.errors import RatlipError, RunError
 from ratlip.files import repository, shown, write_text
+from ratlip.report import warm
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -41,6 +43,7 @@ def execute(notebook: str | Path, out: str | Path, parameters: dict[str, Any], t
     """
     import nbformat
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     notebook, out = Path(notebook), Path(out)
     if not notebook.is_file():
@@ -58,19 +61,40 @@ def execute(notebook: str | Path, out: str | Path, parameters: dict[str, Any], t
     say("started")
     with tempfile.TemporaryDirectory(prefix="ratlip-") as folder:
         draft = Path(folder) / notebook.name
-        options = {"cwd": str(repository() / "notebooks"), "autosave_cell_every": 15, "progress_bar": False}
-        options["extra_arguments"] = ["--IPKernelApp.log_level=ERROR"]
+        options: dict[str, Any] = {
+            "cwd": str(repository() / "notebooks"),
+            "autosave_cell_every": 15,
+            "progress_bar": False,
+        }
+        options |= {"extra_arguments": ["--IPKernelApp.log_level=ERROR"], **_warm_kernels()}
         try:
             with _heartbeat(draft, say, start):
                 papermill.execute_notebook(str(notebook), str(draft), parameters=parameters, **options)
         except papermill.PapermillExecutionError as error:
             nbformat.write(tidy(nbformat.read(draft, 4), hide), failed)
             raise RunError(_failure(notebook, failed, error)) from None
+        except DeadKernelError:
+            raise RunError(f"{out}: the kernel of {notebook.stem} was killed; is there memory enough?") from None
         finished = tidy(nbformat.read(draft, 4), hide)
     finished.metadata["ratlip"]["seconds"] = round(time.monotonic() - start)
     write_text(out, nbformat.writes(finished) + "\n")
     say(f"done in {_clock(start)}: {shown(out)}")
     return out
+
+
+def _warm_kernels() -> dict[str, Any]:
+    """What papermill is told so that the kernel is a fork of the server (`ratlip.report.warm`), where there is one."""
+    if warm.ADDRESS not in os.environ:
+        return {}
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Warm(AsyncKernelManager):
+        def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
+            command = super().format_kernel_cmd(extra_arguments)
+            parent = f"--IPKernelApp.parent_handle={os.getpid()}"  # from the environment in a kernel that is started
+            return [sys.executable, warm.__file__, "kernel", *command[command.index("-f") :], parent]
+
+    return {"kernel_manager_class": Warm}
 
 
 def _absolute(name: str, value: Any) -> Any:

@@ -88,6 +88,9 @@ class DataSettings(Section):
         return {"dataset": self.dataset, "resize": self.resize, **self.options}
 
 
+CAME_LATER = {"optimiser": "adamw", "masked": 0}  # of the small CLIP: where a field is so, names are as before it was
+
+
 class ClipSettings(Section):
     """Where the frozen CLIP comes from: `train`ed on the captions, downloaded (`pretrained`), or a `file`."""
 
@@ -111,6 +114,8 @@ class ClipSettings(Section):
     weight_decay: Weight = 0.05
     warmup: Count = 50
     hard_negatives: bool = True
+    optimiser: Literal["adamw", "muon"] = Field("adamw", description="muon: for the weight matrices of the blocks")
+    masked: Annotated[float, Field(ge=0, lt=1)] = Field(0, description="share of patches left out in most steps")
     seed: Count = 0
 
     @model_validator(mode="after")
@@ -308,6 +313,7 @@ class Settings(Section):
             return digest({"data": self.data_hash, **c.model_dump(mode="json", include={"source", "model", where})})
         # without the normalisation: a small CLIP is trained with the standard one
         own = c.model_dump(mode="json", exclude={"model", "pretrained", "path", "normalisation"})
+        own = {name: value for name, value in own.items() if (name, value) not in CAME_LATER.items()}
         cut = {"crop": self.data.crop, "flip": self.data.flip, "image_size": self.model.image_size}
         return digest({"data": self.data_hash, **cut, **own})
 
@@ -332,6 +338,7 @@ class Settings(Section):
         for name, before in {"resume": "exact", **dict.fromkeys(later, False)}.items():
             if training[name] == before:
                 del training[name]
+        content["clip"] = {k: v for k, v in content["clip"].items() if (k, v) not in CAME_LATER.items()}
         if self.model.effective_conditioning == "cat":  # no LSTM: how large it would be and where is no difference
             model |= {"conditioning": "cat", "hidden_size": 0, "rat_scope": "generator", "rat_input": "state"}
         for name, before in {"rat_input": "state", "discriminator_tower": "clip"}.items():

@@ -7,6 +7,7 @@ machine that is lent for minutes. Nothing here trains: a run folder is complete,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -21,10 +22,10 @@ import yaml
 
 from ratlip import published
 from ratlip.cache import dotted, file_digest
-from ratlip.errors import RunError, SettingsError
+from ratlip.errors import RatlipError, RunError, SettingsError
 from ratlip.files import outputs_folder, read_json, repository, write_json, write_text
 from ratlip.progress import bar
-from ratlip.report import notebooks
+from ratlip.report import notebooks, warm
 from ratlip.settings import Settings, lay, load_settings, profile_names
 from ratlip.studies.compare import plain_label
 
@@ -152,15 +153,29 @@ def _end(minutes: float | None) -> float:
 
 
 def train_missing(workspace: Workspace, runs: list[Experiment], runner: str, end: float = math.inf) -> list[Experiment]:
-    """Train and score what is missing of `runs` until `end`, a `time.monotonic()`; what is missing then."""
+    """Train and score what is missing of `runs` until `end`, a `time.monotonic()`; what is missing then.
+
+    A run that fails does not keep the next from being made. RunError names those that did, at the end.
+    """
     missing = [run for run in runs if not run.complete(workspace.root)]
     if not missing or time.monotonic() >= end:
         return missing
     _ = workspace.prepared, workspace.clip, workspace.judge, workspace.independent  # made once, before the runs
-    for run in bar(missing, desc="runs", unit="run", enabled=workspace.progress):
-        if time.monotonic() >= end:
-            break
-        execute(run, workspace, runner, end)
+    failed: dict[str, RatlipError] = {}
+    with warm.server() if runner == "papermill" else contextlib.nullcontext():
+        for run in bar(missing, desc="runs", unit="run", enabled=workspace.progress):
+            if time.monotonic() >= end:
+                break
+            try:
+                execute(run, workspace, runner, end)
+            except RatlipError as error:
+                failed[run.name] = error
+    if failed:
+        each = "\n".join(f"{name}: {error}" for name, error in failed.items())
+        done = sum(run.complete(workspace.root) for run in missing)
+        raise RunError(
+            f"{len(failed)} of {len(missing)} runs failed, {done} are done; the same command goes on\n{each}"
+        )
     return [run for run in runs if not run.complete(workspace.root)]
 
 

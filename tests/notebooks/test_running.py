@@ -1,10 +1,13 @@
 """How notebooks are executed, tidied, kept and planned (`ratlip.report.notebooks`), and their order (Snakefile)."""
 
+import contextlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -13,10 +16,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from ratlip.errors import RunError, SettingsError
 from ratlip.files import outputs_folder, repository
-from ratlip.report import notebooks
+from ratlip.report import notebooks, warm
 from ratlip.settings import load_settings
 from ratlip.studies import grid, workflow
-from ratlip.workspace import open_workspace
+from ratlip.workspace import Workspace, open_workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,6 +131,123 @@ class TestExecute:
     def test_no_such_notebook(self, tmp_path):
         with pytest.raises(RunError, match="no such notebook"):
             notebooks.execute(tmp_path / "b.ipynb", tmp_path / "out.ipynb", {})
+
+
+def tensors(run: Path) -> dict:
+    """Every tensor of a run's checkpoint, as bytes, by its place."""
+    import torch
+
+    found = {}
+
+    def walk(where: str, value) -> None:
+        if isinstance(value, torch.Tensor):
+            found[where] = value.numpy().tobytes()
+        for key, each in (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        ):
+            walk(f"{where}/{key}", each)
+
+    walk("", torch.load(run / "checkpoint.pt", weights_only=True))
+    return found
+
+
+def shown(run: Path) -> list:
+    """The outputs of a run's notebook, without those that name times."""
+    cells = [cell for cell in nbformat.read(run / "03_train.ipynb", 4).cells if cell.cell_type == "code"]
+    return [cell.outputs for cell in cells if "nbval-ignore-output" not in cell.metadata.get("tags", [])]
+
+
+@pytest.fixture(scope="module")
+def server():
+    with warm.server(OMP_NUM_THREADS="1") as number:
+        yield number
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="no safe fork")
+@pytest.mark.xdist_group("warm")
+class TestWarm:
+    """Programs and kernels that are forks of one server (`ratlip.report.warm`)."""
+
+    @pytest.fixture(autouse=True)
+    def one_thread(self, monkeypatch):
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def test_a_kernel_is_a_fork_and_nothing_goes_over_to_the_next(self, server, tmp_path):
+        ask = "import os, sys; print(os.getppid(), 'left' in dir(sys)); sys.left = True"
+        source = write(tmp_path / "a.ipynb", "x = 1", ask)
+        for name in ("first", "second"):
+            out = notebooks.execute(source, tmp_path / f"{name}.ipynb", {}, talk=False)
+            assert nbformat.read(out, 4).cells[-1].outputs[0].text == f"{server} False\n"
+
+    def test_with_other_threads_it_is_a_program_of_its_own(self, server, tmp_path, monkeypatch):
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        source = write(tmp_path / "a.ipynb", "x = 1", "import os; print(os.getppid() == " + f"{server})")
+        out = notebooks.execute(source, tmp_path / "out.ipynb", {}, talk=False)
+        assert nbformat.read(out, 4).cells[-1].outputs[0].text == "False\n"
+
+    def test_status_output_and_folder_are_those_of_a_program(self, server, tmp_path):
+        program = [sys.executable, warm.__file__, "profiles"]
+        with_server = subprocess.run([*program, "smoke"], cwd=tmp_path, capture_output=True, text=True)
+        alone = {key: value for key, value in os.environ.items() if key != warm.ADDRESS}
+        without = subprocess.run([*program, "smoke"], cwd=tmp_path, capture_output=True, text=True, env=alone)
+        assert with_server.stdout == without.stdout != "" and with_server.returncode == without.returncode == 0
+        wrong = subprocess.run([*program, "smok"], cwd=tmp_path, capture_output=True, text=True)
+        assert wrong.returncode == 2 and "smok" in wrong.stderr
+
+    def test_whoever_kills_the_program_kills_the_fork(self, server, tmp_path):
+        note = tmp_path / "pid"
+        cell = f"import os, time; open({str(note)!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(600)"
+        source = write(tmp_path / "a.ipynb", "x = 1", cell)
+        program = [sys.executable, warm.__file__, "notebook", "run", source, "--out", tmp_path / "out.ipynb"]
+        job = subprocess.Popen(program, stdout=subprocess.DEVNULL)
+        until(lambda: note.is_file() and note.read_text().endswith("\n"))
+        kernel = Path("/proc") / note.read_text().strip()
+        assert kernel.exists()
+        job.kill()
+        job.wait()
+        until(lambda: not kernel.exists())
+        assert not (tmp_path / "out.ipynb").exists()
+
+    def test_a_kernel_that_was_killed_is_an_error(self, server, tmp_path):
+        source = write(tmp_path / "a.ipynb", "x = 1", "import os; os.kill(os.getpid(), 9)")
+        with pytest.raises(RunError, match="out.ipynb: the kernel of a was killed"):
+            notebooks.execute(source, tmp_path / "out.ipynb", {}, talk=False)
+
+    def test_a_run_is_the_same_whatever_ran_before_and_a_failed_one_stops_no_other(self, server, tmp_path, monkeypatch):
+        few = {"experiments.seeds": 1, "experiments.hidden_sizes": [0, 4], "experiments.steps": 2}
+        lane = Workspace.of(load_settings("smoke", few), tmp_path / "lane", progress=False)
+        first, second = grid.plan(lane.settings, "sweep")
+        assert lane.prepared and lane.clip and lane.judge and lane.independent
+        shutil.copytree(lane.root, tmp_path / "alone")
+        torn = first.folder(lane.root) / "checkpoint.pt"
+        torn.parent.mkdir(parents=True)
+        torn.write_bytes(b"torn")
+        with pytest.raises(RunError, match=f"1 of 2 runs failed, 1 are done; the same command goes on\n{first.name}"):
+            grid.complete(lane, "sweep")
+        assert second.complete(lane.root) and not (first.folder(lane.root) / "03_train.ipynb").exists()
+        before, _ = second.folder(lane.root).stat().st_mtime_ns, shutil.rmtree(torn.parent)
+        assert grid.complete(lane, "sweep") == []
+        assert second.folder(lane.root).stat().st_mtime_ns == before
+
+        monkeypatch.delenv(warm.ADDRESS)
+        monkeypatch.setattr(warm, "server", contextlib.nullcontext)
+        alone = Workspace.of(lane.settings, tmp_path / "alone", progress=False)
+        grid.train_missing(alone, [second], "papermill")
+        ours, theirs = (second.folder(each.root) for each in (lane, alone))
+        assert tensors(ours) == tensors(theirs) and len(tensors(ours)) > 100
+        assert shown(ours) == shown(theirs) and len(shown(ours)) > 10
+        scores = [json.loads((each / "scores.json").read_text()) for each in (ours, theirs)]
+        assert [each.pop("seconds_per_image") > 0 for each in scores] == [True, True]
+        assert scores[0] == scores[1]
+
+
+def until(there) -> None:
+    for _ in range(600):
+        if there():
+            return
+        time.sleep(0.1)
+    raise AssertionError("waited a minute")
 
 
 class TestPlan:

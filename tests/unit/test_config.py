@@ -28,6 +28,8 @@ OTHER = {
     "clip.heads": (4,),
     "clip.text_heads": (1,),
     "clip.lr": (0.5,),
+    "clip.optimiser": ("adamw", "muon"),
+    "clip.masked": (0.5, 0.25),
     "model.conditioning": ("cat", "rat"),
     "model.rat_scope": ("mapper", "generator"),
     "model.rat_input": ("scaled",),
@@ -65,6 +67,8 @@ OTHER = {
     "independent.text_width": (32,),
     "independent.text_heads": (2,),
     "independent.lr": (0.5,),
+    "independent.optimiser": ("adamw", "muon"),
+    "independent.masked": (0.5, 0.25),
 }
 STORED_LARGER = {"data.resize": 20, "data.crop": 18}  # so that the crop can change alone
 
@@ -122,6 +126,12 @@ def test_a_profile_loads_and_its_yaml_is_the_same_run(name, tmp_path):
     for identity in ("run_hash", "data_hash", "clip_hash", "judge_hash", "run_name"):
         assert getattr(again, identity) == getattr(settings, identity)
     assert settings.profile == name and settings.summary
+
+
+def test_names_are_those_before_a_setting_came():
+    assert load_settings("birds-small").run_name == "rat-h64-shuffle-seed0-38997af5"
+    assert load_settings("birds-small").clip_hash == "b9401be1"
+    assert load_settings("cub").run_name == "rat-h64-shuffle-seed0-349baf47"
 
 
 def test_profiles_have_different_identities():

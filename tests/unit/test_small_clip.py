@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from ratlip.clip import small
-from ratlip.clip.loading import load_clip
+from ratlip.clip.loading import build_small_clip, load_clip
 from ratlip.clip.pairs import PairBatches, caption_facts, neighbourhoods
 from ratlip.clip.retrieval import centre_square, embed_captions, retrieval
 from ratlip.clip.small import contrastive_loss, learning_rate, train_small_clip
 from ratlip.errors import DataError, RunError, WeightsError
+from ratlip.fast.tower import FrozenAttention, accelerate_tower
 from ratlip.settings import ClipSettings
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
@@ -208,10 +209,28 @@ def test_same_seed_same_weights(tmp_path):
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+def test_the_towers_fast_form_learns_from_the_same_gradients():
+    torch.manual_seed(0)
+    model = build_small_clip(16, **{name: getattr(settings(), name) for name in small.ARCHITECTURE}, vocab_size=9)
+    images, tokens = torch.randn(4, 3, 16, 16), torch.randint(1, 8, (4, 12))
+    found = []
+    for on in (False, True):
+        for tower in (model.visual, model):
+            accelerate_tower(tower, on)
+        assert isinstance(model.transformer.resblocks[0].attn, FrozenAttention) == on
+        model.zero_grad()
+        contrastive_loss(*model(images, tokens), torch.eye(4) > 0).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=lambda said, name=name: f"{name}: {said}")
+    assert all(gradient.abs().max() > 0 for name, gradient in found[0].items() if "attn.in_proj_weight" in name)
+
+
+@pytest.mark.parametrize("how", [{}, {"optimiser": "muon"}, {"masked": 0.5}])
+def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypatch, how):
     monkeypatch.setattr(small, "CHECKPOINT_EVERY", 4)
     monkeypatch.setattr(small, "LOG_EVERY", 2)
-    whole = train(tmp_path / "whole", steps=10)
+    whole = train(tmp_path / "whole", steps=10, **how)
     real, seen = PairBatches.__call__, []
 
     def interrupted(self, step):
@@ -222,17 +241,49 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypat
 
     monkeypatch.setattr(PairBatches, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "cut", steps=10)
+        train(tmp_path / "cut", steps=10, **how)
     with pytest.raises(WeightsError, match="no small CLIP was trained here to the end"):
-        load_clip(settings(steps=10), tmp_path / "cut")
+        load_clip(settings(steps=10, **how), tmp_path / "cut")
     seen.append(7)
-    resumed = train(tmp_path / "cut", steps=10)
+    resumed = train(tmp_path / "cut", steps=10, **how)
     assert seen[-6:] == [4, 5, 6, 7, 8, 9]
     assert resumed.fingerprint == whole.fingerprint
     for name in ("whole", "cut"):
         rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == [2, 4, 6, 8, 10]
     assert not (tmp_path / "cut" / "training.pt").exists()
+
+
+def test_muon_learns_the_matrices_of_the_blocks_and_nothing_else(tmp_path):
+    model = build_small_clip(16, **{name: getattr(settings(), name) for name in small.ARCHITECTURE}, vocab_size=9)
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    adamw, muon = small._optimizers(model, settings(optimiser="muon"))
+    groups = [{names[id(p)] for p in group["params"]} for each in (adamw, muon) for group in each.param_groups]
+    assert sum(map(len, groups)) == len(names) == len(set.union(*groups))  # each of them once
+    assert "visual.transformer.resblocks.1.mlp.c_fc.weight" in groups[2] and "visual.proj" in groups[0]
+    assert {name for name in groups[2] if "bias" in name or "resblocks" not in name} == set()
+    one = train(tmp_path / "one", optimiser="muon")
+    assert one.fingerprint != train(tmp_path / "other").fingerprint
+    assert "optimiser" not in json.loads((tmp_path / "other/settings.json").read_text())["settings"]  # as before it
+    with pytest.raises(WeightsError, match="optimiser"):
+        train(tmp_path / "one")
+
+
+def test_masked_steps_see_some_of_the_patches_and_the_last_ones_all(tmp_path, monkeypatch):
+    seen = []
+    real = small.contrastive_loss
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].shape[1]) if type(module).__name__ == "Transformer" else None
+    )
+    monkeypatch.setattr(small, "contrastive_loss", lambda *a: (seen.append("step"), real(*a))[1])
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    masked = train(tmp_path / "masked", steps=5, masked=0.5)
+    hook.remove()
+    steps = [list(group) for last, group in itertools.groupby(seen, lambda each: each == "step") if not last]
+    assert [tokens[0] for tokens in steps[:5]] == [9, 9, 9, 9, 17]  # the class token, and 8 or 16 patches
+    assert masked.fingerprint != train(tmp_path / "whole", steps=5).fingerprint
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
