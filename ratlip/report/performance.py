@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ratlip.files import write_text
+from ratlip.plots import style
+from ratlip.plots.growth import NAMES, growth_figure
 from ratlip.studies.bench import FORMS
 from ratlip.studies.performance import GIB
 
-NAMES = {"batch": "images a step", "image_size": "side of the image (px)", "hidden_size": "h of the LSTM"}
 EMPTY = "(not measured yet: `ratlip bench --report reports/performance.json --section {}`)"
 
 
@@ -29,6 +30,10 @@ def write(path: str | Path, found: dict[str, Any]) -> Path:
         before, _, rest = text.partition(f"<!-- table: {name} -->")
         _, end, after = rest.partition("<!-- end of table -->")
         text = before + block + after if end else text  # a file without the marks does not show that table
+        if complete and name == "growth":
+            chart = file.with_name(f"{file.stem}-growth.svg")
+            style.write(growth_figure(section["summary"]), chart)
+            text = text.replace(block, block.replace("\n", f"\n![time and memory]({chart.name})\n\n", 1))
     write_text(file, text)
     return file
 
@@ -129,9 +134,9 @@ def options(section: dict[str, Any]) -> list[str]:
             continue
         apart = each["deviation"]
         cells = [span(each["seconds"], "{:.2f}", " s"), f"{each['times']:.2f} x", f"{each['peak_mib']:,} MiB"]
-        cells += [f"{each['memory_times']:.2f} x", f"{apart['losses']:.0e} ({apart['loss']})"]
+        cells += [f"{each['memory_times']:.2f} x", f"{_small(apart['losses'])} ({apart['loss']})"]
         for network in ("generator", "discriminator"):
-            cells.append(f"{apart[network]['all']:.0e} / {apart[network]['worst']:.0e}")
+            cells.append(f"{_small(apart[network]['all'])} / {_small(apart[network]['worst'])}")
         rows.append([name + _compiled(each), *cells])
     heads = ["", "step", "of the default", "peak memory", "of the default", "losses", "G's gradient", "D's gradient"]
     heads[6:] = [f"{name}: all / worst tensor" for name in heads[6:]]
@@ -142,6 +147,10 @@ def options(section: dict[str, Any]) -> list[str]:
         "process from the same weights, batch and latents.",
         markdown(heads, rows),
     ]
+
+
+def _small(value: float) -> str:
+    return f"{value:.0e}" if value else "0"
 
 
 def _compiled(found: dict[str, Any]) -> str:
@@ -172,7 +181,7 @@ def growth(section: dict[str, Any]) -> list[str]:
 
 def _largest(value: float | None, measured: float) -> str:
     if value is None:
-        return "no end in sight"
+        return "more than ten doublings away"
     return f"{value:,.0f}" + (" (extrapolated)" if value >= measured else "")
 
 

@@ -84,7 +84,7 @@ def world(
 ) -> World:
     """A session with the profile's sizes: random weights, `batch` images a step, generated shapes in `folder`."""
     shapes = {"data.dataset": "synthetic", "data.flip": False, "data.test_images": 16}
-    sizes = {"data.train_images": max(64, 2 * batch), "training.batch_size": batch}
+    sizes = {"data.train_images": max(8, 2 * batch), "training.batch_size": batch}  # few: each caption is embedded
     plain = {f"training.{option}": False for option in OPTIONS} if form == "plain" else {}
     settings = load_settings(profile, {**shapes, **sizes, **(overrides or {}), **plain})
     prepared = Workspace.of(settings, folder, progress=False).prepared

@@ -49,7 +49,7 @@ WALKS = (  # steps, with guidance?, what it is
 )
 SIDES = (256, 512)  # near our 224 (its U-Net halves a picture's side six times), and its own
 WHOLE = 4  # steps without guidance that are also walked whole, against the sum of their parts
-MEND = "pip install 'ratlip[diffusion]', or leave the section diffusion out"
+MEND = "pip install -e '.[diffusion]', or leave the section diffusion out"
 
 
 def libraries() -> dict[str, str]:

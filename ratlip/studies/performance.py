@@ -28,6 +28,7 @@ from ratlip.studies import alone, diffusion
 from ratlip.studies.bench import FORMS, spread
 
 FILE = "reports/performance.json"
+OURS = "RATLIP"
 ROUNDS = 3  # pairs of processes
 GIB = (24, 80)  # of a GPU's memory, where the fit is read off
 REFERENCE = "float32, the default"
@@ -91,24 +92,26 @@ class Plan:
         for name, changed in OPTIONS.items():
             settings = {f"training.{option}": True for option in changed.get("options", ())}
             same = {"form": changed.get("form", "fast"), "precision": changed.get("precision", "32-true")}
+            same["rounds"] = min(self.rounds, 2)
             yield self.case("steps", name=name, warm=2, settings=self.still() | settings, **same)
 
     def still(self) -> dict[str, Any]:
         """Settings under which a visit of an image is like the one before, as `cached_features` needs it."""
-        return {"data.resize": load_settings(self.profile).data.crop, "data.train_images": 2 * self.batch}
+        return {"data.resize": load_settings(self.profile).data.crop}
 
     def growth(self) -> Iterable[dict]:
         """Batch, side and h, one at a time."""
         settings = load_settings(self.profile)
         source, side = settings.clip.source, settings.model.image_size
         first = {"model.hidden_size": settings.model.hidden_size or HIDDEN[1]}
+        fewer = {"rounds": min(self.rounds, 2)}
         for batch in (self.batch // 2, self.batch, 2 * self.batch, 4 * self.batch):
-            yield self.case("steps", batch=batch, settings=first, changes="batch", value=batch)
+            yield self.case("steps", settings=first, changes="batch", value=batch, **fewer | {"batch": batch})
         for size in [round(side * share) for share in SIDES.get(source, SIDES["other"])]:
             cut = dict.fromkeys(("model.image_size", "data.crop", "data.resize"), size)
-            yield self.case("steps", settings=first | cut, changes="image_size", value=size)
+            yield self.case("steps", settings=first | cut, changes="image_size", value=size, **fewer)
         for size in HIDDEN:
-            yield self.case("steps", settings={"model.hidden_size": size}, changes="hidden_size", value=size)
+            yield self.case("steps", settings={"model.hidden_size": size}, changes="hidden_size", value=size, **fewer)
 
     def diffusion(self) -> Iterable[dict]:
         """The generator from words, and a diffusion model at its own size and near ours, at each batch size."""
@@ -255,7 +258,7 @@ def exponent(values: Sequence[float], measured: Sequence[float]) -> dict[str, fl
 def largest(fit: dict[str, float], start: float, held: float, limit: float) -> float | None:
     """Where doubling stops: the largest start * 2**k, k of either sign, whose held + fit is within `limit` (MiB).
 
-    None where it never stops within 40 doublings, as with what costs no memory.
+    None where ten doublings do not reach it: so far, a fit says nothing.
     """
 
     def need(value: float) -> float:
@@ -268,7 +271,7 @@ def largest(fit: dict[str, float], start: float, held: float, limit: float) -> f
         return 0
     while need(2 * value) <= limit:
         value *= 2
-        if value > start * 2.0**40:
+        if value >= start * 2**10:
             return None
     return value
 
@@ -285,7 +288,11 @@ def _summary_of_diffusion(cases: list[dict]) -> dict[str, Any]:
             [row] = found["rows"]
             count, joules = row["batch"], row["joules"]
             per = {"seconds": row["seconds"]["median"] / count, "joules": None if joules is None else joules / count}
-            shape = {"model": f"RATLIP, {each['case']['form']} form", "batch": count, "side": found["side"]}
+            shape = {
+                "model": OURS if each["case"]["form"] == "fast" else f"{OURS}, plain form",
+                "batch": count,
+                "side": found["side"],
+            }
             shape |= {"how": "measured whole", "peak_mib": row["peak_mib"]}
             rows.append(shape | per | {"parameters": sum(found["parameters"].values())})
             ours[count] = rows[-1]  # the fast form comes last
