@@ -276,7 +276,7 @@ def bench(
         if settings or report.suffix != ".json":
             raise SettingsError(f"--report {report}: give a .json file, and no --set: sections set what they compare")
         plan = performance.Plan(profile, batch, sizes, threads, accelerator, iterations or 3)
-        for name in section or performance.SECTIONS:
+        for name in performance.chosen(section or []):
             say(shown(tables.write(report, performance.run(report, plan, [name], again, not quiet))))
         return
     how: dict[str, Any] = dict(batch=batch, iterations=iterations or 5, threads=threads, precision=precision)

@@ -46,7 +46,9 @@ def _blank() -> str:
 def about(section: dict[str, Any]) -> str:
     """The machine, the versions and the time of a section."""
     e, seconds = section["environment"], section["seconds"]
-    where = ", ".join(e["accelerators"]) or f"{e['cores']} cores of {e['processor']}, {e['threads']} threads"
+    bf16 = {True: " (with bf16 instructions)", False: " (without bf16 instructions)"}.get(e["bf16_instructions"], "")
+    where = f"{e['processor']}{bf16}, {e['cores']} cores, {e['threads']} thread{'s' * (e['threads'] != 1)}"
+    where = ", ".join([*e["accelerators"], where])
     changed = ", with changes that are not committed" if e["uncommitted_changes"] else ""
     code = f"commit {(e['commit'] or 'unknown')[:7]}{changed}"
     return f"*{where}; PyTorch {e['versions']['torch']}, {code}, {e['time'][:10]}; measured in {seconds / 60:.0f} min.*"
@@ -106,8 +108,8 @@ def parts(section: dict[str, Any]) -> list[str]:
         counts = ", ".join(f"{form} {found['step_operations'][form] / 1e9:.4g}" for form in FORMS)
         reached = found["step_operations"]["fast"] / total / rate
         out.append(
-            f"A step of `{profile}`: {counts} GFLOP. A large float32 product reaches {rate / 1e9:.0f} GFLOP/s; all "
-            f"parts take {total:.3f} s, {reached:.0%} of that rate."
+            f"A step of `{profile}`, threads: {found['threads']}; {counts} GFLOP. A large float32 product reaches "
+            f"{rate / 1e9:.0f} GFLOP/s; all parts take {total:.3f} s, {reached:.0%} of that rate."
         )
         more = [key for key in found["rows"][0] if key not in ("part", "seconds", "operations")]
         rows = []

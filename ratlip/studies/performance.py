@@ -135,6 +135,13 @@ SECTIONS: dict[str, Callable[[Plan], Iterable[dict]]] = {
 }
 
 
+def chosen(sections: Sequence[str]) -> list[str]:
+    """The names themselves, or all of `SECTIONS` where none is given. SettingsError for one that is not there."""
+    if unknown := set(sections) - set(SECTIONS):
+        raise SettingsError(f"--section {', '.join(sorted(unknown))}: should be one of {', '.join(SECTIONS)}")
+    return list(sections or SECTIONS)
+
+
 def run(
     path: str | Path, plan: Plan, sections: Sequence[str] = (), again: bool = False, progress: bool = True
 ) -> dict[str, Any]:
@@ -143,14 +150,12 @@ def run(
     A section that is complete stays, unless `again`; one that was stopped goes on where commit, processor and threads
     are those it began with, and begins anew otherwise.
     """
-    if unknown := set(sections) - set(SECTIONS):
-        raise SettingsError(f"--section {', '.join(sorted(unknown))}: should be one of {', '.join(SECTIONS)}")
     found = read_json(path) if Path(path).is_file() else {"sections": {}}
-    for name in sections or SECTIONS:
+    for name in chosen(sections):
         section = found["sections"].get(name)
         if again or not section or not section["complete"]:
             cases = list(SECTIONS[name](plan))
-            here = {**describe(), "threads": cases[0]["threads"]}
+            here = {**describe(), "threads": plan.case("")["threads"], "bf16_instructions": bf16_instructions()}
             if again or not section or not _same(section["environment"], here):
                 section = {"complete": False, "environment": here, "seconds": 0.0, "cases": []}
             found["sections"][name] = section
@@ -165,6 +170,13 @@ def run(
     return found
 
 
+def bf16_instructions() -> bool | None:
+    """Whether the processor multiplies bfloat16 itself; None where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    words = set(info.read_text().split()) if info.is_file() else set()
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"}) if words else None
+
+
 def _measured(cases: list[dict], name: str, progress: bool) -> Iterable[tuple[dict, float]]:
     """Each case with what came out, and the seconds it took; options are compared with one float32 step made first."""
     with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +187,10 @@ def _measured(cases: list[dict], name: str, progress: bool) -> Iterable[tuple[di
                 base = {**case, "form": "fast", "precision": "32-true", "save": str(reference)}
                 alone.fresh({**base, "kind": "gradients", "settings": _without_options(case["settings"])})
             more = {"reference": str(reference)} if name == "options" else {}
-            yield {"case": case, "found": alone.fresh({**case, **more})}, time.perf_counter() - start
+            found = alone.fresh({**case, **more})
+            if "failed" in found and name in ("forms", "parts"):  # elsewhere it is told in the table
+                raise RunError(f"section {name}, {case['form']} form of {case['profile']}: {found['failed']}")
+            yield {"case": case, "found": found}, time.perf_counter() - start
 
 
 def _without_options(settings: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +230,8 @@ def pairs(values: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def _summary_of_parts(cases: list[dict]) -> dict[str, Any]:
-    tables = {each["case"]["profile"]: each["found"] for each in cases if each["case"]["kind"] == "parts"}
+    measured = [(each["case"], each["found"]) for each in cases if each["case"]["kind"] == "parts"]
+    tables = {case["profile"]: {"threads": case["threads"], **found} for case, found in measured}
     return {"demo": _summary_of_forms(cases), "tables": tables}
 
 
