@@ -46,7 +46,7 @@ def _blank() -> str:
 def about(section: dict[str, Any]) -> str:
     """The machine, the versions and the time of a section."""
     e, seconds = section["environment"], section["seconds"]
-    bf16 = {True: " (with bf16 instructions)", False: " (without bf16 instructions)"}.get(e["bf16_instructions"], "")
+    bf16 = {True: " (with bf16 instructions)", False: " (without bf16 instructions)"}.get(e.get("bf16_instructions"), "")
     where = f"{e['processor']}{bf16}, {e['cores']} cores, {e['threads']} thread{'s' * (e['threads'] != 1)}"
     where = ", ".join([*e["accelerators"], where])
     changed = ", with changes that are not committed" if e["uncommitted_changes"] else ""
