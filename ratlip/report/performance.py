@@ -46,7 +46,9 @@ def _blank() -> str:
 def about(section: dict[str, Any]) -> str:
     """The machine, the versions and the time of a section."""
     e, seconds = section["environment"], section["seconds"]
-    bf16 = {True: " (with bf16 instructions)", False: " (without bf16 instructions)"}.get(e.get("bf16_instructions"), "")
+    bf16 = {True: " (with bf16 instructions)", False: " (without bf16 instructions)"}.get(
+        e.get("bf16_instructions"), ""
+    )
     where = f"{e['processor']}{bf16}, {e['cores']} cores, {e['threads']} thread{'s' * (e['threads'] != 1)}"
     where = ", ".join([*e["accelerators"], where])
     changed = ", with changes that are not committed" if e["uncommitted_changes"] else ""
@@ -145,8 +147,8 @@ def options(section: dict[str, Any]) -> list[str]:
     case = section["cases"][0]["case"]
     return [
         f"Profile `{case['profile']}`, {case['batch']} images a step, a process each, median (range) of "
-        f"{case['rounds']} steps after {case['warm']}. Deviations are from the default's own step, made in another "
-        "process from the same weights, batch and latents.",
+        f"{case['rounds']} steps after those that warm up. Deviations are from the default's own step, made in "
+        "another process from the same weights, batch and latents. First step: with PyTorch's cache of compiled code.",
         markdown(heads, rows),
     ]
 
