@@ -134,7 +134,7 @@ def options(section: dict[str, Any]) -> list[str]:
     rows = []
     for name, each in section["summary"].items():
         if "failed" in each:
-            rows.append([name, each["failed"], *[""] * 5])
+            rows.append([name, each["failed"], *[""] * 6])
             continue
         apart = each["deviation"]
         cells = [span(each["seconds"], "{:.2f}", " s"), f"{each['times']:.2f} x", f"{each['peak_mib']:,} MiB"]
