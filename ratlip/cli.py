@@ -5,7 +5,6 @@ Commands import what they need when they are called: with torch, `ratlip --help`
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -246,35 +245,46 @@ def report(
 def bench(
     profile: Profile = "cub",
     batch: Annotated[int, typer.Option(min=1, help="images a training step")] = 4,
-    iterations: Annotated[int, typer.Option(min=1, help="measured rounds of each comparison")] = 5,
+    iterations: Annotated[int | None, typer.Option(min=1, help="measured rounds [5; of a report's process: 3]")] = None,
     generation: Annotated[list[int] | None, typer.Option(help="batch size drawn; repeatable [1, 8]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads [PyTorch's choice]")] = None,
     precision: Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed")] = "32-true",
     accelerator: Accelerator = "auto",
     workers: Workers = 0,
-    scaling: Annotated[bool, typer.Option("--scaling", help="also: growth with batch, image size and h")] = False,
-    memory: Annotated[bool, typer.Option(help="peak memory of both forms, in fresh processes")] = True,
     write: Annotated[Path | None, typer.Option("--json", help="JSON file to write")] = None,
     show: Annotated[Path | None, typer.Option(help="only print again what was written to this JSON file")] = None,
-    form: Annotated[str | None, typer.Option(hidden=True, help="plain or fast: what --memory starts")] = None,
+    report: Annotated[Path | None, typer.Option(help="measure all into this .json, and the .md beside it")] = None,
+    section: Annotated[list[str] | None, typer.Option(help="of the report; repeatable [all]")] = None,
+    again: Annotated[bool, typer.Option("--again", help="report: measure anew what is there")] = False,
     settings: Set = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how fast a training step is here, against the plain form of the same step, and where its time goes."""
+    """Measure how fast a training step is here, against the plain form of the same step, and where its time goes.
+
+    With --report, everything that reports/performance.md shows, each case in a process of its own; the same command
+    goes on where it was stopped.
+    """
     from ratlip.studies import bench
 
-    how: dict[str, Any] = dict(batch=batch, iterations=iterations, threads=threads, precision=precision)
-    how |= dict(accelerator=accelerator, overrides=read_overrides(settings))
-    more: dict[str, Any] = dict(workers=workers, scaling=scaling, with_memory=memory, progress=not quiet)
     if show:
         if not show.is_file():
             raise SettingsError(f"--show {show}: there is no such file; `ratlip bench --json FILE` writes one")
         say(bench.report(read_json(show)))
-    elif form:
-        print(json.dumps(bench.alone_in_process(profile, form, **how)))
-    else:
-        sizes = tuple(generation or (1, 8))
-        say(bench.report(bench.run(profile, generation=sizes, json_path=write, **how, **more)))
+        return
+    sizes = tuple(generation or (1, 8))
+    if report:
+        from ratlip.report import performance as tables
+        from ratlip.studies import performance
+
+        if settings or report.suffix != ".json":
+            raise SettingsError(f"--report {report}: give a .json file, and no --set: sections set what they compare")
+        plan = performance.Plan(profile, batch, sizes, threads, accelerator, iterations or 3)
+        for name in performance.chosen(section or []):
+            say(shown(tables.write(report, performance.run(report, plan, [name], again, not quiet))))
+        return
+    how: dict[str, Any] = dict(batch=batch, iterations=iterations or 5, threads=threads, precision=precision)
+    how |= dict(accelerator=accelerator, overrides=read_overrides(settings), workers=workers, progress=not quiet)
+    say(bench.report(bench.run(profile, generation=sizes, json_path=write, **how)))
 
 
 @notebook.command("run")

@@ -36,7 +36,7 @@ THREADS = "OMP_NUM_THREADS"  # libraries read it when they are loaded, so a fork
 LATE = """
     ratlip papermill nbformat ipykernel.kernelapp ipykernel.pylab.backend_inline matplotlib.pyplot
     matplotlib_inline.backend_inline
-    open_clip datasets lightning_fabric torch.utils.tensorboard torch_fidelity scipy.linalg safetensors.torch filelock
+    datasets lightning_fabric torch.utils.tensorboard torch_fidelity scipy.linalg safetensors.torch filelock
     ratlip.cli ratlip.report.notebooks ratlip.scores.evaluation ratlip.training.loop ratlip.clip.small
 """
 

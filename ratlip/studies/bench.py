@@ -9,11 +9,8 @@ backward pass, one call through D, CLIP, synthesis blocks and mapper.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -86,7 +83,7 @@ def world(
 ) -> World:
     """A session with the profile's sizes: random weights, `batch` images a step, generated shapes in `folder`."""
     shapes = {"data.dataset": "synthetic", "data.flip": False, "data.test_images": 16}
-    sizes = {"data.train_images": max(64, 2 * batch), "training.batch_size": batch}
+    sizes = {"data.train_images": max(8, 2 * batch), "training.batch_size": batch}  # few: each caption is embedded
     plain = {f"training.{option}": False for option in OPTIONS} if form == "plain" else {}
     settings = load_settings(profile, {**shapes, **sizes, **(overrides or {}), **plain})
     prepared = Workspace.of(settings, folder, progress=False).prepared
@@ -100,7 +97,7 @@ def world(
         else:
             import open_clip  # here, because it takes 2 s and the small CLIP does without
 
-            model = open_clip.create_model(c.model, load_weights=False)
+            model = open_clip.create_model(c.model, load_weights=False, force_image_size=settings.model.image_size)
             tokenizer = open_clip.get_tokenizer(c.model)
     accelerate_tower(model.visual, on=form == "fast")
     fabric = loop.processes(accelerator, 1, settings.training)
@@ -235,32 +232,6 @@ def parts(worlds: dict[str, World], iterations: int) -> dict:
     return {"rows": rows, "matrix_rate": matrix_rate(device), "step_operations": operations}
 
 
-def growth(profile: str, folder: str | Path, iterations: int, accelerator: str = "auto") -> list[dict]:
-    """How the fast step's time grows with the batch, the image's side and the LSTM's size, one at a time."""
-    settings = load_settings(profile)
-    side, batch = settings.model.image_size, settings.training.batch_size
-    cases: list[tuple[str, int, int, dict]] = [("batch", size, size, {}) for size in (batch // 2, batch, 2 * batch)]
-    if settings.clip.source == "train":  # another CLIP's grid is fixed
-        keys = ("model.image_size", "data.crop", "data.resize")
-        sides = sorted({max(16, side // 2), side, 2 * side})
-        cases += [("image_size", size, batch, dict.fromkeys(keys, size)) for size in sides]
-    cases += [("hidden_size", size, batch, {"model.hidden_size": size}) for size in (0, 16, 64, 256)]
-    rows = []
-    for name, value, images, overrides in cases:
-        here = world(profile, images, Path(folder) / f"{name}-{value}", overrides, accelerator)
-        weights = sum(p.numel() for p in here.run.networks["generator"].parameters())
-        row = {"changes": name, "value": value, "batch": images, "seconds": steps(here, iterations)}
-        rows.append(row | {"generator_parameters": weights})
-    return rows
-
-
-def steps(here: World, iterations: int) -> dict[str, float]:
-    """Seconds of a step, after one unmeasured."""
-    here.memory()
-    here.step()
-    return spread([clock(here.step, here.run.device) for _ in range(iterations)])
-
-
 def waiting(here: World, count: int, workers: int) -> dict:
     """Share of a training loop's time spent waiting for data, with loader processes as in training."""
     here.memory()
@@ -276,29 +247,6 @@ def waiting(here: World, count: int, workers: int) -> dict:
     return {"workers": workers, "steps": count, "share_waiting": waited / total}
 
 
-def alone_in_process(
-    profile, form, *, batch=4, iterations=5, threads=None, precision="32-true", accelerator="auto", overrides=None
-) -> dict:
-    """Steps of one form in this process: their seconds, and the most memory it held before and with them (MiB)."""
-    torch.set_num_threads(threads or torch.get_num_threads())
-    with tempfile.TemporaryDirectory() as folder:
-        here = world(profile, batch, folder, {"training.precision": precision, **(overrides or {})}, accelerator, form)
-        before, seconds = loop.peak_memory_mib(here.run.device), steps(here, iterations)
-        return {"seconds": seconds, "peak_mib": loop.peak_memory_mib(here.run.device), "peak_before_mib": before}
-
-
-def memory(profile: str, overrides: dict, **options) -> dict:
-    """`alone_in_process` in a fresh process for each form."""
-    command = [sys.executable, "-m", "ratlip.cli", "bench", "--profile", profile]
-    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command += [part for key, value in overrides.items() for part in ("-s", f"{key}={json.dumps(value)}")]
-    found = {}
-    for form in FORMS:
-        done = subprocess.run([*command, "--form", form], stdout=subprocess.PIPE, check=True, text=True)
-        found[form] = json.loads(done.stdout.splitlines()[-1])
-    return found | {"ratio": found["fast"]["peak_mib"] / found["plain"]["peak_mib"]}
-
-
 def run(
     profile: str = "cub",
     *,
@@ -309,8 +257,6 @@ def run(
     precision: str = "32-true",
     accelerator: str = "auto",
     workers: int = 0,
-    scaling: bool = False,
-    with_memory: bool = True,
     progress: bool = True,
     overrides: dict | None = None,
     json_path: str | Path | None = None,
@@ -318,15 +264,12 @@ def run(
     """Measure everything; -> what `report` prints, written to `json_path` where given.
 
     profile: whose sizes; batch: images a training step; iterations: measured rounds; generation: batch sizes of
-    drawing; workers: loader processes where waiting is measured; scaling: also growth with batch, side and h;
-    with_memory: also two fresh processes; overrides: other settings, e.g. {"training.compile": True}.
+    drawing; workers: loader processes where waiting is measured; overrides: other settings, e.g.
+    {"training.compile": True}. Both forms share a process; `studies.performance` gives each its own.
     """
     torch.set_num_threads(threads or torch.get_num_threads())
     settings, options = dict(overrides or {}), {"accelerator": accelerator}
-    sizes = {"batch": batch, "iterations": iterations, "threads": torch.get_num_threads()}
     found: dict[str, Any] = {}
-    if with_memory:
-        found["memory"] = memory(profile, settings, **sizes, precision=precision, **options)
     with tempfile.TemporaryDirectory() as folder:
         overlaid = {"training.precision": precision, **settings}
         worlds = {form: world(profile, batch, Path(folder) / form, overlaid, form=form, **options) for form in FORMS}
@@ -342,8 +285,6 @@ def run(
             both = compare(worlds, partial(work, count=count), iterations, f"{kind}, batch {count}", progress, True)
             rate = {form: count / both[form]["median"] for form in FORMS}
             found["generation"].append({"kind": kind, "batch": count, "images_per_second": rate, **both})
-        if scaling:
-            found["scaling"] = growth(profile, folder, iterations, accelerator)
     if json_path:
         write_json(json_path, found)
     return found
@@ -365,10 +306,6 @@ def report(found: dict) -> str:
         line("training step", found["step"]),
         *(line(f"{row['kind']}, batch {row['batch']}", row) for row in found["generation"]),
     ]
-    if m := found.get("memory"):
-        mib, seconds = ([m[form][key] for form in FORMS] for key in ("peak_mib", "seconds"))
-        lines.append(f"{'peak memory, own process':26s}{mib[0]:7d} MiB {mib[1]:7d} MiB   {m['ratio']:5.2f} x")
-        lines.append(f"{'step, own process':26s}{seconds[0]['median']:9.3f} s {seconds[1]['median']:9.3f} s")
     rows, peak, counts = (found["parts"][key] for key in ("rows", "matrix_rate", "step_operations"))
     total, wait = sum(row["seconds"] for row in rows), found["waiting"]
     counted = f"plain {counts['plain'] / 1e9:.4g}, fast {counts['fast'] / 1e9:.4g} GFLOP"
@@ -380,7 +317,4 @@ def report(found: dict) -> str:
         lines.append(f"{row['part']:38s}{times}{operations:9.1f}{pace:9.1f}{pace * 1e9 / peak:9.1%}")
     share = f"{wait['share_waiting']:.1%} of the loop with {wait['workers']} loader processes"
     lines.append(f"{'all parts':38s}{total:8.3f}   waiting for data: {share}")
-    for row in found.get("scaling", []):
-        s, case = row["seconds"], f"{row['changes']} {row['value']}"
-        lines.append(f"{case}: {s['median']:.3f} s a step ({s['low']:.3f} to {s['high']:.3f}), batch {row['batch']}")
     return "\n".join(lines)

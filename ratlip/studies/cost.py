@@ -6,10 +6,12 @@ same number on every machine.
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ratlip.report.tables import MINE, NONE, Table
-from ratlip.studies import grid
+from ratlip.studies import grid, performance
 from ratlip.training.generation import best_device
 from ratlip.training.step import sample_latents
 
@@ -141,10 +143,43 @@ def step_times(workspace: Workspace, frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["label", "seed", "steps", "seconds_a_step", "seconds"])
 
 
-def table(workspace: Workspace, generated: pd.DataFrame, runs: pd.DataFrame) -> Table:
+def against_diffusion(path: str | Path | None = None) -> tuple[str, str, str]:
+    """Verdict on "inference is much cheaper than a diffusion model's", its evidence in a clause, and all of it.
+
+    From the stored measurement `path` (`reports/performance.json`). "supported": each walk that was measured costs more
+    than twice as much as one pass of the published-size generator, by the image and by the pixel, at every batch size.
+    """
+    section = performance.stored("diffusion", path)
+    if section is None:
+        clause = "one pass a picture was timed (table of costs); no diffusion model was measured here"
+        mend = f"`ratlip bench --report {performance.FILE} --section diffusion` does"
+        return "not measured", clause, f"No diffusion model was measured here; {mend}."
+    rows = [row for row in section["summary"]["rows"] if "seconds" in row]
+    ours = {row["batch"]: row for row in rows if row["model"] == performance.OURS}
+    times, told = [], []
+    for row in [row for row in rows if "steps" in row]:
+        mine = ours[row["batch"]]
+        pixels = row["seconds_a_megapixel"] / mine["seconds_a_megapixel"]
+        times.append(min(row["times"], pixels))
+        if row["batch"] == min(ours):
+            told.append(f"{row['model']}, {row['side']} px: {row['times']:,.0f} x an image, {pixels:,.0f} x a pixel")
+    dearer, single = [each > 2 for each in times], ours[min(ours)]
+    verdict = "supported" if all(dearer) else "undecided" if any(dearer) else "contradicted"
+    least = 10 ** math.floor(math.log10(min(times)))  # an order of magnitude: the same when measured again
+    model, where = "Stable Diffusion 1.5's networks", section["environment"]["processor"]
+    clause = f"{model} need at least {least:g} x the time, 1 to 50 steps, by the image and by the pixel"
+    whole = f"{single['seconds']:.2g} s an image of {single['side']} px, batch {single['batch']}, {where}"
+    told_all = f"{model} beside the published-size generator ({whole}): {'; '.join(told)} ({performance.FILE})."
+    return verdict, f"{clause} ({performance.FILE})", f"{told_all} The two do not draw the same: cost alone."
+
+
+def table(
+    workspace: Workspace, generated: pd.DataFrame, runs: pd.DataFrame, measurement: str | Path | None = None
+) -> Table:
     """The table of costs: a row a model and device, from `generation` (with a column model) and `step_times`.
 
-    `runs`: rows of `grid.results`. Latency is that of one image, throughput that of the best batch size.
+    `runs`: rows of `grid.results`. Latency is that of one image, throughput that of the best batch size. What is known
+    of diffusion comes from `measurement`: see `against_diffusion`.
     """
     steps, rows, threads = step_times(workspace, runs), [], torch.get_num_threads()
     sizes = runs.drop_duplicates("label").set_index("label")["generator_parameters"]
@@ -168,7 +203,7 @@ def table(workspace: Workspace, generated: pd.DataFrame, runs: pd.DataFrame) -> 
     notes = [
         "From the caption's words to the image. Tensors: the most alive at one time beside the weights, at that batch "
         "size. Training steps were timed in the runs, on whatever device those had.",
-        "No diffusion model was measured.",
+        against_diffusion(measurement)[2],
     ]
     title = f"What training and generating cost, measured here at {workspace.settings.model.image_size} px"
     return Table("cost", title, data, view, notes)

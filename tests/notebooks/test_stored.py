@@ -26,6 +26,8 @@ EXEMPT = (
     "cost.step_times(",
     "cost.generation(",
     "cost.table(",
+    "cost.against_diffusion(",
+    "performance.stored(",
     "protocol.study(",
     "bench.run(",
 )  # progress and timings

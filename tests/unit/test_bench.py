@@ -2,9 +2,7 @@
 
 import copy
 import json
-import sys
 from dataclasses import fields
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,30 +263,10 @@ def test_memory_can_be_kept_and_given_back():
 @pytest.mark.slow
 def test_the_benchmark_writes_its_report(tmp_path):
     out = tmp_path / "report.json"
-    options = dict(batch=4, iterations=2, generation=(1, 2), with_memory=False, scaling=True, progress=False)
+    options = dict(batch=4, iterations=2, generation=(1, 2), progress=False)
     found = bench.run("smoke", **options, json_path=out)
     assert found["step"]["ratio"]["low"] <= found["step"]["ratio"]["median"] <= found["step"]["ratio"]["high"]
     assert {row["batch"] for row in found["generation"]} == {1, 2} and found["parts"]["rows"]
     printed = bench.report(found)
     assert "training step" in printed and "D, CLIP and generator, backward" in printed
     assert bench.report(json.loads(out.read_text())) == printed
-
-
-def test_memory_is_measured_in_a_process_for_each_form(monkeypatch):
-    calls = []
-
-    def process(command, **_):
-        calls.append(command)
-        found = {"peak_mib": 100 * len(calls), "seconds": {"median": 1.0}}
-        return SimpleNamespace(stdout="a remark\n" + json.dumps(found))
-
-    monkeypatch.setattr(bench.subprocess, "run", process)
-    found = bench.memory("smoke", {"training.compile": True}, batch=4)
-    assert found["ratio"] == 2
-    start = [sys.executable, "-m", "ratlip.cli", "bench", "--profile", "smoke", "--batch", "4"]
-    assert calls == [[*start, "-s", "training.compile=true", "--form", form] for form in bench.FORMS]
-
-
-def test_a_form_is_measured_alone():
-    found = bench.alone_in_process("smoke", "plain", batch=4, iterations=1, threads=1)
-    assert found["peak_mib"] >= found["peak_before_mib"] > 0 and found["seconds"]["median"] > 0

@@ -68,6 +68,8 @@ def test_profiles_are_listed_and_shown(ratlip):
         (["report", "-p", "smok"], "did you mean 'smoke'"),
         (["bench", "--show", "there.json"], "there is no such file"),
         (["bench", "-s", "seed"], "should be KEY=VALUE"),
+        (["bench", "--report", "there.json", "--section", "form"], "--section form: should be one of forms, parts"),
+        (["bench", "--report", "there.json", "-s", "seed=1"], "sections set what they compare"),
         (["notebook", "run", "there.ipynb", "--out", "out.ipynb"], "no such notebook"),
         (["notebook", "run", "there.ipynb", "--out", "out.ipynb", "-p", "profile"], "should be KEY=VALUE"),
     ],

@@ -105,3 +105,12 @@ def test_pyproject_takes_the_oldest_pytorch_and_python_we_support():
     torch = next(Requirement(line) for line in project["dependencies"] if line.startswith("torch>"))
     assert "2.11.0" in torch.specifier and "2.10.0" not in torch.specifier
     assert project["requires-python"] == ">=3.11.4"
+
+
+def test_the_diffusion_benchmark_needs_what_nothing_else_needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = [Requirement(line) for line in project["optional-dependencies"]["diffusion"]]
+    assert {r.name for r in extra} == {"diffusers", "transformers"}
+    assert all({s.operator for s in r.specifier} == {">=", "<"} for r in extra), "a range with both ends"
+    for lock in LOCKS.values():
+        assert not {r.name for r in extra} & {Requirement(line).name for line in lines(lock)}
