@@ -30,15 +30,17 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, size: int | N
     On a CPU by products where they pay (measured at the published size): from 16 pixels a side and 128 channels on.
     A GPU's library has fast algorithms of its own, against which they were not measured.
     """
-    side, resized = x.shape[-1], size is not None and size != x.shape[-1]
-    large = F.interpolate(x, size=(size, size)) if resized and not usable(x) else x
-    if large is not x or not usable(x):
-        return F.conv2d(large, weight, bias, padding=1)
-    if resized and (x.device.type != "cpu" or size * size < 2 * side * side):
-        return _ResizedConv.apply(x, weight, bias, size)
-    if not resized and (x.device.type != "cpu" or min(weight.shape[:2]) < 128 or side < 16 or side % 2):
+    side, on_cpu = x.shape[-1], x.device.type == "cpu"
+    if size is None or size == side:
+        if usable(x) and on_cpu and min(weight.shape[:2]) >= 128 and side >= 16 and not (side | x.shape[-2]) & 1:
+            y = winograd_conv3x3(x, weight)
+            return y if bias is None else y + bias[:, None, None]
         return F.conv2d(x, weight, bias, padding=1)
-    y = upsampled_conv3x3(x, weight, size) if resized else winograd_conv3x3(x, weight)
+    if not usable(x):
+        return F.conv2d(F.interpolate(x, size=(size, size)), weight, bias, padding=1)
+    if not on_cpu or size * size < 2 * side * side:
+        return _ResizedConv.apply(x, weight, bias, size)
+    y = upsampled_conv3x3(x, weight, size)
     return y if bias is None else y + bias[:, None, None]
 
 
