@@ -114,10 +114,11 @@ class NormGates(Function):
         F.leaky_relu_(y, 0.01)
         moments: tuple[Tensor, ...] = ()
         if gates:
-            count, channels, positions = len(y), y.shape[1], y.shape[2] * y.shape[3]
-            moments = torch.native_group_norm(y, None, None, count, channels, positions, channels, gate_eps)[1:]
+            average = y.mean(dim=(2, 3))
+            centred = y - _spread(average)  # squares of what is not centred cancel where a map is almost constant
+            moments = average, torch.rsqrt(centred.square_().mean(dim=(2, 3)) + gate_eps)
             shift, scale = _shift_and_scale(moments, gates)
-            y.mul_(torch.addcmul(shift, scale, y).sigmoid_())
+            y.mul_(torch.addcmul(shift, scale, y, out=centred).sigmoid_())
         ctx.save_for_backward(x, weight, bias, mean, rstd, *moments, *gates)
         ctx.how = training, eps
         return y
@@ -160,11 +161,12 @@ def _through_gates(grad: Tensor, u: Tensor, moments, gates) -> tuple[Tensor, tup
     torch.ops.aten.sigmoid_backward(slope, opened, grad_input=slope)  # of the sigmoid's argument
     of_u = opened.mul_(grad).addcmul_(slope, scale)
     of_shift = slope.sum(dim=(2, 3))
-    of_scale = slope.mul_(u).sum(dim=(2, 3)) - of_shift * mean  # the shift holds the scale too
+    centred = u - _spread(mean)  # the shift holds the scale too
+    of_scale = slope.mul_(centred).sum(dim=(2, 3))
     of_rstd = of_scale * of_norm
     pull = of_rstd * rstd.pow(3) / -(u.shape[2] * u.shape[3])  # of the variance, on each position
     of_positions = of_shift * (of_mean - of_norm * rstd) / (u.shape[2] * u.shape[3])
-    of_u += torch.addcmul(_spread(of_positions - pull * mean), _spread(pull), u, out=slope)
+    of_u += torch.addcmul(_spread(of_positions), _spread(pull), centred, out=slope)
     return of_u, ((of_shift * mean).sum(0), (of_scale * rstd).sum(0), of_shift.sum(0))
 
 
