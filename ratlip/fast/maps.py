@@ -30,15 +30,17 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, size: int | N
     On a CPU by products where they pay (measured at the published size): from 16 pixels a side and 128 channels on.
     A GPU's library has fast algorithms of its own, against which they were not measured.
     """
-    side, resized = x.shape[-1], size is not None and size != x.shape[-1]
-    large = F.interpolate(x, size=(size, size)) if resized and not usable(x) else x
-    if large is not x or not usable(x):
-        return F.conv2d(large, weight, bias, padding=1)
-    if resized and (x.device.type != "cpu" or size * size < 2 * side * side):
-        return _ResizedConv.apply(x, weight, bias, size)
-    if not resized and (x.device.type != "cpu" or min(weight.shape[:2]) < 128 or side < 16 or side % 2):
+    side, on_cpu = x.shape[-1], x.device.type == "cpu"
+    if size is None or size == side:
+        if usable(x) and on_cpu and min(weight.shape[:2]) >= 128 and side >= 16 and not (side | x.shape[-2]) & 1:
+            y = winograd_conv3x3(x, weight)
+            return y if bias is None else y + bias[:, None, None]
         return F.conv2d(x, weight, bias, padding=1)
-    y = upsampled_conv3x3(x, weight, size) if resized else winograd_conv3x3(x, weight)
+    if not usable(x):
+        return F.conv2d(F.interpolate(x, size=(size, size)), weight, bias, padding=1)
+    if not on_cpu or size * size < 2 * side * side:
+        return _ResizedConv.apply(x, weight, bias, size)
+    y = upsampled_conv3x3(x, weight, size)
     return y if bias is None else y + bias[:, None, None]
 
 
@@ -106,36 +108,48 @@ class NormGates(Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, training, momentum, eps, gate_eps, *gates) -> Tensor:
-        y, mean, rstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
-        if not training:
-            mean, rstd = running_mean, torch.rsqrt(running_var + eps)
-        F.leaky_relu_(y, 0.01)
+        # Not by PyTorch's batch norm: with the channels last it adds up one number after the other, which at 200,000
+        # positions costs gradients three digits.
+        mean, variance = running_mean, running_var
+        if training:
+            mean = x.mean(dim=(0, 2, 3))
+            variance = (x - _spread(mean)).square_().mean(dim=(0, 2, 3))
+            count = x.numel() // len(mean)
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(variance * (count / max(1, count - 1)), momentum)
+        rstd = torch.rsqrt(variance + eps)
+        slope = weight * rstd
+        y = F.leaky_relu_(torch.addcmul(_spread(bias - slope * mean), _spread(slope), x), 0.01)
         moments: tuple[Tensor, ...] = ()
         if gates:
-            count, channels, positions = len(y), y.shape[1], y.shape[2] * y.shape[3]
-            moments = torch.native_group_norm(y, None, None, count, channels, positions, channels, gate_eps)[1:]
+            average = y.mean(dim=(2, 3))
+            centred = y - _spread(average)  # squares of what is not centred cancel where a map is almost constant
+            moments = average, torch.rsqrt(centred.square_().mean(dim=(2, 3)) + gate_eps)
             shift, scale = _shift_and_scale(moments, gates)
-            y.mul_(torch.addcmul(shift, scale, y).sigmoid_())
+            y.mul_(torch.addcmul(shift, scale, y, out=centred).sigmoid_())
         ctx.save_for_backward(x, weight, bias, mean, rstd, *moments, *gates)
-        ctx.how = training, eps
+        ctx.training = training
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, bias, mean, rstd, *rest = ctx.saved_tensors
-        training, eps = ctx.how
         slope = weight * rstd
         y = F.leaky_relu_(torch.addcmul(_spread(bias - slope * mean), _spread(slope), x), 0.01)
         of_gates: tuple[Tensor, ...] = ()
         if rest:
             grad, of_gates = _through_gates(grad, y, rest[:2], rest[2:])
         grad = torch.ops.aten.leaky_relu_backward(grad, y, 0.01, True, grad_input=y)  # in the place of y
-        still = (mean, rstd.pow(-2) - eps) if not training else (None, None)
-        of_norm = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, *still, mean, rstd, training, eps, [True, True, True]
-        )
-        return *of_norm, *[None] * 6, *of_gates
+        centred = x - _spread(mean)
+        of_bias, of_weight = grad.sum(dim=(0, 2, 3)), (grad * centred).sum(dim=(0, 2, 3)) * rstd
+        if ctx.training:
+            share = slope / (x.numel() // len(mean))
+            of_x = torch.addcmul(_spread(-share * of_bias), _spread(slope), grad, out=grad)
+            of_x.addcmul_(centred, _spread(-share * rstd * of_weight))
+        else:
+            of_x = grad.mul_(_spread(slope))
+        return of_x, of_weight, of_bias, *[None] * 6, *of_gates
 
 
 def _spread(x: Tensor) -> Tensor:
@@ -158,11 +172,12 @@ def _through_gates(grad: Tensor, u: Tensor, moments, gates) -> tuple[Tensor, tup
     torch.ops.aten.sigmoid_backward(slope, opened, grad_input=slope)  # of the sigmoid's argument
     of_u = opened.mul_(grad).addcmul_(slope, scale)
     of_shift = slope.sum(dim=(2, 3))
-    of_scale = slope.mul_(u).sum(dim=(2, 3)) - of_shift * mean  # the shift holds the scale too
+    centred = u - _spread(mean)  # the shift holds the scale too
+    of_scale = slope.mul_(centred).sum(dim=(2, 3))
     of_rstd = of_scale * of_norm
     pull = of_rstd * rstd.pow(3) / -(u.shape[2] * u.shape[3])  # of the variance, on each position
     of_positions = of_shift * (of_mean - of_norm * rstd) / (u.shape[2] * u.shape[3])
-    of_u += torch.addcmul(_spread(of_positions - pull * mean), _spread(pull), u, out=slope)
+    of_u += torch.addcmul(_spread(of_positions), _spread(pull), centred, out=slope)
     return of_u, ((of_shift * mean).sum(0), (of_scale * rstd).sum(0), of_shift.sum(0))
 
 

@@ -86,18 +86,22 @@ class FastConvShuffle(ConvShuffle):
         if not usable(x):
             return super().forward(x if size is None else F.interpolate(x, size=(size, size)))
         gates = attention.gates() if isinstance(attention, FastShuffleAttention) else ()
-        order = shuffled if gates else Tensor.clone
+        order = shuffled if gates else _as_it_is
         if norm.training:
-            norm.num_batches_tracked.add_(1)
-        averages = norm.running_mean, norm.running_var
-        own = [order(average) for average in averages]
+            norm.get_buffer("num_batches_tracked").add_(1)
+        averages = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+        ordered = [order(average) for average in averages]
         how = norm.training, norm.momentum, norm.eps, attention.norm.eps if gates else 0.0
-        y = conv3x3(x, order(self.conv.weight) if gates else self.conv.weight, size=size)
-        y = NormGates.apply(y, order(norm.weight), order(norm.bias), *own, *how, *gates)
-        if norm.training:
-            for average, new in zip(averages, own, strict=True):
-                average.copy_(new.unflatten(0, (-1, 2)).transpose(0, 1).flatten() if gates else new)
+        y = conv3x3(x, order(self.conv.weight), size=size)
+        y = NormGates.apply(y, order(norm.weight), order(norm.bias), *ordered, *how, *gates)
+        if norm.training and gates:
+            for average, new in zip(averages, ordered, strict=True):
+                average.copy_(new.unflatten(0, (-1, 2)).t().flatten())
         return y
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 class FastSynthesisBlock(SynthesisBlock):

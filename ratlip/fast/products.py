@@ -1,4 +1,4 @@
-"""3x3 convolutions with fewer multiplications, as matrix products of sums and differences of positions.
+"""Convolutions with fewer multiplications, as matrix products of sums and differences of positions.
 
 A convolution by a library that runs at the processor's matrix rate can only become faster by multiplying less.
 `upsampled_conv3x3`: a map resized by nearest repeats itself, and what repeats is multiplied once. `winograd_conv3x3`:

@@ -149,6 +149,19 @@ def test_conv_shuffle(groups, channels, size, training, layout):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
+def test_gates_of_an_almost_constant_map():
+    """In single precision, and with the channels last: the squares of a mean 1000 times the deviation hide it."""
+    attention = ConvShuffle(16, 16, 2)
+    moved(attention).float().eval()
+    with torch.no_grad():
+        attention.conv.weight.zero_()[:, :, 1, 1] = torch.eye(16)
+    x = 10 + 0.01 * torch.randn(2, 16, 32, 32)
+    exact = copy.deepcopy(attention).double()(x.double())
+    accelerate(attention)
+    mine = attention(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-4)
+
+
 def test_shuffle_attention_alone_is_the_plain_one():
     attention = moved(ShuffleAttention(16, 2))
     x = torch.randn(2, 16, 3, 3).double()
