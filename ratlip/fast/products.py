@@ -82,7 +82,7 @@ def _turns(small: int, large: int) -> tuple[int, list[tuple[int, bool, bool]]]:
     return periods, [(source, changes[i], changes[i + 1]) for i, source in enumerate(one)]
 
 
-def _woven(parts: Sequence[Tensor], y: Tensor, dim: int) -> Tensor:
+def _woven(parts: Tensor | Sequence[Tensor], y: Tensor, dim: int) -> Tensor:
     """Products of sums, of first and of last differences along `dim` -> the outputs `y`."""
     periods, turns = _turns(parts[0].shape[dim], y.shape[dim])
     of_y, (sums, first, last) = (y.unflatten(dim, (periods, -1)), (p.unflatten(dim, (periods, -1)) for p in parts))
@@ -97,7 +97,7 @@ def _woven(parts: Sequence[Tensor], y: Tensor, dim: int) -> Tensor:
     return y
 
 
-def _unwoven(y: Tensor, parts: Sequence[Tensor], dim: int) -> None:
+def _unwoven(y: Tensor, parts: Tensor | Sequence[Tensor], dim: int) -> None:
     """The transpose of `_woven`, written into `parts`."""
     periods, turns = _turns(parts[0].shape[dim], y.shape[dim])
     of_y, (sums, first, last) = (y.unflatten(dim, (periods, -1)), (p.unflatten(dim, (periods, -1)) for p in parts))
@@ -238,7 +238,7 @@ def _untiled(v: Sequence[Tensor], dim: int) -> Tensor:
     return x
 
 
-def _outputs(m: Sequence[Tensor], dim: int, out: Tensor) -> Tensor:
+def _outputs(m: Tensor | Sequence[Tensor], dim: int, out: Tensor) -> Tensor:
     """Four products with t positions along `dim` -> 2t outputs: m0 + m1 + m2 and m1 - m2 - m3."""
     even, odd = out.unflatten(dim, (-1, 2)).unbind(dim + 1)
     torch.add(m[1], m[0], out=even).add_(m[2])
@@ -293,51 +293,6 @@ class _Winograd(Function):
                     rows.append(_untiled([product(m[column, row], k.t()) for column, k in enumerate(of_columns)], 2))
                 target.copy_(_untiled(rows, 1))
         return _wanted(ctx, of_x.permute(0, 3, 1, 2), of_kernels)
-
-
-def narrow_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """conv3x3 with padding 1 to few channels: one product for all nine positions, whose narrow results are shifted.
-
-    x (B,C_in,H,W), weight (C_out,C_in,3,3), bias (C_out) -> (B,C_out,H,W).
-    """
-    return _Narrow.apply(x, weight.permute(2, 3, 0, 1).flatten(0, 2)) + bias[:, None, None]
-
-
-SHIFTS = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-
-
-def _moved(x: Tensor, down: int, right: int) -> Tensor:
-    """The part of x (...,H,W) that still lies within it after a shift by one position at most."""
-    spans = zip((down, right), x.shape[-2:], strict=True)
-    rows, columns = (slice(max(0, -shift), size - max(0, shift)) for shift, size in spans)
-    return x[..., rows, columns]
-
-
-class _Narrow(Function):
-    """kernels (9*C_out,C_in)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, kernels: Tensor) -> Tensor:
-        ctx.save_for_backward(x, kernels)
-        count, _, height, width = x.shape
-        parts = (kernels @ _last(x).flatten(0, 2).t()).view(9, -1, count, height, width)
-        y = parts[4].clone()
-        for (i, j), part in zip(SHIFTS, parts, strict=True):
-            if i or j:
-                _moved(y, i, j).add_(_moved(part, -i, -j))
-        return y.transpose(0, 1).contiguous()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, kernels = ctx.saved_tensors
-        grad = grad.transpose(0, 1)
-        parts = grad.new_zeros(9, *grad.shape)
-        for (i, j), part in zip(SHIFTS, parts, strict=True):
-            _moved(part, -i, -j).copy_(_moved(grad, i, j))
-        rows, x = parts.flatten(0, 1).flatten(1), _last(x)
-        of_x = (rows.t() @ kernels).view(x.shape).permute(0, 3, 1, 2)
-        return _wanted(ctx, of_x, rows @ x.flatten(0, 2))
 
 
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def gradients(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def denoising(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`diffusion.measure` for `batch` images of `side` pixels."""
-    device = bench.loop.launched(case["accelerator"], 1, bench.load_settings("smoke").training).device
+    device = bench.loop.processes(case["accelerator"], 1, bench.load_settings("smoke").training).device
     model = diffusion.Diffusion.build(device)
     return diffusion.measure(model, case["batch"], case["side"], case["rounds"], case["whole"])
 

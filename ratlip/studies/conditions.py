@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import open_clip
 import pandas as pd
 import torch
 from torch import Tensor
@@ -77,6 +76,8 @@ def simulated(settings: Settings, sentence_spread: float, captions: int = 512, l
     c, m = settings.clip, settings.model
     embed_dim, grid = c.embed_dim, m.image_size // c.patch_size
     if c.source != "train":
+        import open_clip  # here: 2 s that a profile with a small CLIP does not need
+
         config = open_clip.get_model_config(c.model)
         vision = config["vision_cfg"]
         embed_dim, grid = config["embed_dim"], vision["image_size"] // vision["patch_size"]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ratlip.fast import accelerate, products
 from ratlip.fast.maps import conv3x3
-from ratlip.fast.products import conv1x1, narrow_conv3x3, upsampled_conv3x3, winograd_conv3x3
+from ratlip.fast.products import conv1x1, upsampled_conv3x3, winograd_conv3x3
 from ratlip.networks import ConvShuffle, ShuffleAttention
 from ratlip.networks.affine import affine_factories
 from ratlip.networks.generator import Fuse, SynthesisBlock
@@ -63,12 +63,6 @@ def test_winograd(height, width, chunk, monkeypatch):
     monkeypatch.setattr(products, "CHUNK", chunk)
     x, weight = map64(3, 3, height, width), map64(4, 3, 3, 3)
     assert_same(winograd_conv3x3(x, weight), F.conv2d(x, weight, padding=1), (x, weight))
-
-
-@pytest.mark.parametrize("height, width", [(1, 1), (2, 3), (5, 4)])
-def test_convolution_to_few_channels(height, width):
-    x, weight, bias = map64(2, 5, height, width), map64(3, 5, 3, 3), map64(3)
-    assert_same(narrow_conv3x3(x, weight, bias), F.conv2d(x, weight, bias, padding=1), (x, weight, bias))
 
 
 def test_convolution_of_single_positions():
