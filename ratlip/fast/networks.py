@@ -1,6 +1,7 @@
 """The fast forms of the networks' modules: what `accelerate` puts in place of the plain ones of `ratlip.networks`."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class FastFuse(Fuse):
     """Both affines and activations as one function, which keeps no map between them."""
 
     def forward(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
-        affines = self.affine0, self.affine1
+        affines: tuple[Any, Any] = self.affine0, self.affine1
         if not usable(x) or not all(isinstance(affine, FastAffine) for affine in affines):
             return super().forward(x, conditions)
         pairs = (affine.scale_and_shift(condition) for affine, condition in zip(affines, conditions, strict=True))
@@ -85,7 +86,7 @@ class FastConvShuffle(ConvShuffle):
     """Takes the map before it is resized. The channels come shuffled out of the convolution, by its kernels' order."""
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
-        norm, attention = self.norm, self.attention
+        norm, attention = self.norm, cast(Any, self.attention)
         if not usable(x):
             return super().forward(x if size is None else F.interpolate(x, size=(size, size)))
         gates = attention.gates() if isinstance(attention, FastShuffleAttention) else ()
