@@ -54,7 +54,7 @@ class FastFuse(Fuse):
     """Both affines and activations as one function, which keeps no map between them."""
 
     def forward(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
-        affines: tuple[Any, ...] = (self.affine0, self.affine1)
+        affines: tuple[Any, Any] = self.affine0, self.affine1
         if not usable(x) or not all(isinstance(affine, FastAffine) for affine in affines):
             return super().forward(x, conditions)
         pairs = (affine.scale_and_shift(condition) for affine, condition in zip(affines, conditions, strict=True))

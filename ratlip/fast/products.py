@@ -27,6 +27,7 @@ TILES = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 WINOGRAD = torch.kron(torch.tensor(TILES), torch.tensor(TILES))
 UPSAMPLED = torch.kron(*[torch.tensor(SUM_FIRST_LAST)] * 2)[[0, 1, 2, 3, 6, 4, 5, 7, 8]]  # sums; one sum; no sum
 
+Tensors = Sequence[Tensor] | Tensor
 CHUNK = 2**23  # numbers that a transformed part of a map has at most: 32 MiB
 
 
@@ -82,7 +83,7 @@ def _turns(small: int, large: int) -> tuple[int, list[tuple[int, bool, bool]]]:
     return periods, [(source, changes[i], changes[i + 1]) for i, source in enumerate(one)]
 
 
-def _woven(parts: Tensor | Sequence[Tensor], y: Tensor, dim: int) -> Tensor:
+def _woven(parts: Tensors, y: Tensor, dim: int) -> Tensor:
     """Products of sums, of first and of last differences along `dim` -> the outputs `y`."""
     periods, turns = _turns(parts[0].shape[dim], y.shape[dim])
     of_y, (sums, first, last) = (y.unflatten(dim, (periods, -1)), (p.unflatten(dim, (periods, -1)) for p in parts))
@@ -97,7 +98,7 @@ def _woven(parts: Tensor | Sequence[Tensor], y: Tensor, dim: int) -> Tensor:
     return y
 
 
-def _unwoven(y: Tensor, parts: Tensor | Sequence[Tensor], dim: int) -> None:
+def _unwoven(y: Tensor, parts: Tensors, dim: int) -> None:
     """The transpose of `_woven`, written into `parts`."""
     periods, turns = _turns(parts[0].shape[dim], y.shape[dim])
     of_y, (sums, first, last) = (y.unflatten(dim, (periods, -1)), (p.unflatten(dim, (periods, -1)) for p in parts))
@@ -225,7 +226,7 @@ def _tiles(x: Tensor, dim: int) -> Tensor:
     return v
 
 
-def _untiled(v: Sequence[Tensor], dim: int) -> Tensor:
+def _untiled(v: Tensors, dim: int) -> Tensor:
     """The transpose of `_tiles`."""
     shape, count = list(v[0].shape), v[0].shape[dim] - 1
     shape[dim] *= 2
@@ -238,7 +239,7 @@ def _untiled(v: Sequence[Tensor], dim: int) -> Tensor:
     return x
 
 
-def _outputs(m: Tensor | Sequence[Tensor], dim: int, out: Tensor) -> Tensor:
+def _outputs(m: Tensors, dim: int, out: Tensor) -> Tensor:
     """Four products with t positions along `dim` -> 2t outputs: m0 + m1 + m2 and m1 - m2 - m3."""
     even, odd = out.unflatten(dim, (-1, 2)).unbind(dim + 1)
     torch.add(m[1], m[0], out=even).add_(m[2])
@@ -295,9 +296,10 @@ class _Winograd(Function):
         return _wanted(ctx, of_x.permute(0, 3, 1, 2), of_kernels)
 
 
-def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (B,C_in,H,W), weight (C_out,C_in,1,1), bias (C_out) -> (B,C_out,H,W)."""
-    return _Pointwise.apply(x, weight.flatten(1)) + bias[:, None, None]
+    y = _Pointwise.apply(x, weight.flatten(1))
+    return y if bias is None else y + bias[:, None, None]
 
 
 class _Pointwise(Function):

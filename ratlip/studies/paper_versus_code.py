@@ -24,7 +24,7 @@ from ratlip.data.batches import real_images
 from ratlip.data.prepared import Prepared
 from ratlip.errors import RunError
 from ratlip.networks import ConditionalAffine, Discriminator, Generator
-from ratlip.networks.affine import OfficialRecurrentAffine
+from ratlip.networks.affine import OfficialRecurrentAffine, Recurrence
 from ratlip.networks.losses import clip_similarity
 from ratlip.published import rows as published_rows
 from ratlip.scores.evaluation import TEST_LATENTS, embed, test_pairs
@@ -167,7 +167,7 @@ def states(generator: Generator, latent: Tensor, sentence: Tensor) -> list[Tenso
     device = next(generator.parameters()).device
     latent, sentence = latent.to(device), sentence.to(device)
     if generator.recurrence is not None:
-        return generator.recurrence(latent, sentence)
+        return Recurrence.forward(generator.recurrence, latent, sentence)  # its fast form shows no state between steps
     cells = [layer.lstm for layer in generator.modules() if isinstance(layer, OfficialRecurrentAffine)]
     return [hidden[0] for _, (hidden, _) in outputs(generator, cells, latent, sentence).values()]
 

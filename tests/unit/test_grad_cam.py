@@ -55,7 +55,9 @@ class TestMaps:
         for method in grad_cam.candidates(clip):
             maps = similarity_maps(clip, material.images, material.sentences, method)
             assert maps.shape == (6, 16, 16) and maps.dtype == torch.float32 and maps.device.type == "cpu"
-            assert maps.min() >= 0 and maps.max() <= 1 and maps.amax((1, 2)).median() > 0.5, method
+            highest = maps.amax((1, 2))  # of a map that is negative everywhere, nothing is left
+            assert maps.min() >= 0 and maps.max() <= 1 and ((highest == 0) | (highest > 0.5)).all(), method
+            assert (highest > 0).sum() >= 2, method
 
     def test_equation_7_by_hand(self, smoke, material):
         """Grad-CAM from autograd alone, on the patch grid, enlarged as the package does."""

@@ -17,7 +17,9 @@ MODULES = {
 FOUNDATION = ("cache", "compat", "errors", "files", "progress", "provenance", "published")
 LAYERS = ("settings", "data", "clip", "networks", "fast", "training", "scores", "workspace", "studies", "cli")
 LOW = {  # modules that stand lower than their room: they know PyTorch, or arrays, and nothing of ours above that
-    **dict.fromkeys(("plots.style", "plots.pictures", "fast.tower", "fast.maps", "fast.memory"), "data")
+    **dict.fromkeys(
+        ("plots.style", "plots.pictures", "fast.tower", "fast.maps", "fast.memory", "fast.products"), "data"
+    )
 }
 
 
@@ -69,7 +71,7 @@ def test_the_house_is_small():
     assert not {path.name: count for path, count in lines.items() if count > 400}
     assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 10, "at most ten files directly in ratlip/"
     others = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix in (".yaml", ".j2", ".md")]
-    assert sum(lines.values()) + sum(len(path.read_text().splitlines()) for path in others) <= 10_900
+    assert sum(lines.values()) + sum(len(path.read_text().splitlines()) for path in others) <= 14_900
 
 
 @pytest.mark.parametrize("command", ["ruff format --check .", "ruff check .", "mypy"])
