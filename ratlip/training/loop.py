@@ -77,6 +77,7 @@ def train(
     """
     folder, t = Path(folder), settings.training
     identity = {"run": settings.run_hash, "clip": clip.fingerprint, "data": prepared.manifest["content_sha256"]}
+    identity["start"] = "weights by name"  # runs of before have the same hash, and began elsewhere
     cache.claim(folder, identity, what="a run", error=RunError, file="identity.json", sign="config.yaml")
     if not (folder / "config.yaml").is_file():
         write_text(folder / "config.yaml", settings.to_yaml())
