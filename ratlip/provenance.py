@@ -38,10 +38,11 @@ def describe() -> dict:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     commit = _git("rev-parse", "HEAD")
+    elsewhere = (":/", ":(top,exclude)reports")  # where this very run writes, and from where no result is computed
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
-        "uncommitted_changes": bool(_git("status", "--porcelain")) if commit else None,
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", *elsewhere)) if commit else None,
         "python": platform.python_version(),
         "versions": versions,
         "system": platform.system(),
