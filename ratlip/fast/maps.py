@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ratlip.fast.products import upsampled_conv3x3, winograd_conv3x3
+from ratlip.fast.products import Order, as_it_is, upsampled_conv3x3, winograd_conv3x3
 
 
 def usable(x: Tensor) -> bool:
@@ -24,8 +24,18 @@ def usable(x: Tensor) -> bool:
     return not traced and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, size: int | None = None) -> Tensor:
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    size: int | None = None,
+    *,
+    order: Order = as_it_is,
+    keep: bool = False,
+) -> Tensor:
     """conv3x3 with padding 1 of `x` (B,C_in,H,W), resized by nearest to `size` where one is given.
+
+    `order`: of the weight's output channels; `keep`: see `products.kernels`.
 
     On a CPU by products where they pay (measured at the published size): from 16 pixels a side and 128 channels on.
     A GPU's library has fast algorithms of its own, against which they were not measured.
@@ -33,14 +43,14 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, size: int | N
     side, on_cpu = x.shape[-1], x.device.type == "cpu"
     if size is None or size == side:
         if usable(x) and on_cpu and min(weight.shape[:2]) >= 128 and side >= 16 and not (side | x.shape[-2]) & 1:
-            y = winograd_conv3x3(x, weight)
+            y = winograd_conv3x3(x, weight, order, keep)
             return y if bias is None else y + bias[:, None, None]
-        return F.conv2d(x, weight, bias, padding=1)
+        return F.conv2d(x, order(weight), bias, padding=1)
     if not usable(x):
-        return F.conv2d(F.interpolate(x, size=(size, size)), weight, bias, padding=1)
+        return F.conv2d(F.interpolate(x, size=(size, size)), order(weight), bias, padding=1)
     if not on_cpu or size * size < 2 * side * side:
-        return _ResizedConv.apply(x, weight, bias, size)
-    y = upsampled_conv3x3(x, weight, size)
+        return _ResizedConv.apply(x, order(weight), bias, size)
+    y = upsampled_conv3x3(x, weight, size, order, keep)
     return y if bias is None else y + bias[:, None, None]
 
 

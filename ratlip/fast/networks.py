@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ratlip.fast.maps import Affines, NormGates, checkpointed, conv3x3, usable
-from ratlip.fast.products import conv1x1
+from ratlip.fast.products import as_it_is, conv1x1
 from ratlip.networks.affine import ConditionalAffine, OfficialRecurrentAffine, Recurrence
 from ratlip.networks.attention import ConvShuffle, ShuffleAttention
 from ratlip.networks.discriminator import Discriminator, ResidualBlock
@@ -87,22 +87,18 @@ class FastConvShuffle(ConvShuffle):
         if not usable(x):
             return super().forward(x if size is None else F.interpolate(x, size=(size, size)))
         gates = attention.gates() if isinstance(attention, FastShuffleAttention) else ()
-        order = shuffled if gates else _as_it_is
+        order = shuffled if gates else as_it_is
         if norm.training:
             norm.get_buffer("num_batches_tracked").add_(1)
         averages = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
         ordered = [order(average) for average in averages]
         how = norm.training, norm.momentum, norm.eps, attention.norm.eps if gates else 0.0
-        y = conv3x3(x, order(self.conv.weight), size=size)
+        y = conv3x3(x, self.conv.weight, size=size, order=order, keep=not self.training)
         y = NormGates.apply(y, order(norm.weight), order(norm.bias), *ordered, *how, *gates)
         if norm.training and gates:
             for average, new in zip(averages, ordered, strict=True):
                 average.copy_(new.unflatten(0, (-1, 2)).t().flatten())
         return y
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
 
 
 class FastSynthesisBlock(SynthesisBlock):
@@ -134,7 +130,7 @@ class FastSynthesisBlock(SynthesisBlock):
 def _conv(conv: nn.Module, x: Tensor, size: int | None) -> Tensor:
     """conv3x3 or conv-shuffle of `x` resized by nearest to `size`; None: as it is."""
     if type(conv) is nn.Conv2d:
-        return conv3x3(x, conv.weight, conv.bias, size)
+        return conv3x3(x, conv.weight, conv.bias, size, keep=not conv.training)
     return conv(x, size)
 
 

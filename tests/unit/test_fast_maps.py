@@ -65,6 +65,38 @@ def test_winograd(height, width, chunk, monkeypatch):
     assert_same(winograd_conv3x3(x, weight), F.conv2d(x, weight, padding=1), (x, weight))
 
 
+@pytest.mark.parametrize("size", [None, 32])
+def test_kernels_that_are_kept_follow_their_weight(size, monkeypatch):
+    made, combined = [], products._combined
+    monkeypatch.setattr(products, "_combined", lambda *given: made.append(1) or combined(*given))
+    conv, x = nn.Conv2d(128, 128, 3, padding=1, bias=False).double(), map64(1, 128, 16, 16).detach()
+    large = x if size is None else F.interpolate(x, size=(size, size))
+
+    def check(times):
+        with torch.no_grad():
+            found = [conv3x3(x, conv.weight, size=size, order=turned, keep=True) for _ in range(2)]
+            for each in found:
+                torch.testing.assert_close(each, F.conv2d(large, turned(conv.weight), padding=1), rtol=0, atol=1e-10)
+        assert len(made) == times
+
+    def turned(weight):
+        return weight.flip(0)
+
+    check(1)
+    with torch.no_grad():
+        conv.weight.mul_(2)
+    check(2)
+    conv.weight.data = conv.weight.data + 1
+    check(3)
+    conv.load_state_dict({"weight": torch.randn_like(conv.weight)})
+    check(4)
+    conv3x3(x, conv.weight, size=size, order=turned, keep=True)  # a gradient may be asked for
+    with torch.no_grad():
+        conv3x3(x, conv.weight, size=size, order=turned)
+    assert len(made) == 6
+    check(6)
+
+
 def test_convolution_of_single_positions():
     x, weight, bias = map64(2, 5, 3, 4), map64(3, 5, 1, 1), map64(3)
     assert_same(conv1x1(x, weight, bias), F.conv2d(x, weight, bias), (x, weight, bias))
