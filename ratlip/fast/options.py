@@ -1,16 +1,14 @@
 """What a training may trade for time or memory, each a setting of `training` and off by default.
 
 `checkpointing`: maps within synthesis blocks and CLIP blocks are made again for the backward pass, not kept: less
-memory, more time. `compile`: the generator and CLIP's blocks go through torch.compile. Never D: the penalty
-differentiates D twice, which compiled code refuses or gets wrong without a word (PyTorch issues 91469, 181581).
-`channels_last`: the convolutions' weights lie with the channels last. `cached_features`: a real image goes through
-CLIP at its first visit only. The results differ from the default's by rounding alone.
+memory, more time. `channels_last`: the convolutions' weights lie with the channels last. `cached_features`: a real
+image goes through CLIP at its first visit only. The results differ from the default's by rounding alone. There is no
+option for torch.compile: it was measured, and was slower and wrong (reports/performance.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,11 +30,6 @@ def apply(settings: TrainingSettings, generator: Generator, discriminator: Discr
     if settings.channels_last:
         for network in (generator, discriminator):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if settings.compile:
-        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-        blocks = [clip.model.get_submodule("visual.transformer.resblocks").children() for clip in clips]
-        for module in (generator, *chain(*blocks)):
-            module.compile()
 
 
 class RealFeatures:

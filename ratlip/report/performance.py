@@ -141,26 +141,20 @@ def options(section: dict[str, Any]) -> list[str]:
         cells += [f"{each['memory_times']:.2f} x", f"{_small(apart['losses'])} ({apart['loss']})"]
         for network in ("generator", "discriminator"):
             cells.append(f"{_small(apart[network]['all'])} / {_small(apart[network]['worst'])}")
-        rows.append([name + _compiled(each), *cells])
+        rows.append([name, *cells])
     heads = ["", "step", "of the default", "peak memory", "of the default", "losses", "G's gradient", "D's gradient"]
     heads[6:] = [f"{name}: all / worst tensor" for name in heads[6:]]
     case = section["cases"][0]["case"]
     return [
         f"Profile `{case['profile']}`, {case['batch']} images a step, a process each, median (range) of "
         f"{case['rounds']} steps after those that warm up. Deviations are from the default's own step, made in "
-        "another process from the same weights, batch and latents. First step: with PyTorch's cache of compiled code.",
+        "another process from the same weights, batch and latents.",
         markdown(heads, rows),
     ]
 
 
 def _small(value: float) -> str:
     return f"{value:.0e}" if value else "0"
-
-
-def _compiled(found: dict[str, Any]) -> str:
-    if "compiled_graphs" not in found:
-        return ""
-    return f" (first step {found['first']:.0f} s, {found['compiled_graphs']} graphs)"
 
 
 def growth(section: dict[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ Weight = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Pixels = Annotated[int, Field(ge=16, le=1024)]
 Form = Literal["standard", "published"]
+Group = Literal["ablation", "sweep", "versus", "study"]
 
 
 class Section(BaseModel):
@@ -214,7 +215,6 @@ class TrainingSettings(Section):
     resume: Literal["exact", "published"] = Field("exact", description=describe("training.resume"))
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     checkpointing: bool = Field(False, description="make maps again for the backward pass: less memory, more time")
-    compile: bool = Field(False, description="torch.compile for the generator and CLIP, never for D")
     channels_last: bool = Field(False, description="weights of convolutions with the channels last")
     cached_features: bool = Field(False, description="keep CLIP's features of real images (no flip, crop = resize)")
     log_every: PositiveInt = 25
@@ -236,6 +236,7 @@ class EvaluationSettings(Section):
     """How a finished run is scored."""
 
     images: PositiveInt = Field(512, description="images generated for the scores")
+    split: Literal["test", "validation"] = Field("test", description="validation: for choices that no verdict uses")
     batch_size: PositiveInt = 64
     grid_captions: PositiveInt = Field(8, description="captions shown in the sample grid")
     grid_images: PositiveInt = Field(4, description="images a caption in the sample grid")
@@ -257,8 +258,10 @@ class ExperimentSettings(Section):
 
     steps: PositiveInt | None = Field(None, description="training steps of each run; none: as training says")
     seeds: PositiveInt = Field(3, description="runs of each variant of the ablation and the sweep")
+    first_seed: Count = Field(0, description="seeds are this one and those after it")
     versus_seeds: PositiveInt = Field(3, description="runs of the published and the corrected form")
     hidden_sizes: tuple[Count, ...] = Field((0, 4, 8, 16, 32, 64, 128), description="h of the sweep; 0: CAT")
+    groups: tuple[Group, ...] = Field(("ablation", "sweep", "versus"), description="parts of the grid that are made")
 
 
 class Settings(Section):
@@ -334,7 +337,7 @@ class Settings(Section):
             if content["data"][name] == before:
                 del content["data"][name]
         model["noise_size"] = model.pop("latent_size")  # its name when runs were first named
-        later = ("checkpointing", "compile", "channels_last", "cached_features")  # off: as before they were there
+        later = ("checkpointing", "channels_last", "cached_features")  # off: as before they were there
         for name, before in {"resume": "exact", **dict.fromkeys(later, False)}.items():
             if training[name] == before:
                 del training[name]

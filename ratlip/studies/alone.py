@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,15 +43,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Do what `case["kind"]` names, in this process."""
     if case.get("threads"):
         torch.set_num_threads(case["threads"])
-    if case.get("settings", {}).get("training.compile") and case["accelerator"] != "cuda" and not compiler():
-        return {"failed": "no C++ compiler here (g++ or clang++), which torch.compile needs on a CPU"}
     with tempfile.TemporaryDirectory() as folder:
         return KINDS[case["kind"]](case, Path(folder))
-
-
-def compiler() -> str | None:
-    """The C++ compiler that torch.compile would call on a CPU."""
-    return shutil.which("g++") or shutil.which("clang++")
 
 
 def build(case: dict[str, Any], folder: Path) -> World:
@@ -74,8 +66,6 @@ def steps(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     found = {"seconds": spread(seconds), "first": first, "held_mib": before, "peak_mib": peak_memory_mib(device)}
     for name in ("generator", "discriminator"):
         found[f"{name}_parameters"] = sum(p.numel() for p in here.run.networks[name].parameters())
-    if here.run.settings.training.compile:
-        found["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     if case.get("reference"):
         reference = torch.load(case["reference"], weights_only=True)
         found["deviation"] = deviation(losses_and_gradients(here), reference)

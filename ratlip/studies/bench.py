@@ -48,7 +48,7 @@ from ratlip.training.step import sample_latents, training_step
 from ratlip.workspace import Workspace
 
 FORMS = ("plain", "fast")
-OPTIONS = ("checkpointing", "compile", "channels_last", "cached_features")  # of the fast form alone
+OPTIONS = ("checkpointing", "channels_last", "cached_features")  # of the fast form alone
 
 
 @dataclass
@@ -265,7 +265,7 @@ def run(
 
     profile: whose sizes; batch: images a training step; iterations: measured rounds; generation: batch sizes of
     drawing; workers: loader processes where waiting is measured; overrides: other settings, e.g.
-    {"training.compile": True}. Both forms share a process; `studies.performance` gives each its own.
+    {"training.checkpointing": True}. Both forms share a process; `studies.performance` gives each its own.
     """
     torch.set_num_threads(threads or torch.get_num_threads())
     settings, options = dict(overrides or {}), {"accelerator": accelerator}

@@ -37,12 +37,10 @@ OPTIONS: dict[str, dict[str, Any]] = {  # name -> form, precision or settings of
     "float32, the plain form": {"form": "plain"},
     "bf16-mixed": {"precision": "bf16-mixed"},
     "checkpointing": {"options": ["checkpointing"]},
-    "compile": {"options": ["compile"]},
     "channels_last": {"options": ["channels_last"]},
     "cached_features": {"options": ["cached_features"]},
     "bf16-mixed, channels_last": {"precision": "bf16-mixed", "options": ["channels_last"]},
     "bf16-mixed, checkpointing": {"precision": "bf16-mixed", "options": ["checkpointing"]},
-    "bf16-mixed, compile": {"precision": "bf16-mixed", "options": ["compile"]},
     "checkpointing, cached_features": {"options": ["checkpointing", "cached_features"]},
     "bf16-mixed, checkpointing, cached_features": {
         "precision": "bf16-mixed",

@@ -30,15 +30,13 @@ def assert_same(one, other):
 
 def test_no_option_is_on_and_none_names_a_run_unless_it_is():
     settings = load_settings("demo")
-    for name in ("checkpointing", "compile", "channels_last", "cached_features"):
+    for name in ("checkpointing", "channels_last", "cached_features"):
         assert getattr(settings.training, name) is False
         assert load_settings("demo", {f"training.{name}": True}).run_hash != settings.run_hash
         assert load_settings("demo", {f"training.{name}": False}).run_hash == settings.run_hash
 
 
-@pytest.mark.parametrize(
-    "option", ["checkpointing", "channels_last", "cached_features", pytest.param("compile", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("option", ["checkpointing", "channels_last", "cached_features"])
 def test_a_step_with_the_option_is_the_same_step(tmp_path, option):
     plain, expected = stepped(tmp_path, {})
     here, losses = stepped(tmp_path, {f"training.{option}": True})

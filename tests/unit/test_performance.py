@@ -132,7 +132,7 @@ def test_options_are_compared_with_one_float32_step_that_is_made_first(processes
     assert {case["reference"] for case in others} == {first["save"]}
     for case in others:  # the same images, so that a step can be the same step
         assert {key: value for key, value in case["settings"].items() if key[:5] == "data."} == first["settings"]
-        assert case["settings"].get("training.compile", False) == ("compile" in case["name"])
+        assert case["settings"].get("training.checkpointing", False) == ("checkpointing" in case["name"])
     assert found["sections"]["options"]["summary"]["float32, the plain form"]["times"] == 2
 
 
@@ -244,12 +244,6 @@ def test_a_case_is_measured_in_a_fresh_process(monkeypatch):
     monkeypatch.setattr(alone.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="", returncode=1))
     with pytest.raises(RunError, match="stopped with status 1"):
         alone.fresh({"kind": "steps"})
-
-
-def test_without_a_compiler_nothing_is_said_to_be_compiled(monkeypatch):
-    monkeypatch.setattr(alone, "compiler", lambda: None)
-    case = PLAN.case("steps", settings={"training.compile": True})
-    assert "no C++ compiler" in alone.measure(case)["failed"]
 
 
 @pytest.mark.parametrize("form", bench.FORMS)
