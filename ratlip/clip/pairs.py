@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ratlip.data import facts
 
 if TYPE_CHECKING:
+    from ratlip.data.generated import GeneratedSet
     from ratlip.data.prepared import Split
 
 
@@ -73,25 +74,49 @@ def _numbered(keys: Sequence | np.ndarray) -> np.ndarray:
     return np.unique(np.asarray(keys), return_inverse=True)[1].astype(np.int64).reshape(-1)
 
 
+class Batch(NamedTuple):
+    """Image numbers (B,), captions (C), which of them are true of which image (B,C), the generator for what is random.
+
+    Caption i < B is one of image i. `positives` is bool; where captions name a part, C = 2 B: see `PairBatches`.
+    """
+
+    images: np.ndarray
+    captions: list[str]
+    positives: np.ndarray
+    rng: np.random.Generator
+
+
 class PairBatches:
     """Which images, and which of their captions, make up the batch of a step: a pure function of (seed, step).
 
     Without hard negatives, images are drawn at random: colour and background tell most pairs apart, and a CLIP learns
     little else. With them, half of the batch is drawn at random, and each of the others is a neighbour (of a grouping
     of `neighbourhoods` drawn each time) of one of these, of another group.
+
+    Where captions name a part (`made`: the set that they are of), most of them are true of half the batch, or wrong in
+    a colour: then each image meets two captions made for it, one true and one with a word changed that is not true of
+    it (`GeneratedSet.pair`), as in NegCLIP (Yuksekgonul et al.: When and Why Vision-Language Models Behave like
+    Bags-of-Words, 2023).
     """
 
-    def __init__(self, split: Split, batch_size: int, seed: int, hard_negatives: bool = True):
+    def __init__(
+        self, split: Split, batch_size: int, seed: int, hard_negatives: bool = True, made: GeneratedSet | None = None
+    ):
+        self.made = made if partial(split) and hard_negatives else None
+        self.attributes = split.attributes or []
         self.captions, self.batch_size, self.seed = split.captions, batch_size, seed
         self.group = _numbered(group_names(split))
         says, self.shows = truths(split)[0]
         self.says = dict(zip(split.all_captions, says, strict=True)) if partial(split) else None
+        if self.made is not None:  # its own numbering
+            table = self.made.table
+            self.shows = facts.readings(facts.codes(self.attributes, table), table)
         groupings = neighbourhoods(split) if hard_negatives else []
         self.neighbourhoods = [_Neighbours(numbers, self.group) for numbers in groupings]
         self.origin = "none" if not groupings else "labels" if _few_attributes(split) is None else "attributes"
 
-    def __call__(self, step: int) -> tuple[np.ndarray, list[str], np.random.Generator]:
-        """Image numbers (B,), one caption of each, and the generator for whatever else is random in this step."""
+    def __call__(self, step: int) -> Batch:
+        """The batch of a step: a pure function of the seed and it."""
         rng, total, size = np.random.default_rng([self.seed, step]), len(self.group), self.batch_size
         chosen = rng.choice(total, size, replace=size > total)
         if self.neighbourhoods:
@@ -100,14 +125,19 @@ class PairBatches:
             for number, neighbours in enumerate(self.neighbourhoods):
                 positions = np.flatnonzero(which == number)
                 chosen[size - half + positions] = neighbours.of(chosen[positions], rng)
-        return chosen, [self.captions[i][rng.integers(len(self.captions[i]))] for i in chosen], rng
-
-    def positives(self, chosen: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        """Whether the captions (columns) are true of the images (rows) of a batch of `__call__`: bool (B,B)."""
+        if self.made is not None:
+            changes = rng.choice(self.made.changes, size)
+            pairs = [
+                self.made.pair(self.attributes[i], str(each), rng) for i, each in zip(chosen, changes, strict=True)
+            ]
+            captions = [pair.caption for pair in pairs] + [pair.changed for pair in pairs]
+            says = np.stack([pair.says for pair in pairs] + [pair.changed_says for pair in pairs])
+            return Batch(chosen, captions, facts.true_of(says, self.shows[chosen][:, None]), rng)
+        captions = [self.captions[i][rng.integers(len(self.captions[i]))] for i in chosen]
         if self.says is None:
-            return self.group[chosen][:, None] == self.group[chosen]
+            return Batch(chosen, captions, self.group[chosen][:, None] == self.group[chosen], rng)
         says = np.stack([self.says[text] for text in captions])
-        return facts.true_of(says, self.shows[chosen][:, None])
+        return Batch(chosen, captions, facts.true_of(says, self.shows[chosen][:, None]), rng)
 
 
 class _Neighbours:

@@ -21,9 +21,11 @@ from ratlip.cache import claim, weights_digest
 from ratlip.clip.frozen import OPENAI_MEAN, OPENAI_STD, FrozenClip, normalise
 from ratlip.clip.loading import build_small_clip, load_clip
 from ratlip.clip.pairs import PairBatches
+from ratlip.clip.pairs import partial as names_a_part
 from ratlip.clip.towers import ImageTower, SmallClip
 from ratlip.clip.vocabulary import Vocabulary
 from ratlip.data.batches import random_crop, to_network
+from ratlip.data.generated import generated_set
 from ratlip.data.prepared import Prepared, Split
 from ratlip.errors import DataError, RunError, WeightsError
 from ratlip.fast.tower import accelerate_tower
@@ -52,12 +54,14 @@ MASKED_UNTIL = 0.8  # share of the steps that are done on some of the patches, w
 def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, positives: Tensor) -> Tensor:
     """CLIP's symmetric cross-entropy where an image may have several right texts in the batch, and the reverse.
 
-    `images`, `texts` (B,E) of unit length; `positives` bool (B,B), true on the diagonal. Each row's target is spread
-    evenly over its positives: with none off the diagonal this is the loss of Radford et al. (2021).
+    `images` (B,E), `texts` (C,E) of unit length; `positives` bool (B,C): which texts are true of which image, one of
+    the first B at least of each. Each row's target is spread evenly over its positives: with none off the diagonal this
+    is the loss of Radford et al. (2021). Texts that are true of no image are wrong answers alone, and ask nothing.
     """
     logits, right = logit_scale * images @ texts.T, positives.float()
+    asked = positives.any(0)
     to_text = F.cross_entropy(logits, right / right.sum(1, keepdim=True))
-    to_image = F.cross_entropy(logits.T, right.T / right.T.sum(1, keepdim=True))
+    to_image = F.cross_entropy(logits.T[asked], (right / right.sum(0).clamp(min=1)).T[asked])
     return (to_text + to_image) / 2
 
 
@@ -108,7 +112,8 @@ def train_small_clip(
         model: Any = build_small_clip(**arch).to(device)
     for tower in (model.visual, model):  # the same numbers up to rounding; its weights may learn
         accelerate_tower(tower)
-    batches = PairBatches(split, settings.batch_size, settings.seed, settings.hard_negatives)
+    origin = generated_set(prepared) if names_a_part(split) else None
+    batches = PairBatches(split, settings.batch_size, settings.seed, settings.hard_negatives, origin)
     _fit(model, vocabulary, batches, partial(_crops, split, **view), settings, folder, progress)
     with atomic_path(folder / "clip.safetensors") as draft:
         save_file({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}, draft)
@@ -136,10 +141,11 @@ def _fit(
     shown: dict[str, Any] = dict(desc="small CLIP", initial=first, total=steps, unit="step", enabled=progress)
     losses, since = [], time.perf_counter()
     for step in (steps_bar := bar(range(first, steps), **shown)):
-        chosen, captions, rng = batches(step)
+        chosen, captions, right, rng = batches(step)
         images = normalise(crops(chosen, rng=rng).to(device), mean, std)
-        tokens, right = words(captions).to(device), torch.from_numpy(batches.positives(chosen, captions)).to(device)
-        positives = right | (tokens[:, None] == tokens).all(-1)
+        tokens, positives = words(captions).to(device), torch.from_numpy(right).to(device)
+        if batches.made is None:
+            positives |= (tokens[:, None] == tokens).all(-1)
         model.visual.seen = (
             _some_patches(model.visual, len(chosen), s.masked, rng) if step < MASKED_UNTIL * steps else None
         )

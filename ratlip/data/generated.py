@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ratlip.data import facts
 from ratlip.data.batches import centre_crop, to_network
+from ratlip.data.scenes import exchanged
+from ratlip.data.synthetic import some_of
 from ratlip.errors import DataError
 from ratlip.settings.sections import GENERATED, SceneSettings
 
@@ -51,6 +53,45 @@ class GeneratedSet:
             pixels, _ = self.module.render(attributes[-1], self.resize, rng)
             images.append(centre_crop(pixels, crop).transpose(2, 0, 1))
         return to_network(torch.from_numpy(np.stack(images)), image_size), attributes
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What `pair` can change: each attribute, and, of two objects, "exchanged"."""
+        return (*self.values, *(["exchanged"] if facts.two_objects(self.values) else []))
+
+    def pair(self, known: Mapping[str, str], change: str, rng: np.random.Generator) -> Pair:
+        """A partial caption that is true of an image with these attributes, and it with one word changed: not true.
+
+        `change` (one of `changes`): the attribute that gets another value; "exchanged": the words stay, and one goes to
+        the other object. What is named, the wording and the wrong value are drawn by `rng`.
+        """
+        names, table = list(self.values), self.table
+        shown = facts.readings(facts.codes([known], table), table)[0]
+        own = [name.removeprefix(facts.FIRST) for name in names if name.startswith(facts.FIRST)]
+        while True:
+            if change in self.values:
+                others = [value for value in self.values[change] if value != known[change]]
+                part, wrong = {change}, {**known, change: str(rng.choice(others))}
+            else:
+                word = str(rng.choice(own))
+                part, wrong = {facts.FIRST + word, facts.SECOND + word}, exchanged(known, [word])
+            part |= set(some_of(names, rng))
+            open_ = [name not in part for name in names]
+            true, false = (np.where(open_, facts.UNNAMED, facts.codes([each], table)[0]) for each in (known, wrong))
+            if not facts.true_of(false, shown):
+                break
+        named, wording = [name for name in names if name in part], rng.integers(2**32)
+        texts = [self.module.say(each, named, np.random.default_rng(wording)) for each in (known, wrong)]
+        return Pair(texts[0], texts[1], true, false)
+
+
+class Pair(NamedTuple):
+    """A caption that is true of an image, one that is not, and what each says: codes (K,) as in `facts.says`."""
+
+    caption: str
+    changed: str
+    says: np.ndarray
+    changed_says: np.ndarray
 
 
 def generated_set(prepared: Prepared) -> GeneratedSet:

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ratlip.clip.frozen import FrozenClip
-from ratlip.data import facts
 from ratlip.data.generated import GeneratedSet
-from ratlip.data.scenes import exchanged
-from ratlip.data.synthetic import ATTRIBUTES, caption, some_of
+from ratlip.data.synthetic import ATTRIBUTES, caption
 from ratlip.networks import ConditionalAffine, Generator
 from ratlip.training.generation import Run, generate
 from ratlip.training.step import sample_latents
@@ -65,28 +63,13 @@ def words_told_apart(
     in it), wording and wrong value are drawn by `seed`, so that the changed caption is not true of the image.
     "exchanged" (two objects): the word itself stays, but goes to the other object. Guessing gives 0.5.
     """
-    rng, table, shares, names = np.random.default_rng(seed), made.table, {}, list(made.values)
-    shown = facts.readings(facts.codes(attributes, table), table)
+    rng, shares = np.random.default_rng(seed), {}
     embedded = F.normalize(clip.embed_images(images), dim=1)
-    for name in [*names, *(["exchanged"] if facts.two_objects(names) else [])]:
-        pairs = []
-        for known, shows in zip(attributes, shown, strict=True):
-            true = True
-            while true:
-                part = {*some_of(names, rng), *([name] if name in names else [])}
-                named = [each for each in names if each in part]
-                if name in names:
-                    wrong = {**known, name: str(rng.choice([v for v in made.values[name] if v != known[name]]))}
-                else:
-                    own = [each.removeprefix(facts.FIRST) for each in names if each.startswith(facts.FIRST)]
-                    wrong = exchanged(known, [str(rng.choice(own))])
-                says = np.where([each in part for each in names], facts.codes([wrong], table)[0], facts.UNNAMED)
-                true = bool(facts.true_of(says, shows))
-            wording = int(rng.integers(2**32))
-            pairs += [made.module.say(each, named, np.random.default_rng(wording)) for each in (known, wrong)]
-        texts = F.normalize(clip.embed_text(pairs), dim=1).unflatten(0, (-1, 2))
-        right, changed = torch.einsum("ne,nke->kn", embedded, texts)
-        shares[name] = float((right > changed).float().mean())
+    for change in made.changes:
+        pairs = [made.pair(known, change, rng) for known in attributes]
+        texts = clip.embed_text([text for pair in pairs for text in (pair.caption, pair.changed)])
+        right, changed = torch.einsum("ne,nke->kn", embedded, F.normalize(texts, dim=1).unflatten(0, (-1, 2)))
+        shares[change] = float((right > changed).float().mean())
     return shares
 
 

@@ -11,6 +11,7 @@ from ratlip.clip.pairs import PairBatches, caption_facts, group_names, truths
 from ratlip.clip.retrieval import retrieval
 from ratlip.data import facts, scenes, synthetic
 from ratlip.data.facts import FIRST, INVERSE, RELATION, SECOND, UNNAMED
+from ratlip.data.generated import GeneratedSet
 from ratlip.errors import DataError
 from ratlip.training.step import MISMATCH, mismatch
 
@@ -29,6 +30,12 @@ def split_of(records, name="train"):
         named=np.array([[name in named for name in names] for named in flat]) if flat else None,
         records=records,
     )
+
+
+SETS = {
+    "synthetic": GeneratedSet(synthetic, {}, 16, synthetic.attributes_of_set()),
+    "scenes": GeneratedSet(scenes, {}, 24, scenes.attributes_of_set()),
+}
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +135,7 @@ def test_positives_of_a_batch_are_the_captions_that_are_true(parts, name):
     split, right = parts[name], expected(parts[name])
     batches = PairBatches(split, 24, seed=0)
     rows = {text: row for row, text in enumerate(split.all_captions)}
-    chosen, captions, _ = batches(3)
-    found = batches.positives(chosen, captions)
+    chosen, captions, found, _ = batches(3)
     np.testing.assert_array_equal(found, right[chosen][:, [rows[text] for text in captions]])
     assert found.diagonal().all() and found.sum() > len(chosen)
 
@@ -148,8 +154,8 @@ def test_complete_captions_have_the_positives_of_before():
     split = split_of(synthetic.records(16, 900, 1))
     batches, names = PairBatches(split, 64, seed=1), np.array(group_names(split))
     for step in range(4):
-        chosen, captions, _ = batches(step)
-        np.testing.assert_array_equal(batches.positives(chosen, captions), names[chosen][:, None] == names[chosen])
+        chosen, _, found, _ = batches(step)
+        np.testing.assert_array_equal(found, names[chosen][:, None] == names[chosen])
 
 
 def old_mismatch(captions, sentences, groups, mode, seed, step, rank=0):
@@ -235,3 +241,51 @@ def test_retrieval_counts_every_true_caption_as_right(parts):
     assert found["image_to_text"]["R@1"] == 1.0 and "attributes" not in found["image_to_text"]
     share = right[:, picked].mean()
     assert found["image_to_text"]["chance_R@1"] == pytest.approx(share, abs=0.03)
+
+
+def named_in(made, says):
+    """What a row of codes says, in words."""
+    return {name: made.table[name][code] for name, code in zip(made.table, says, strict=True) if code != UNNAMED}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_changed_caption_is_wrong_in_one_thing(parts, name):
+    made, rng, seen = SETS[name], np.random.default_rng(0), set()
+    for known in parts[name].attributes:
+        for change in made.changes:
+            pair = made.pair(known, change, rng)
+            true, false = named_in(made, pair.says), named_in(made, pair.changed_says)
+            assert is_true(true, true, known) and not is_true(false, false, known)
+            assert pair.caption != pair.changed and true.keys() == false.keys()
+            different = [each for each in true if true[each] != false[each]]
+            if change == "exchanged":
+                assert sorted(true.values()) == sorted(false.values()) and len(different) == 2
+            else:
+                assert different == [change]
+            a, b = pair.caption.split(), pair.changed.split()
+            assert len(a) == len(b) or change in ("relation", "place"), (pair.caption, pair.changed)
+            seen.add(len(true))
+    assert len(seen) >= len(made.values) - 1  # captions of every length, but the shortest where two must be named
+
+
+def said_by(made, batches):
+    """The pairs of step 0, drawn once more as the batch draws them: says of the true ones, then of the changed."""
+    drawn, pair = [], made.pair
+    object.__setattr__(made, "pair", lambda *given: drawn.append(pair(*given)) or drawn[-1])
+    batches(0)
+    object.__delattr__(made, "pair")
+    return [each.says for each in drawn] + [each.changed_says for each in drawn]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_batch_holds_a_true_and_a_changed_caption_of_each_image(parts, name):
+    made, part = SETS[name], parts[name]
+    batches = PairBatches(part, 12, seed=3, made=made)
+    chosen, captions, found, rng = batches(0)
+    assert len(captions) == 24 and captions == batches(0).captions != batches(1).captions
+    said = [named_in(made, row) for row in said_by(made, batches)]
+    truth = [[is_true(words, words, part.attributes[i]) for words in said] for i in chosen]
+    assert found.tolist() == truth
+    assert found.diagonal().all() and not found[:, 12:].diagonal().any()
+    plain = PairBatches(part, 12, seed=3, hard_negatives=False, made=made)
+    assert len(plain(0).captions) == 12  # nothing is changed where no hard negatives are asked for
