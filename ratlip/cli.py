@@ -183,10 +183,11 @@ def generate(
 def grid(
     campaign: Annotated[Path | None, typer.Argument(help="run this file's parts, e.g. env/gpu/birds.yaml")] = None,
     profile: Profile = "demo",
-    group: Annotated[list[str] | None, typer.Option(help="ablation, sweep or versus; repeatable [all]")] = None,
+    group: Annotated[list[str] | None, typer.Option(help="ablation, sweep, versus or study; repeatable")] = None,
     run: Annotated[bool, typer.Option("--run", help="train and score what is missing")] = False,
     minutes: Annotated[float | None, typer.Option(help="stop cleanly after so many minutes")] = None,
     runner: Annotated[str, typer.Option(help="papermill (keeps each run's notebook) or library")] = "papermill",
+    jobs: Annotated[int, typer.Option(min=1, help="runs side by side, one thread each (runner library)")] = 1,
     collect: Annotated[Path | None, typer.Option(help="campaign: copy scores, losses and sample grids there")] = None,
     weights: Annotated[bool, typer.Option("--weights", help="campaign: collect the checkpoints too")] = False,
     data: Data = None,
@@ -198,16 +199,17 @@ def grid(
 
     Exit status 3: the time was used before all runs were done; the same command goes on.
     """
+    from ratlip.studies import campaign as campaigns
     from ratlip.studies import grid
     from ratlip.workspace import open_workspace
 
     if campaign:
         if group or settings or run:
             raise SettingsError(f"{campaign}: a campaign names its groups and settings itself; leave them out")
-        stages = grid.read_campaign(campaign)
-        left = grid.carry_out(stages, out, data, minutes, not quiet)
+        stages = campaigns.read_campaign(campaign)
+        left = campaigns.carry_out(stages, out, data, minutes, not quiet)
         if collect:
-            say(f"collected in {grid.collect(stages, collect, out, weights)}")
+            say(f"collected in {campaigns.collect(stages, collect, out, weights)}")
         total = sum(len(stage.runs()) for stage in stages)
     else:
         if collect or weights:
@@ -219,7 +221,7 @@ def grid(
         workspace = open_workspace(profile, out, settings=settings, progress=not quiet)
         if run:
             workspace.prepare(data)
-            grid.complete(workspace, *(group or ()), runner=runner, minutes=minutes)
+            grid.complete(workspace, *(group or ()), runner=runner, minutes=minutes, jobs=jobs)
         runs = grid.unique(grid.plan(workspace.settings, *(group or ())))
         say(*[f"{r.state(workspace.root):<8} {r.label:<24} seed {r.seed}  {r.name}" for r in runs])
         left, total = [r for r in runs if not r.complete(workspace.root)], len(runs)
@@ -227,6 +229,31 @@ def grid(
     if left and (run or campaign):
         say(f"next: {left[0].label}, seed {left[0].seed}; the same command goes on")
         raise typer.Exit(UNFINISHED)
+
+
+@app.command()
+def study(
+    profile: Profile = "study",
+    release: Annotated[bool, typer.Option("--release", help="first copy what finished runs found")] = False,
+    out: Out = None,
+    folder: Annotated[Path | None, typer.Option("--report", help="the report's folder [reports/<profile>]")] = None,
+    group: Annotated[str, typer.Option(help="part of the grid that is released")] = "study",
+    settings: Set = None,
+) -> None:
+    """Tables, figures and answers of the study, from the raw results that are released with it; nothing is trained.
+
+    `ratlip grid --profile study --runner library --jobs 2 --run` trains; `--release` copies the results to the report.
+    """
+    from ratlip.files import repository
+    from ratlip.report import study as tables
+
+    home = repository() / (folder or f"reports/{Path(profile).stem}")
+    if release:
+        from ratlip.studies import released
+        from ratlip.workspace import open_workspace
+
+        say(shown(released.release(open_workspace(profile, out, settings=settings), home, group)))
+    say(shown(tables.write(home)))
 
 
 @app.command()

@@ -40,7 +40,8 @@ def _panels(content: dict, width: float, height: float, columns: int = 3, **opti
     return figure, [(axes[i], *item) for i, item in enumerate(content.items())]
 
 
-def _one_panel(width: float, height: float) -> tuple[Figure, Axes]:
+def one_panel(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of a size in inches with one panel."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
@@ -125,7 +126,7 @@ def against(
 
 def intervals(differences: dict[str, Difference], title: str = "", xlabel: str = "mean difference") -> Figure:
     """Mean differences with 95 % intervals, zero marked, a line a claim; wide intervals are cut."""
-    figure, ax = _one_panel(6.4, 1.0 + 0.36 * len(differences))
+    figure, ax = one_panel(6.4, 1.0 + 0.36 * len(differences))
     reach = 3 * max((abs(each.mean) for each in differences.values()), default=1) or 1
     for row, each in enumerate(differences.values()):
         colour = {"supported": COLOURS[0], "contradicted": COLOURS[1]}.get(each.verdict, GREY)
@@ -143,7 +144,7 @@ def intervals(differences: dict[str, Difference], title: str = "", xlabel: str =
 
 def leads(found: dict[str, pd.DataFrame], title: str = "") -> Figure:
     """By how much a map beats each control: method -> table of `grad_cam.margins`; bars: two standard errors."""
-    figure, ax = _one_panel(6.4, 2.9)
+    figure, ax = one_panel(6.4, 2.9)
     looks: dict[str, dict[str, Any]] = {name: {**style.look(name), "linestyle": ""} for name in found}
     for i, (name, table) in enumerate(found.items()):
         line = np.arange(len(table)) + (i - (len(found) - 1) / 2) * 0.25
@@ -161,7 +162,7 @@ def shares(
 ) -> Figure:
     """Bars of shares (0 to 1) of images, `groups[who][attribute]`; one group alone has its numbers beside its bars."""
     names, alone = list(next(iter(groups.values()))), len(groups) == 1
-    figure, ax = _one_panel(5.8, 1.0 + 0.42 * len(names) * (1 if alone else 0.6 * len(groups)))
+    figure, ax = one_panel(5.8, 1.0 + 0.42 * len(names) * (1 if alone else 0.6 * len(groups)))
     rows = pd.DataFrame(groups).loc[names].rename_axis("name").reset_index().melt("name")
     look = {"palette": [COLOURS[0], "#BBBBBB", COLOURS[2]][: len(groups)], "saturation": 1, "legend": not alone}
     sns.barplot(rows, x="value", y="name", hue="variable", errorbar=None, ax=ax, **look)
@@ -223,7 +224,7 @@ def training_curves(logs: dict[str, Sequence[pd.DataFrame]], panels: dict[str, s
 
 def settling_figure(moves: dict[str, Tensor]) -> Figure:
     """`paper_versus_code.settling` (T-1,N) of each "variant, seed N", by layer: mean and middle 80 % of the images."""
-    figure, ax = _one_panel(6.4, 3.0)
+    figure, ax = one_panel(6.4, 3.0)
     for i, (name, each) in enumerate(moves.items()):
         look = {**style.look(name.split(", ")[0]), "marker": MARKERS[i % 7], "linestyle": LINES[i % 4], "label": name}
         layers = np.arange(2, len(each) + 2).repeat(each.shape[1])
@@ -311,7 +312,7 @@ def heatmap(
     frame = pd.DataFrame(values.double().numpy())
     height, width = frame.shape
     side, words = min(0.5, max(0.16, 4 / width)), 0.065 * max(map(len, rows), default=0)
-    figure, ax = _one_panel(1.5 + words + side * width, 1.0 + side * (height + bool(len(images))))
+    figure, ax = one_panel(1.5 + words + side * width, 1.0 + side * (height + bool(len(images))))
     limit, step = frame.abs().to_numpy().max(), 1 + width // 14
     ticks = [i if (i - 1) % step == 0 else "" for i in range(1, max(frame.shape) + 1)]
     look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "cbar_kws": {"label": "cosine", "shrink": 0.7}}

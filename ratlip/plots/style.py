@@ -30,6 +30,8 @@ VARIANTS = {
     "RAT": ("#E69F00", "D"),
     "RAT + SA": ("#D55E00", "^"),
     "RAT in the mapper + SA": ("#CC79A7", "v"),
+    "RAT scaled + SA": ("#882255", "v"),
+    "RAT scaled + norm": ("#E69F00", "D"),
     "published RAT": ("#5FD3B0", "P"),
     "published RAT + SA": ("#007A5A", "X"),
     "corrected": ("#332288", "o"),

@@ -74,7 +74,8 @@ def published_table(score: str) -> Table:
 
 def found_groups(workspace: Workspace) -> dict[str, pd.DataFrame]:
     """`grid.found` of every group that has a complete run. RunError, with the command, where none has."""
-    groups = {group: frame for group in grid.GROUPS if len(frame := grid.found(workspace, group))}
+    every: tuple[str, ...] = workspace.settings.experiments.groups
+    groups = {group: frame for group in every if len(frame := grid.found(workspace, group))}
     if not groups:
         raise _no_run(workspace, "")
     return groups

@@ -17,6 +17,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,16 @@ def counted_images(settings: Settings) -> int:
             f"evaluation.last_batch=drop leaves none of {found}; lower the batch size, or keep the batch"
         )
     return count
+
+
+def asked_split(settings: Settings, prepared: Prepared) -> Prepared:
+    """The prepared data with the split that is scored (`evaluation.split`) as its test split."""
+    if settings.evaluation.split == "test":
+        return prepared
+    if prepared.validation is None:
+        mend = "set data.validation_images, or evaluation.split: test"
+        raise SettingsError(f"evaluation.split=validation: {prepared.folder} has no such split; {mend}")
+    return replace(prepared, test=prepared.validation)
 
 
 def test_pairs(prepared: Prepared, count: int) -> tuple[np.ndarray, list[str]]:
@@ -201,6 +212,7 @@ def evaluate(
     fewer of them: a distance falls as the number grows.
     """
     folder, root = Path(folder), Path(root) if root else Path(folder).resolve().parents[1]
+    prepared = asked_split(settings, prepared)
     count, instruments = counted_images(settings), Instruments(settings, prepared, clip, independent, judge)
     numbers = reference_numbers(prepared, count)
     reference = reference_store(root, settings, prepared, instruments.extractor, numbers, progress)
@@ -261,7 +273,8 @@ def _scores_of_z(
     cut = dict(crop=settings.data.crop, image_size=settings.model.image_size)
     near = against_fresh(root, instruments.extractor, store, prepared, said, **cut, progress=progress)
     generator = load_generator(folder, settings, clip)
-    return {"fresh": near, "diversity": diversity_of(generator, clip, prepared, judge, settings, root=root)}
+    how: dict[str, Any] = dict(split=settings.evaluation.split, root=root)
+    return {"fresh": near, "diversity": diversity_of(generator, clip, prepared, judge, settings, **how)}
 
 
 def _real_scores(root: Path, instruments: Instruments, reference: Store, count: int, progress: bool) -> dict:
@@ -274,7 +287,7 @@ def _real_scores(root: Path, instruments: Instruments, reference: Store, count: 
         images = real_images(prepared.test, numbers[rows], crop, size)
         return instruments.read(images, numbers[rows], [captions[i] for i in rows])
 
-    identity = {**instruments.identity, "split": "test", "crop": crop, "image_size": size}
+    identity = {**instruments.identity, "split": settings.evaluation.split, "crop": crop, "image_size": size}
     store = Store(root, "features", identity, count, instruments.columns)
     store.fill(read, settings.evaluation.batch_size, desc="real test images", progress=progress)
     path = store.folder / f"scores-{reference.folder.name}.json"

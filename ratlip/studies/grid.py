@@ -1,45 +1,49 @@
 """The grid of runs behind notebooks 04 to 08: which variants and seeds, what is missing, what came out.
 
 A run is `notebooks/03_train` executed by papermill with other parameters; its folder is named by its settings' hash,
-so that a run which several notebooks read is made once. A campaign is a YAML file that names parts of the grid, for a
-machine that is lent for minutes. Nothing here trains: a run folder is complete, resumable, or missing.
+so that a run which several notebooks read is made once. Nothing here trains: a run folder is complete, resumable, or
+missing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
-import shutil
+import multiprocessing
+import os
+import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+from unittest.mock import patch
 
 import pandas as pd
-import yaml
 
 from ratlip import published
-from ratlip.cache import dotted, file_digest
-from ratlip.errors import RatlipError, RunError, SettingsError
-from ratlip.files import outputs_folder, read_json, repository, write_json, write_text
+from ratlip.cache import dotted
+from ratlip.errors import BusyError, RatlipError, RunError, SettingsError
+from ratlip.files import read_json, repository, write_text
 from ratlip.progress import bar
 from ratlip.report import notebooks, warm
 from ratlip.settings import Settings, lay, load_settings, profile_names
+from ratlip.settings.sections import Group
 from ratlip.studies.compare import plain_label
 
 if TYPE_CHECKING:
     from ratlip.training.generation import Run
     from ratlip.workspace import Workspace
 
-GROUPS = ("ablation", "sweep", "versus")
+GROUPS = get_args(Group)
 CAT = {"model.conditioning": "cat"}
 RAT = {"model.conditioning": "rat", "model.rat_scope": "generator"}
 OFFICIAL = {"model.conditioning": "rat-official", "model.rat_scope": "mapper"}
-ATTENTION, NONE = {"model.attention": "shuffle"}, {"model.attention": "none"}
+ATTENTION, NONE, NORM = ({"model.attention": each} for each in ("shuffle", "none", "norm"))
+SCALED = {"model.rat_input": "scaled"}
 PUBLISHED = {**published.overrides("model", "clip", "training"), **ATTENTION}
-COLLECTED = ("config.yaml", "identity.json", "metrics.jsonl", "visits.jsonl", "provenance.json", "scores.json")
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def variants(settings: Settings, group: str) -> dict[str, dict[str, Any]]:
 
     ablation: conditioning x attention, and RAT in the mapper alone (paper, ablations). sweep: the LSTM's hidden size h,
     0 meaning none (CAT). versus: the published form, all differences switched back at once, and one of them alone,
-    against the corrected form.
+    against the corrected form. study: the variants of the plan's contrasts (`studies.study`), where the published form
+    is trained on the same pairs and goes on in the same way as the others.
     """
     ours = {**RAT, **ATTENTION}
     if group == "ablation":
@@ -94,18 +99,27 @@ def variants(settings: Settings, group: str) -> dict[str, dict[str, Any]]:
     if group == "versus":
         normalisation = {**ours, "clip.normalisation": "published"}
         return {"corrected": ours, "published": PUBLISHED, "published normalisation": normalisation}
+    if group == "study":
+        same = {f"training.{name}": getattr(settings.training, name) for name in ("mismatch", "resume")}
+        return {
+            "CAT + SA": {**CAT, **ATTENTION},
+            "RAT + SA": ours,
+            "RAT scaled + SA": {**ours, **SCALED},
+            "RAT scaled + norm": {**RAT, **NORM, **SCALED},
+            "published RAT + SA": {**PUBLISHED, **same},
+        }
     raise ValueError(f"group must be one of {', '.join(GROUPS)}, not {group!r}")
 
 
 def plan(settings: Settings, *groups: str) -> list[Experiment]:
-    """The runs of some groups (all of them if none is named), seed by seed, variant by variant.
+    """The runs of some groups (those of `experiments.groups` if none is named), seed by seed, variant by variant.
 
     Several groups may hold the same run; it is then in the list once for each of them.
     """
     e, runs = settings.experiments, []
     budget = {} if e.steps is None else {"training.steps": e.steps}
-    for group in groups or GROUPS:
-        for seed in range(e.versus_seeds if group == "versus" else e.seeds):
+    for group in groups or e.groups:
+        for seed in range(e.first_seed, e.first_seed + (e.versus_seeds if group == "versus" else e.seeds)):
             for label, overrides in variants(settings, group).items():
                 own = overridden(settings, {**overrides, **budget, "seed": seed})
                 runs.append(Experiment(label, group, seed, own))
@@ -137,18 +151,62 @@ def parameters(run: Experiment, root: Path) -> dict[str, Any]:
 
 
 def complete(
-    workspace: Workspace, *groups: str, runner: str = "papermill", minutes: float | None = None
+    workspace: Workspace, *groups: str, runner: str = "papermill", minutes: float | None = None, jobs: int = 1
 ) -> list[Experiment]:
     """Train and score what is missing of the groups' runs; returns at once where nothing is.
 
     `runner`: "papermill" executes 03_train for each run and keeps the notebook in the run's folder; "library" calls
     what that notebook calls. After `minutes` the run at work saves a checkpoint and no further one starts: the runs
-    that are still missing are returned, for another call.
+    that are still missing are returned, for another call. `jobs`: so many runs side by side, of one thread each
+    (library only).
     """
-    return train_missing(workspace, unique(plan(workspace.settings, *groups)), runner, _end(minutes))
+    runs, end = unique(plan(workspace.settings, *groups)), end_after(minutes)
+    if jobs == 1:
+        return train_missing(workspace, runs, runner, end)
+    if runner != "library":
+        raise SettingsError(f"{jobs} runs side by side need the runner library, not {runner}")
+    return _side_by_side(workspace, runs, jobs, end)
 
 
-def _end(minutes: float | None) -> float:
+def _side_by_side(workspace: Workspace, runs: list[Experiment], jobs: int, end: float) -> list[Experiment]:
+    """`train_missing` in so many processes, each of which takes the next run that no other one is at."""
+    make_shared(workspace)
+    spawn, one = multiprocessing.get_context("spawn"), {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    quiet = dataclasses.replace(workspace, progress=False)
+    with patch.dict(os.environ, one):
+        lanes = [spawn.Process(target=_lane, args=(quiet, runs, end)) for _ in range(jobs)]
+        for lane in lanes:
+            lane.start()
+    try:
+        with bar(total=len(runs), desc="runs", unit="run", enabled=workspace.progress) as meter:
+            while any(lane.is_alive() for lane in lanes):
+                meter.update(sum(run.complete(workspace.root) for run in runs) - meter.n)
+                next((lane for lane in lanes if lane.is_alive()), lanes[0]).join(5)
+    finally:
+        for lane in lanes:
+            lane.terminate()
+            lane.join()
+    if any(lane.exitcode for lane in lanes):
+        done = sum(run.complete(workspace.root) for run in runs)
+        why = "what went wrong stands above"
+        raise RunError(f"{workspace.root}: {done} of {len(runs)} runs are done; {why}; the same command goes on")
+    return [run for run in runs if not run.complete(workspace.root)]
+
+
+def _lane(workspace: Workspace, runs: list[Experiment], end: float) -> None:
+    try:
+        train_missing(workspace, runs, "library", end)
+    except RatlipError as error:
+        sys.exit(f"ratlip: {error}")
+
+
+def make_shared(workspace: Workspace) -> None:
+    """What all runs of a workspace read, where it is not there yet: data, embeddings, both CLIPs, the judge."""
+    _ = workspace.prepared, workspace.sentences(), workspace.judge, workspace.independent
+
+
+def end_after(minutes: float | None) -> float:
+    """The `time.monotonic()` in so many minutes; infinite for None."""
     return math.inf if minutes is None else time.monotonic() + 60 * minutes
 
 
@@ -160,14 +218,18 @@ def train_missing(workspace: Workspace, runs: list[Experiment], runner: str, end
     missing = [run for run in runs if not run.complete(workspace.root)]
     if not missing or time.monotonic() >= end:
         return missing
-    _ = workspace.prepared, workspace.clip, workspace.judge, workspace.independent  # made once, before the runs
+    make_shared(workspace)
     failed: dict[str, RatlipError] = {}
     with warm.server() if runner == "papermill" else contextlib.nullcontext():
         for run in bar(missing, desc="runs", unit="run", enabled=workspace.progress):
             if time.monotonic() >= end:
                 break
+            if run.complete(workspace.root):  # by another process, in the meantime
+                continue
             try:
                 execute(run, workspace, runner, end)
+            except BusyError:  # several processes share a grid: this run is another one's
+                continue
             except RatlipError as error:
                 failed[run.name] = error
     if failed:
@@ -183,7 +245,7 @@ def execute(run: Experiment, workspace: Workspace, runner: str = "papermill", en
     """Train and score one run; its folder. `end`: a `time.monotonic()` at which it saves a checkpoint and stops."""
     folder = run.folder(workspace.root)
     if runner == "library" or end < math.inf:  # a notebook cannot be stopped within its training
-        own = _workspace(run.settings, workspace.root, workspace.progress)
+        own = workspace_of(run.settings, workspace.root, workspace.progress)
         shared = ["prepared", "judge", "independent"]
         if run.settings.clip.normalisation == workspace.settings.clip.normalisation:
             shared.append("clip")
@@ -199,106 +261,11 @@ def execute(run: Experiment, workspace: Workspace, runner: str = "papermill", en
     return folder
 
 
-def _workspace(settings: Settings, root: Path, progress: bool) -> Workspace:
+def workspace_of(settings: Settings, root: Path, progress: bool) -> Workspace:
+    """`Workspace.of`, imported late."""
     from ratlip.workspace import Workspace  # 2.4 s that the planning of `make reproduce` need not wait for
 
     return Workspace.of(settings, root, progress)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One line of a campaign: a profile, a group, optionally some `variants` of it, `settings` over the profile."""
-
-    profile: str
-    group: str
-    variants: tuple[str, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict, hash=False)
-
-    def runs(self) -> list[Experiment]:
-        """Its runs, seed by seed."""
-        every = plan(load_settings(self.profile, self.settings), self.group)
-        return [run for run in every if not self.variants or run.label in self.variants]
-
-    def workspace(self, root: Path | None = None, progress: bool = True) -> Workspace:
-        """The workspace of its profile: in the folder `root`, or in outputs/ of the repository."""
-        s = load_settings(self.profile, self.settings)
-        return _workspace(s, Path(root) / s.profile if root else outputs_folder(s.profile), progress)
-
-
-def read_campaign(path: str | Path) -> list[Stage]:
-    """The stages of a campaign file. SettingsError names the file, the stage and what is wrong with it."""
-    path = Path(path)
-    if not path.is_file():
-        raise SettingsError(f"{path}: there is no such campaign file; env/gpu/birds.yaml is one")
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: not readable as YAML: {error}") from None
-    stages = content.get("stages") if isinstance(content, dict) else None
-    if not isinstance(stages, list) or not stages:
-        raise SettingsError(f"{path}: should hold `stages`, a list of one part of the grid each")
-    return [_stage(f"{path}: stage {number}", each) for number, each in enumerate(stages, start=1)]
-
-
-def _stage(where: str, content: Any) -> Stage:
-    known = {"profile", "group", "variants", "settings"}
-    if not isinstance(content, dict) or not {"profile", "group"} <= set(content) <= known:
-        raise SettingsError(f"{where}: should name profile and group, and may name variants and settings")
-    profile, group = content["profile"], content["group"]
-    if group not in GROUPS:
-        raise SettingsError(f"{where}: group={group!r}: one of {', '.join(GROUPS)}")
-    stage = Stage(profile, group, tuple(content.get("variants") or ()), dict(content.get("settings") or {}))
-    there = variants(load_settings(profile, stage.settings), group)
-    if unknown := [variant for variant in stage.variants if variant not in there]:
-        raise SettingsError(f"{where}: no variants {', '.join(unknown)}; {group} has {', '.join(there)}")
-    return stage
-
-
-def carry_out(
-    stages: list[Stage],
-    root: Path | None = None,
-    data: str | Path | None = None,
-    minutes: float | None = None,
-    progress: bool = True,
-) -> list[Experiment]:
-    """Train and score what is missing, stage by stage; the runs that are still missing when the time is used.
-
-    `root`: a folder for all profiles' outputs; outputs/ in the repository where None.
-    """
-    end, left = _end(minutes), []
-    for stage in stages:
-        workspace = stage.workspace(root, progress)
-        if data and time.monotonic() < end:
-            workspace.prepare(data)
-        left += train_missing(workspace, stage.runs(), "library", end)
-    return left
-
-
-def collect(stages: list[Stage], folder: str | Path, root: Path | None = None, weights: bool = False) -> Path:
-    """Copy what the runs found into `folder`/<profile>/<run>/, and the machine's description beside them.
-
-    Scores, losses, settings, the last sample grid (generated images alone) and the checkpoint's SHA-256; the checkpoint
-    itself only with `weights`.
-    """
-    from ratlip.provenance import describe  # brings torch, as the workspace does
-
-    folder = Path(folder)
-    for stage in stages:
-        home = stage.workspace(root).root
-        for run in stage.runs():
-            source, target = run.folder(home), folder / home.name / run.name
-            checkpoint = source / "checkpoint.pt"
-            if not checkpoint.is_file():
-                continue
-            target.mkdir(parents=True, exist_ok=True)
-            wanted = [path for name in COLLECTED if (path := source / name).is_file()]
-            wanted += [*sorted((source / "samples").glob("step-*.png"))[-1:], *([checkpoint] if weights else [])]
-            for path in wanted:
-                shutil.copy(path, target / path.name)
-            about = {"label": run.label, "bytes": checkpoint.stat().st_size, "sha256": file_digest(checkpoint)}
-            write_json(target / "checkpoint.json", about)
-    write_json(folder / "machine.json", describe())
-    return folder
 
 
 def results(workspace: Workspace, group: str) -> pd.DataFrame:

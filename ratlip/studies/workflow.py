@@ -21,7 +21,7 @@ from ratlip.cache import digest
 from ratlip.files import outputs_folder, repository, shown
 from ratlip.report.notebooks import STORY, execute
 from ratlip.settings import Settings, load_settings
-from ratlip.studies import grid
+from ratlip.studies import campaign, grid
 
 MAIN = "main run"
 
@@ -136,4 +136,5 @@ def smoke_references() -> list[Path]:
 
 def smoke_runs() -> None:
     """The grid of the profile smoke, without a notebook for each run: what notebooks 04 to 08 then find."""
-    grid.carry_out([grid.Stage("smoke", group) for group in grid.GROUPS], progress=False)
+    groups = load_settings("smoke").experiments.groups
+    campaign.carry_out([campaign.Stage("smoke", group) for group in groups], progress=False)

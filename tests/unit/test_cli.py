@@ -13,7 +13,19 @@ from ratlip.errors import SettingsError
 from ratlip.report import notebooks
 from ratlip.settings import load_settings, profile_names, read_overrides
 
-COMMANDS = ["profiles", "download", "prepare", "clip", "train", "evaluate", "generate", "grid", "report", "bench"]
+COMMANDS = [
+    "profiles",
+    "download",
+    "prepare",
+    "clip",
+    "train",
+    "evaluate",
+    "generate",
+    "grid",
+    "study",
+    "report",
+    "bench",
+]
 NOTEBOOK = ["run", "refresh", "smoke"]
 RED = "a large red ring on the left on a white background"
 
@@ -60,7 +72,10 @@ def test_profiles_are_listed_and_shown(ratlip):
         (["generate", RED, "--run", "no such run"], "has no config.yaml"),
         (["download", "cats", "--to", "here"], "cats"),
         (["grid", "-p", "smok"], "did you mean 'smoke'"),
-        (["grid", "-p", "smoke", "--group", "abation"], "--group abation: should be one of ablation, sweep, versus"),
+        (
+            ["grid", "-p", "smoke", "--group", "abation"],
+            "--group abation: should be one of ablation, sweep, versus, study",
+        ),
         (["grid", "-p", "smoke", "--runner", "door"], "--runner door: should be papermill or library"),
         (["grid", "-p", "smoke", "--collect", "there"], "belong to a campaign"),
         (["grid", "birds.yaml"], "no such campaign file"),

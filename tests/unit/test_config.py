@@ -17,6 +17,8 @@ OTHER = {
     "data.crop": (17,),
     "data.named": ("subset",),
     "data.scenes": ({"shapes": 4},),
+    "evaluation.split": ("validation",),
+    "experiments.groups": (["study"],),
     "clip.source": ("file", "train"),
     "clip.model": ("ViT-B-16",),
     "clip.pretrained": ("laion2b",),

@@ -15,6 +15,7 @@ from ratlip.files import read_json
 from ratlip.scores import evaluation, metrics
 from ratlip.settings import load_settings
 from ratlip.training import generation, session, step
+from ratlip.workspace import Workspace
 
 DISTANCES = ("frechet_distance", "kernel_distance", "kernel_distance_sd", "inception_score", "precision", "recall")
 
@@ -333,3 +334,22 @@ def test_settings_of_either_protocol_have_its_name(overrides, name):
 def test_a_protocol_that_counts_no_image_is_an_error_of_the_user(smoke, tmp_path):
     with pytest.raises(SettingsError, match="last_batch=drop leaves none of evaluation.images=48"):
         score(smoke, tmp_path, {"evaluation.last_batch": "drop", "evaluation.batch_size": 64})
+
+
+def test_the_validation_split_is_scored_where_it_is_asked_for(tmp_path):
+    given = {"data.named": "subset", "data.validation_images": 24, "evaluation.images": 24, "training.steps": 2}
+    found = {}
+    for split in ("test", "validation"):
+        settings = load_settings("smoke", {**given, "evaluation.split": split})
+        workspace = Workspace.of(settings, tmp_path, progress=False)
+        workspace.train()
+        scored = evaluation.asked_split(settings, workspace.prepared)
+        assert scored.test is workspace.prepared[split]
+        found[split] = workspace.evaluate()
+    assert found["test"]["run"] == found["validation"]["run"]
+    assert found["test"]["real"] != found["validation"]["real"]
+    assert found["test"]["fresh"]["generated"] != found["validation"]["fresh"]["generated"]
+    assert found["test"]["diversity"]["real"] != found["validation"]["diversity"]["real"]
+    without = load_settings("smoke", {"evaluation.split": "validation"})
+    with pytest.raises(SettingsError, match=r"evaluation.split=validation: .* has no such split; set data.validation"):
+        evaluation.asked_split(without, Workspace.of(without, tmp_path, progress=False).prepared)

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from ratlip.errors import RunError, SettingsError
+from ratlip.files import one_writer
 from ratlip.settings import load_settings
+from ratlip.studies import campaign as campaigns
 from ratlip.studies import grid
 from ratlip.workspace import Workspace
 
@@ -70,7 +72,7 @@ class TestPlan:
         assert made.run_name == run.name and made.training.batch_size == 4 and made.profile == "mine"
 
     def test_an_unknown_group(self, settings):
-        with pytest.raises(ValueError, match="ablation, sweep, versus, not 'sweeep'"):
+        with pytest.raises(ValueError, match="ablation, sweep, versus, study, not 'sweeep'"):
             grid.variants(settings, "sweeep")
 
 
@@ -138,7 +140,7 @@ def campaign(tmp_path):
 
 
 def test_the_campaign_of_the_repository_can_be_read():
-    stages = grid.read_campaign(ROOT / "env/gpu/birds.yaml")
+    stages = campaigns.read_campaign(ROOT / "env/gpu/birds.yaml")
     assert [stage.profile for stage in stages] == ["birds-128", "birds-small"]
     first = [run.label for run in stages[0].runs()][:4]
     assert sorted(first) == ["CAT + SA", "RAT", "RAT + SA", "published RAT + SA"]  # seed 0 of every variant first
@@ -146,11 +148,11 @@ def test_the_campaign_of_the_repository_can_be_read():
 
 
 def test_it_stops_goes_on_and_brings_home(campaign, tmp_path):
-    stages = grid.read_campaign(campaign)
-    left = grid.carry_out(stages, tmp_path / "out", minutes=0, progress=False)
+    stages = campaigns.read_campaign(campaign)
+    left = campaigns.carry_out(stages, tmp_path / "out", minutes=0, progress=False)
     assert len(left) == 4 and not (tmp_path / "out").exists()
-    assert grid.carry_out(stages, tmp_path / "out", progress=False) == []
-    home = grid.collect(stages, tmp_path / "home", tmp_path / "out")
+    assert campaigns.carry_out(stages, tmp_path / "out", progress=False) == []
+    home = campaigns.collect(stages, tmp_path / "home", tmp_path / "out")
     runs = sorted(path.name for path in (home / "smoke").iterdir())
     assert len(runs) == 3  # CAT + SA and h = 0 are one run
     for run in runs:
@@ -179,7 +181,41 @@ def test_a_wrong_file_is_explained(tmp_path, text, said):
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
     with pytest.raises(SettingsError, match="wrong.yaml") as caught:
-        grid.read_campaign(path)
+        campaigns.read_campaign(path)
     assert said in str(caught.value)
     with pytest.raises(SettingsError, match="no such campaign file"):
-        grid.read_campaign(tmp_path / "none.yaml")
+        campaigns.read_campaign(tmp_path / "none.yaml")
+
+
+# Runs side by side: processes that share a grid.
+
+
+def test_processes_share_a_grid_and_each_run_is_made_once(tmp_path):
+    settings = load_settings("smoke", {"experiments.steps": 3, "experiments.seeds": 2, "training.visits": [1, 2]})
+    workspace = Workspace.of(settings, tmp_path, progress=False)
+    assert grid.complete(workspace, "sweep", runner="library", jobs=2) == []
+    runs = grid.unique(grid.plan(settings, "sweep"))
+    assert len(runs) == 6 and all(run.complete(tmp_path) for run in runs)
+    for run in runs:
+        rows = [json.loads(line)["step"] for line in (run.folder(tmp_path) / "visits.jsonl").read_text().splitlines()]
+        assert rows == [1, 2]
+        assert json.loads((run.folder(tmp_path) / "provenance.json").read_text())["threads"] == 1
+    assert grid.complete(workspace, "sweep", runner="library", jobs=2) == []
+    with pytest.raises(SettingsError, match="2 runs side by side need the runner library"):
+        grid.complete(workspace, "sweep", jobs=2)
+
+
+def test_a_run_that_fails_in_another_process_is_an_error_here(tmp_path, capfd):
+    settings = load_settings("smoke", {"experiments.steps": 3, "experiments.seeds": 1, "model.bridge_scale": 1e30})
+    with pytest.raises(RunError, match="0 of 3 runs are done; what went wrong stands above; the same command goes on"):
+        grid.complete(Workspace.of(settings, tmp_path, progress=False), "sweep", runner="library", jobs=2)
+    assert "stopped at step 1" in capfd.readouterr().err
+
+
+def test_a_run_that_another_process_writes_is_left_to_it(tmp_path):
+    settings = load_settings("smoke", {"experiments.steps": 3, "experiments.seeds": 1})
+    workspace = Workspace.of(settings, tmp_path, progress=False)
+    first, *others = grid.unique(grid.plan(settings, "sweep"))
+    with one_writer(first.folder(tmp_path)):
+        left = grid.complete(workspace, "sweep", runner="library")
+    assert left == [first] and all(run.complete(tmp_path) for run in others)

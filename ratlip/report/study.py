@@ -1,0 +1,177 @@
+"""What the study says: its tables, figures and answers, made from the released raw results alone.
+
+<report>/answers.md  tables/{answers,variants}.csv  figures/study_*.png, .svg
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ratlip.errors import RunError
+from ratlip.files import write_text
+from ratlip.plots import learning, style
+from ratlip.report.performance import markdown
+from ratlip.studies import released, statistics
+from ratlip.studies.compare import differences, plus_minus
+from ratlip.studies.released import Released
+
+SCORE = "judge_all"
+CONTRASTS = {  # the plan's: question -> the two variants, positive where the first is better
+    "RAT against CAT, equal scale": ("RAT scaled + SA", "CAT + SA"),
+    "shuffle attention against its norm alone": ("RAT scaled + SA", "RAT scaled + norm"),
+    "the paper's form against the published code's": ("RAT + SA", "published RAT + SA"),
+}
+MEASURED = {"RAT as the paper writes it against CAT": ("RAT + SA", "CAT + SA")}  # beside the plan, without a verdict
+BESIDE = {  # reported beside the end points, at the end of the training: column -> (name, real images' value)
+    "judge_all": ("all named attributes right", "real.judge_all"),
+    "fresh.generated.frechet_distance": ("FD to fresh renders (small CLIP)", None),
+    "diversity.ratio.entropy": ("entropy of what is not named / real", None),
+    "diversity.ratio.spread": ("spread inside a caption / real", None),
+    "independent_similarity": ("similarity, independent small CLIP", "real.independent_similarity"),
+}
+
+
+def end_points(found: Released) -> dict[str, pd.DataFrame]:
+    """ "area": of the judged share over log steps; "end": the judged share of the last visit; a row a run each."""
+    last = found.visits.sort_values("step").groupby(["label", "seed"], sort=False).tail(1)
+    return {"area": statistics.areas(found.visits, SCORE), "end": last[["label", "seed", SCORE]]}
+
+
+def contrasts(found: Released) -> dict[tuple[str, str, str], statistics.Contrast | None]:
+    """All tests of the plan together, on the seeds of which all variants are there."""
+    kept = found.visits[found.visits["seed"].isin(found.seeds)]
+    points = end_points(Released(found.runs, kept, found.losses, found.real, found.plan)) if len(kept) else {}
+    keys = [(*pair, point) for pair in CONTRASTS.values() for point in statistics.END_POINTS]
+    return statistics.contrasts({k: differences(points[k[2]], k[0], k[1], SCORE) if points else None for k in keys})
+
+
+def answers(found: Released) -> pd.DataFrame:
+    """One row a contrast and end point: the difference in percentage points, its intervals, p, and the answer.
+
+    Before all seeds of the plan are there, no answer is given: looking early and stopping late is not what was planned.
+    """
+    names, rows = {pair: question for question, pair in CONTRASTS.items()}, []
+    for (a, b, point), each in contrasts(found).items():
+        row: dict[str, Any] = {"question": names[a, b], "a": a, "b": b, "end_point": point}
+        if each is not None:
+            scale = {name: round(100 * getattr(each, name), 2) for name in ("mean", "low", "high", "t_low", "t_high")}
+            row |= {"seeds": each.n, **scale, "sd": round(100 * each.sd, 2), "p": each.p, "adjusted": each.adjusted}
+            row |= {"equivalent": each.equivalent, "seen": round(100 * each.seen, 2)}
+        wanted = len(found.plan["seeds"])
+        early = f"not yet: {len(found.seeds)} of {wanted} seeds are there"
+        rows.append(row | {"answer": statistics.word(each) if found.complete else early})
+    return pd.DataFrame(rows)
+
+
+def measured(found: Released) -> pd.DataFrame:
+    """Differences that the plan does not test, with their interval alone: no verdict follows from them."""
+    rows, points = [], end_points(found)
+    for question, (a, b) in MEASURED.items():
+        for point, frame in points.items():
+            d = 100 * differences(frame, a, b, SCORE, drop=True)
+            low, high = statistics.interval(d.to_numpy())
+            rows.append(dict(question=question, end_point=point, seeds=len(d), mean=d.mean(), low=low, high=high))
+    return pd.DataFrame(rows)
+
+
+def variants(found: Released) -> pd.DataFrame:
+    """One row a variant: mean and standard deviation over seeds of both end points and of what stands beside them."""
+    points = end_points(found)
+    last = found.visits.sort_values("step").groupby(["label", "seed"], sort=False).tail(1)
+    columns = {"area": points["area"].rename(columns={SCORE: "area"}), **dict.fromkeys(_beside(found), last)}
+    rows = {}
+    for label in found.plan["labels"]:
+        row: dict[str, Any] = {}
+        for column, frame in columns.items():
+            values = frame.loc[frame["label"] == label, column]
+            row |= {column: values.mean(), f"{column}.sd": values.std(), "seeds": len(values)}
+        rows[label] = row
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant").reset_index()
+
+
+def _beside(found: Released) -> list[str]:
+    return [column for column in BESIDE if column in found.visits]
+
+
+def write(folder: str | Path) -> Path:
+    """Make all of it from what was released into `folder`; the path of answers.md. RunError where nothing was."""
+    folder, found = Path(folder), released.read(folder)
+    if found.visits.empty:
+        raise RunError(f"{folder / 'runs'}: holds no run")
+    said, beside, table = answers(found), measured(found), variants(found)
+    for name, each in {"answers": said, "measured": beside, "variants": table}.items():
+        write_text(folder / "tables" / f"{name}.csv", each.to_csv(index=False, float_format="%.6g"))
+    figures = {"study_curves": learning.learning_curves(found.visits, SCORE, "all named attributes right (%)")}
+    d = {
+        question: 100 * differences(end_points(found)["end"], *pair, SCORE, drop=True)
+        for question, pair in CONTRASTS.items()
+    }
+    figures["study_differences"] = learning.seed_differences(d, "difference at the end (percentage points)")
+    for name, figure in figures.items():
+        style.keep(figure, folder, name)
+    write_text(folder / "answers.md", _page(found, said, beside, table))
+    return folder / "answers.md"
+
+
+def _page(found: Released, said: pd.DataFrame, beside: pd.DataFrame, table: pd.DataFrame) -> str:
+    heads = ["question", "end point", "difference (points)", "95 % interval", "p (Holm)", "answer"]
+    rows = [_answer_row(row) for row in said.to_dict("records")]
+    names = {"area": "area under the curve (%)", **{column: BESIDE[column][0] for column in _beside(found)}}
+    more = [_variant_row(row, list(names)) for row in table.to_dict("records")]
+    points = {"area": "faster (area)", "end": "better at the end"}
+    other = [
+        [
+            r["question"],
+            points[r["end_point"]],
+            f"{r['mean']:+.1f}",
+            f"{r['low']:+.1f} to {r['high']:+.1f}",
+            str(r["seeds"]),
+        ]
+        for r in beside.to_dict("records")
+    ]
+    state = "complete" if found.complete else f"**not complete**: {len(found.runs)} runs of {_planned(found)}"
+    commit = ", ".join(sorted({str(each)[:7] for each in found.runs["commit"]}))
+    hours = found.runs["training_seconds"].sum() / 3600
+    return "\n\n".join(
+        [
+            "# Answers of the study",
+            f"Made by `ratlip study` from `runs/`; the plan is [plan.md](plan.md). State: {state}; commit {commit}; "
+            f"{hours:.1f} hours of training on one thread each.",
+            "![judged share against steps](figures/study_curves.png)",
+            markdown(heads, rows),
+            "![differences by seed](figures/study_differences.png)",
+            "Differences are a - b over seeds, in percentage points of test captions of which all that is named is "
+            "right. The interval is that of this difference alone; p is adjusted for all tests of the plan.",
+            "## Variants (mean ± standard deviation over seeds, at the end)",
+            markdown(["variant", *names.values(), "seeds"], more),
+            "## Measured beside the plan (no answer follows)",
+            markdown(["question", "end point", "difference (points)", "95 % interval", "seeds"], other),
+            "",
+        ]
+    )
+
+
+def _planned(found: Released) -> int:
+    return len(found.plan["labels"]) * len(found.plan["seeds"])
+
+
+def _answer_row(row: dict[str, Any]) -> list[str]:
+    point = {"area": "faster (area)", "end": "better at the end"}[row["end_point"]]
+    if row.get("mean") is None or not np.isfinite(row["mean"]):
+        return [row["question"], point, "-", "-", "-", row["answer"]]
+    bounds = (row["low"], row["high"]) if np.isfinite(row["low"]) else (row["t_low"], row["t_high"])
+    reach = f"{bounds[0]:+.1f} to {bounds[1]:+.1f}" + ("" if np.isfinite(row["low"]) else " (t)")
+    return [row["question"], point, f"{row['mean']:+.1f}", reach, f"{row['adjusted']:.3f}", row["answer"]]
+
+
+def _variant_row(row: dict[str, Any], columns: list[str]) -> list[str]:
+    shares = ("area", "judge_all")
+    cells = [
+        plus_minus(*((100 if column in shares else 1) * row[f"{column}{end}"] for end in ("", ".sd")))
+        for column in columns
+    ]
+    return [row["variant"], *cells, str(row["seeds"])]

@@ -1,0 +1,110 @@
+"""The raw results of the study, as they are released: small tables that need no run, no CLIP and no training to read.
+
+    <report>/runs/  runs.csv (a row a run)  visits.csv (its scores at each visit and at the end)  losses.csv
+                    settings/<run>.yaml  provenance.json  real.json (real images and chance)  plan.json
+
+`release` copies what finished runs found, and refuses what nobody could make again: a run from a tree with uncommitted
+changes, or runs of different commits. `read` gives it back, and all tables, figures and answers are made from that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from ratlip.cache import dotted
+from ratlip.errors import RunError
+from ratlip.files import read_json, write_json, write_text
+from ratlip.studies import grid
+from ratlip.training.log import VISITS, read_rows
+
+if TYPE_CHECKING:
+    from ratlip.workspace import Workspace
+
+ABOUT = ["label", "seed", "run"]
+PROVENANCE = ("training_seconds", "peak_memory_mib", "generator_parameters", "state_scale", "commit", "processor")
+NOT_SCORES = ("seed", "seconds_per_image", "real.", "chance.", "images")
+
+
+@dataclass(frozen=True)
+class Released:
+    """What was released: a row a run, a row a visit, a row a logged step; scores of real images; the plan's runs."""
+
+    runs: pd.DataFrame
+    visits: pd.DataFrame
+    losses: pd.DataFrame
+    real: dict[str, Any]
+    plan: dict[str, Any]  # "labels", "seeds", "visits": what a complete study holds
+
+    @property
+    def complete(self) -> bool:
+        """Whether every run of the plan is there."""
+        return len(self.runs) == len(self.plan["labels"]) * len(self.plan["seeds"])
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of which all variants are there."""
+        counts = self.runs.groupby("seed")["label"].nunique()
+        return [int(seed) for seed in counts.index[counts == len(self.plan["labels"])]]
+
+
+def numbers(scores: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a run's scores by their dotted names, without those of real images."""
+    flat = {k: v for k, v in dotted(scores).items() if type(v) in (int, float)}
+    return {name: value for name, value in flat.items() if not name.startswith(NOT_SCORES)}
+
+
+def release(workspace: Workspace, folder: str | Path, group: str = "study") -> Path:
+    """Write the raw results of the complete runs of `group` into `folder`/runs; RunError where there is none.
+
+    Also RunError where a run was made from uncommitted changes, or runs from more than one commit: such numbers cannot
+    be made again.
+    """
+    plan = grid.plan(workspace.settings, group)
+    runs = [run for run in plan if run.complete(workspace.root)]
+    if not runs:
+        command = f"ratlip grid --profile {workspace.settings.profile} --group {group} --run"
+        raise RunError(f"{workspace.root / 'runs'}: none of the {len(plan)} runs is complete; `{command}` makes them")
+    kept = {run.name: read_json(run.folder(workspace.root) / "provenance.json") for run in runs}
+    if dirty := [name for name, each in kept.items() if each["uncommitted_changes"] is not False]:
+        mend = "delete it, commit, and train it again"
+        raise RunError(f"{workspace.root / 'runs' / dirty[0]}: trained with uncommitted changes; {mend}")
+    if len(commits := sorted({each["commit"] for each in kept.values()})) > 1:
+        raise RunError(f"{workspace.root / 'runs'}: the runs come from several commits ({', '.join(commits)})")
+    target, about, visits, losses = Path(folder) / "runs", [], [], []
+    for run in runs:
+        home, own = run.folder(workspace.root), {"label": run.label, "seed": run.seed, "run": run.name}
+        scores = read_json(home / "scores.json")
+        about.append(own | {name: kept[run.name].get(name) for name in PROVENANCE} | {"images": scores["images"]})
+        rows = read_rows(home / VISITS)
+        end = {"step": kept[run.name]["steps"], **numbers(scores)}
+        visits += [own | row for row in [*(row for row in rows if row["step"] < end["step"]), end]]
+        losses += [own | row for row in read_rows(home / "metrics.jsonl")]
+        write_text(target / "settings" / f"{run.name}.yaml", run.settings.to_yaml())
+    for name, each in {"runs": about, "visits": visits, "losses": losses}.items():
+        write_text(target / f"{name}.csv", pd.DataFrame(each).to_csv(index=False))
+    scores = read_json(runs[0].folder(workspace.root) / "scores.json")
+    write_json(target / "real.json", {name: scores[name] for name in ("real", "chance", "labels") if name in scores})
+    write_json(target / "provenance.json", kept)
+    last = workspace.settings.experiments.steps or workspace.settings.training.steps
+    labels, seeds = (list(dict.fromkeys(getattr(run, name) for run in plan)) for name in ("label", "seed"))
+    steps = [step for step in workspace.settings.training.visits if last is None or step < last]
+    write_json(target / "plan.json", {"labels": labels, "seeds": seeds, "visits": [*steps, last]})
+    return target
+
+
+def read(folder: str | Path) -> Released:
+    """What was released into `folder`/runs. RunError names a file that is missing or not readable."""
+    home = Path(folder) / "runs"
+    try:
+        runs, visits, losses = (pd.read_csv(home / f"{name}.csv") for name in ("runs", "visits", "losses"))
+        found = Released(runs, visits, losses, read_json(home / "real.json"), read_json(home / "plan.json"))
+    except (OSError, ValueError) as problem:
+        raise RunError(f"{home}: no released results, or damaged ones ({problem})") from problem
+    for name, table in {"runs": runs, "visits": visits, "losses": losses}.items():
+        if lost := [column for column in ABOUT if column not in table]:
+            raise RunError(f"{home / name}.csv: has no column {', '.join(lost)}")
+    return found

@@ -1,0 +1,123 @@
+"""The study's raw results and answers: what is released, what is refused, and which way a difference points."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ratlip.errors import RunError
+from ratlip.files import read_json, write_json, write_text
+from ratlip.report import study
+from ratlip.settings import load_settings
+from ratlip.studies import grid, released
+from ratlip.workspace import Workspace
+
+SHARES = {
+    "CAT + SA": 0.5,
+    "RAT + SA": 0.3,
+    "RAT scaled + SA": 0.7,
+    "RAT scaled + norm": 0.6,
+    "published RAT + SA": 0.35,
+}
+STEPS = (100, 200, 400, 800, 1200)
+
+
+def share(label, seed, step):
+    """Of a made-up run: it grows with the step, and is a little higher with each seed."""
+    return round(SHARES[label] * STEPS.index(step) / 4 + 0.002 * seed + (0.001 if label == "CAT + SA" else 0) * seed, 4)
+
+
+def made_up(run, root, commit="a" * 40, dirty=False):
+    """The files of a finished run, without its weights."""
+    folder = run.folder(root)
+    about = dict(steps=1200, training_seconds=300.0, commit=commit, uncommitted_changes=dirty, processor="none")
+    write_json(folder / "provenance.json", about)
+    rows = [{"step": step, "judge_all": share(run.label, run.seed, step), "judge.size": 0.5} for step in STEPS[:-1]]
+    write_text(folder / "visits.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(folder / "metrics.jsonl", "".join(json.dumps({"step": s, "g_total": 1 / s}) + "\n" for s in (25, 50)))
+    end = {"judge_all": share(run.label, run.seed, 1200), "judge": {"size": 0.75}, "images": 512, "seed": run.seed}
+    write_json(folder / "scores.json", end | {"labels": {}, "real": {"judge_all": 0.98}, "seconds_per_image": 0.1})
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    workspace = Workspace.of(load_settings("study"), tmp_path / "outputs", progress=False)
+    for run in grid.plan(workspace.settings, "study"):
+        made_up(run, workspace.root)
+    return workspace
+
+
+def test_what_is_released_holds_every_number_and_gives_the_answers(workspace, tmp_path):
+    folder = tmp_path / "report"
+    released.release(workspace, folder)
+    found = released.read(folder)
+    assert found.complete and len(found.runs) == 40 and found.seeds == list(range(8))
+    assert len(found.visits) == 40 * 5 and len(found.losses) == 40 * 2
+    row = found.visits.query("label == 'RAT + SA' and seed == 3").set_index("step")
+    assert row["judge_all"].to_dict() == {step: share("RAT + SA", 3, step) for step in STEPS}
+    assert row["judge.size"].tolist() == [0.5] * 4 + [0.75] and "seconds_per_image" not in row
+    run = next(run for run in grid.plan(workspace.settings, "study") if run.label == "CAT + SA")
+    kept = (folder / "runs/settings" / f"{run.name}.yaml").read_text()
+    assert kept == run.settings.to_yaml()
+    said = study.answers(found).set_index(["question", "end_point"])
+    first = said.loc[("RAT against CAT, equal scale", "end")]
+    # 0.7 - 0.5 - 0.001 * seed: 20 points less 0.35 in the mean
+    assert first["mean"] == pytest.approx(19.65) and first["seeds"] == 8 and first["p"] == 2**-7
+    assert first["answer"] == "RAT scaled + SA better at the end here"
+    assert said.loc[("the paper's form against the published code's", "end"), "mean"] == pytest.approx(-5)
+    other = said.loc[("the paper's form against the published code's", "end"), "answer"]
+    assert other.startswith("published RAT + SA better at the end here")
+    area = np.trapezoid([0, 0.05, 0.1, 0.15, 0.2], np.log10(STEPS)) / np.log10(12)
+    of_area = said.loc[("RAT against CAT, equal scale", "area")]
+    assert of_area["mean"] == pytest.approx(100 * area - 0.35, abs=0.01)
+
+
+def test_the_page_is_made_from_what_was_released_alone(workspace, tmp_path):
+    folder = tmp_path / "report"
+    released.release(workspace, folder)
+    shutil.rmtree(workspace.root)
+    page = study.write(folder).read_text()
+    assert "| RAT against CAT, equal scale | better at the end | +19.6 |" in page.replace("+19.7", "+19.6")
+    assert "State: complete" in page and "| CAT + SA |" in page
+    table = pd.read_csv(folder / "tables/variants.csv").set_index("variant")
+    assert table.loc["RAT + SA", "judge_all"] == pytest.approx(0.307)
+    assert {path.name for path in (folder / "figures").iterdir()} >= {"study_curves.png", "study_differences.svg"}
+
+
+def test_no_answer_before_all_seeds_are_there(workspace, tmp_path):
+    last = grid.plan(workspace.settings, "study")[-1]
+    shutil.rmtree(last.folder(workspace.root))
+    released.release(workspace, tmp_path)
+    found = released.read(tmp_path)
+    assert not found.complete and found.seeds == list(range(7))
+    said = study.answers(found)
+    assert set(said["answer"]) == {"not yet: 7 of 8 seeds are there"} and set(said["seeds"]) == {7}
+    assert "**not complete**: 39 runs of 40" in study.write(tmp_path).read_text()
+
+
+def test_what_nobody_could_make_again_is_refused(workspace, tmp_path):
+    run = grid.plan(workspace.settings, "study")[5]
+    made_up(run, workspace.root, dirty=True)
+    with pytest.raises(RunError, match=f"{run.name}: trained with uncommitted changes"):
+        released.release(workspace, tmp_path)
+    made_up(run, workspace.root, commit="b" * 40)
+    with pytest.raises(RunError, match="several commits"):
+        released.release(workspace, tmp_path)
+    assert not (tmp_path / "runs").exists()
+    shutil.rmtree(workspace.root)
+    with pytest.raises(RunError, match="none of the 40 runs is complete; `ratlip grid --profile study"):
+        released.release(workspace, tmp_path)
+
+
+def test_damaged_results_are_named(workspace, tmp_path):
+    released.release(workspace, tmp_path)
+    path = tmp_path / "runs/visits.csv"
+    path.write_text(path.read_text().replace("label,seed", "name,seed", 1))
+    with pytest.raises(RunError, match=r"visits\.csv: has no column label"):
+        released.read(tmp_path)
+    path.unlink()
+    with pytest.raises(RunError, match="no released results"):
+        released.read(tmp_path)
+    assert read_json(tmp_path / "runs/plan.json")["visits"] == list(STEPS)
