@@ -1,4 +1,4 @@
-"""What a model costs: parameters, training steps, and above all generating, the paper's case against diffusion.
+"""What a model costs: parameters, and above all generating, the paper's case against diffusion.
 
 Times belong to one machine and are never compared with published ones. Memory is counted in tensors, so that it is the
 same number on every machine.
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ratlip.report.tables import MINE, NONE, Table
-from ratlip.studies import grid, performance
+from ratlip.studies import performance
 from ratlip.training.generation import best_device
 from ratlip.training.step import sample_latents
 
@@ -128,21 +128,6 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def step_times(workspace: Workspace, frame: pd.DataFrame) -> pd.DataFrame:
-    """Training time of each run of `frame` (rows of `grid.results`): label, seed, steps, seconds_a_step, seconds.
-
-    From the run's log: the median over its stretches between two rows, so that a start or a pause does not count; of a
-    run with one row, the mean.
-    """
-    rows = []
-    for run in frame.itertuples():
-        log = grid.training_log(workspace, run).drop_duplicates("step", keep="last")
-        stretches = (log.seconds.diff() / log.step.diff()).dropna()
-        step = stretches[stretches > 0].median() if len(stretches) else log.seconds.iloc[-1] / log.step.iloc[-1]
-        rows.append((run.label, run.seed, run.steps, step, run.training_seconds))
-    return pd.DataFrame(rows, columns=["label", "seed", "steps", "seconds_a_step", "seconds"])
-
-
 def against_diffusion(path: str | Path | None = None) -> tuple[str, str, str]:
     """Verdict on "inference is much cheaper than a diffusion model's", its evidence in a clause, and all of it.
 
@@ -176,18 +161,17 @@ def against_diffusion(path: str | Path | None = None) -> tuple[str, str, str]:
 def table(
     workspace: Workspace, generated: pd.DataFrame, runs: pd.DataFrame, measurement: str | Path | None = None
 ) -> Table:
-    """The table of costs: a row a model and device, from `generation` (with a column model) and `step_times`.
+    """The table of costs: a row a model and device, from `generation` (with a column model).
 
     `runs`: rows of `grid.results`. Latency is that of one image, throughput that of the best batch size. What is known
     of diffusion comes from `measurement`: see `against_diffusion`.
     """
-    steps, rows, threads = step_times(workspace, runs), [], torch.get_num_threads()
+    rows, threads = [], torch.get_num_threads()
     sizes = runs.drop_duplicates("label").set_index("label")["generator_parameters"]
     for (model, device), part in generated.groupby(["model", "device"], sort=False):
         one, best = part[part.batch == part.batch.min()].iloc[0], part.loc[part.images_per_second.idxmax()]
-        step, row = steps[steps.label == model].seconds_a_step, {"model": model, "whose": MINE, "device": device}
-        row |= {"threads": threads, "trained_parameters": sizes[model], "training_ms_a_step": 1000 * step.mean()}
-        row |= {"training_runs": len(step), "latency_ms": one.ms, "images_per_second": best.images_per_second}
+        row = {"model": model, "whose": MINE, "device": device, "threads": threads, "trained_parameters": sizes[model]}
+        row |= {"latency_ms": one.ms, "images_per_second": best.images_per_second}
         rows.append(row | {"at_batch": int(best.batch), "memory_mib": best.memory_mib})
     data = pd.DataFrame(rows)
     cores = f", {threads} thread{'s' * (threads != 1)}"
@@ -195,14 +179,13 @@ def table(
         device=[name.upper() + cores * (name == "cpu") for name in data["device"]],
         parameters=[NONE if pd.isna(n) else f"{n / 1e6:.3f} M" for n in data["trained_parameters"]],
     )
-    view["training step"] = data["training_ms_a_step"].map("{:.0f} ms".format)
     view["one image"] = data["latency_ms"].map("{:.1f} ms".format)
     view["images a second"] = data["images_per_second"].map("{:.0f}".format)
     view["at batch"] = data["at_batch"].map(str)
     view["tensors"] = data["memory_mib"].map("{:.1f} MiB".format)
     notes = [
         "From the caption's words to the image. Tensors: the most alive at one time beside the weights, at that batch "
-        "size. Training steps were timed in the runs, on whatever device those had.",
+        "size. What a training step takes is measured alone, by `ratlip bench`: runs share the machine.",
         against_diffusion(measurement)[2],
     ]
     title = f"What training and generating cost, measured here at {workspace.settings.model.image_size} px"

@@ -1,13 +1,15 @@
 """Does the generator memorise? Distances from generated images to training images, beside those of real ones.
 
-Real test images, which no generator has seen, say how near an image of this kind comes to the training set by itself.
+Real images, which no generator has seen, say how near an image of this kind comes to the training set by itself.
+Captions of the training split are asked, for which a copy would be at hand, beside those of the test split.
 Generated images of the same captions that come much nearer are copies (the idea of Meehan et al. 2020, "A
 non-parametric test to detect data-copying"). Two spaces: embeddings of the independent CLIP, and small pixels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,9 +17,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ratlip.clip.frozen import FrozenClip
+from ratlip.data import facts
 from ratlip.data.batches import real_images
-from ratlip.data.prepared import Split
-from ratlip.scores.evaluation import embed
+from ratlip.data.generated import generated_set
+from ratlip.data.prepared import Prepared, Split
+from ratlip.scores.evaluation import TEST_LATENTS, embed, test_pairs
+from ratlip.training.generation import generate
+from ratlip.training.step import sample_latents
+
+if TYPE_CHECKING:
+    from ratlip.training.generation import Run
 
 SPACES = ("independent CLIP", "pixels")
 THUMB = 32  # side in pixels at which images are compared; larger ones are averaged down
@@ -71,6 +80,24 @@ class Neighbours:
         if share - 2 * error > 10 * NEAR and high < 0.5:
             return "copies"
         return "nearer than real images" if high < 1 and share - 2 * error > NEAR else "no sign of copying"
+
+
+def material(run: Run, prepared: Prepared, split: str, count: int) -> tuple[Tensor, Tensor]:
+    """What `run` draws for `count` captions of a split, and real images that no training saw, both (N,3,S,S).
+
+    The real ones are new renders of the same captions on a generated set, else test images.
+    """
+    s, part = run.settings, prepared[split]
+    numbers, captions = test_pairs(replace(prepared, test=part), min(count, len(part)))
+    latent = sample_latents(0, TEST_LATENTS, len(captions), s.model.latent_size)
+    drawn = generate(run.generator, latent, run.clip.embed_text(captions).cpu())
+    size: dict[str, int] = dict(crop=s.data.crop, image_size=s.model.image_size)
+    if part.attributes is None:
+        shown = np.arange(len(captions)) % len(prepared.test)
+        return drawn, real_images(prepared.test, shown, size["crop"], size["image_size"])
+    made = generated_set(prepared)
+    rows = [part.caption_offsets[i] + part.captions[i].index(text) for i, text in zip(numbers, captions, strict=True)]
+    return drawn, made.fresh(facts.says(part, made.table)[rows], SEED, **size)[0]
 
 
 def search(

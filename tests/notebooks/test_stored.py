@@ -23,7 +23,6 @@ EXEMPT = (
     "training_seconds",
     "grid.complete(",
     "grad_cam.sweep(",
-    "cost.step_times(",
     "cost.generation(",
     "cost.table(",
     "cost.against_diffusion(",
