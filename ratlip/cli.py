@@ -207,7 +207,7 @@ def grid(
         if group or settings or run:
             raise SettingsError(f"{campaign}: a campaign names its groups and settings itself; leave them out")
         stages = campaigns.read_campaign(campaign)
-        left = campaigns.carry_out(stages, out, data, minutes, not quiet)
+        left = campaigns.carry_out(stages, out, data, minutes, not quiet, jobs)
         if collect:
             say(f"collected in {campaigns.collect(stages, collect, out, weights)}")
         total = sum(len(stage.runs()) for stage in stages)

@@ -92,6 +92,13 @@ def true_of(says: Any, shows: Any) -> Any:
     return agrees(says, shows).any(-1)
 
 
+def new(says: np.ndarray, shows: np.ndarray) -> np.ndarray:
+    """Which captions are true of none of these images: says (N,K), shows (M,R,K) -> bool (N,)."""
+    rows = max(1, 2**22 // shows[..., 0].size)
+    parts = [~true_of(part[:, None], shows).any(axis=1) for part in np.array_split(says, -(-len(says) // rows))]
+    return np.concatenate(parts)
+
+
 def says(split: Split, table: Values) -> np.ndarray:
     """What each caption of `split.all_captions` says: int16 (captions,K); all attributes where captions name all."""
     own = np.repeat(codes(split.attributes or [], table), np.diff(split.caption_offsets), axis=0)

@@ -28,6 +28,7 @@ CONTRASTS = {  # the plan's: question -> the two variants, positive where the fi
 MEASURED = {"RAT as the paper writes it against CAT": ("RAT + SA", "CAT + SA")}  # beside the plan, without a verdict
 BESIDE = {  # reported beside the end points, at the end of the training: column -> (name, real images' value)
     "judge_all": ("all named attributes right", "real.judge_all"),
+    "judge_new": ("of captions true of no training image", "real.judge_new"),
     "fresh.generated.frechet_distance": ("FD to fresh renders (small CLIP)", None),
     "diversity.ratio.entropy": ("entropy of what is not named / real", None),
     "diversity.ratio.spread": ("spread inside a caption / real", None),
@@ -169,7 +170,7 @@ def _answer_row(row: dict[str, Any]) -> list[str]:
 
 
 def _variant_row(row: dict[str, Any], columns: list[str]) -> list[str]:
-    shares = ("area", "judge_all")
+    shares = ("area", "judge_all", "judge_new")
     cells = [
         plus_minus(*((100 if column in shares else 1) * row[f"{column}{end}"] for end in ("", ".sd")))
         for column in columns

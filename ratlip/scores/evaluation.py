@@ -30,7 +30,7 @@ from ratlip.cache import digest, weights_digest
 from ratlip.clip.frozen import FrozenClip, with_normalisation
 from ratlip.clip.pairs import partial
 from ratlip.data.batches import real_images
-from ratlip.data.facts import UNNAMED, coding, says
+from ratlip.data.facts import UNNAMED, codes, coding, new, readings, says
 from ratlip.data.prepared import Prepared
 from ratlip.data.store import Store
 from ratlip.errors import RunError, SettingsError
@@ -121,8 +121,12 @@ class Instruments:
         self.columns |= {score: ((), "float32") for score in self.clips}
         if judge is not None:
             self.columns |= dict.fromkeys(("judge", "named"), ((len(judge.values),), "bool"))
-            said = says(prepared.test, coding(judge.values))
+            table = coding(judge.values)
+            said = says(prepared.test, table)
             self.says = dict(zip(prepared.test.all_captions, said, strict=True))
+            if partial(prepared.test):
+                self.columns["new"] = ((), "bool")
+                self.shown = readings(codes(prepared.train.attributes or [], table), table)
         self.identity = dict(
             extractor=self.extractor.key,
             data=prepared.manifest["content_sha256"],
@@ -140,6 +144,8 @@ class Instruments:
         if self.judge is not None:
             said = np.stack([self.says[caption] for caption in captions])
             found |= {"judge": judge_captions(self.judge, images, said), "named": said != UNNAMED}
+            if "new" in self.columns:
+                found["new"] = new(said, self.shown)
         return found
 
     def scores(self, store: Store, reference: Store) -> dict:
@@ -152,6 +158,9 @@ class Instruments:
             shares = (right & named).sum(0) / np.maximum(named.sum(0), 1)  # of those whose caption names it
             found["judge"] = {n: round(float(share), 4) for n, share in zip(self.judge.values, shares, strict=True)}
             found["judge_all"] = round(float(right.all(axis=1).mean()), 4)
+            if "new" in self.columns and store["new"].any():  # captions that are true of no training image
+                found["judge_new"] = round(float(right.all(axis=1)[store["new"]].mean()), 4)
+                found["new_captions"] = int(store["new"].sum())
         return found
 
     def labels(self) -> dict[str, str]:

@@ -77,17 +77,18 @@ def carry_out(
     data: str | Path | None = None,
     minutes: float | None = None,
     progress: bool = True,
+    jobs: int = 1,
 ) -> list[grid.Experiment]:
     """Train and score what is missing, stage by stage; the runs that are still missing when the time is used.
 
-    `root`: a folder for all profiles' outputs; outputs/ in the repository where None.
+    `root`: a folder for all profiles' outputs; outputs/ in the repository where None. `jobs`: see `grid.complete`.
     """
     end, left = grid.end_after(minutes), []
     for stage in stages:
         workspace = stage.workspace(root, progress)
         if data and time.monotonic() < end:
             workspace.prepare(data)
-        left += grid.train_missing(workspace, stage.runs(), "library", end)
+        left += grid.make(workspace, stage.runs(), "library", end, jobs)
     return left
 
 

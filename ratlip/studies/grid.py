@@ -160,7 +160,11 @@ def complete(
     that are still missing are returned, for another call. `jobs`: so many runs side by side, of one thread each
     (library only).
     """
-    runs, end = unique(plan(workspace.settings, *groups)), end_after(minutes)
+    return make(workspace, unique(plan(workspace.settings, *groups)), runner, end_after(minutes), jobs)
+
+
+def make(workspace: Workspace, runs: list[Experiment], runner: str, end: float, jobs: int = 1) -> list[Experiment]:
+    """`complete` for these runs, until `end`, a `time.monotonic()`."""
     if jobs == 1:
         return train_missing(workspace, runs, runner, end)
     if runner != "library":
@@ -170,6 +174,9 @@ def complete(
 
 def _side_by_side(workspace: Workspace, runs: list[Experiment], jobs: int, end: float) -> list[Experiment]:
     """`train_missing` in so many processes, each of which takes the next run that no other one is at."""
+    missing = [run for run in runs if not run.complete(workspace.root)]
+    if not missing or time.monotonic() >= end:
+        return missing
     make_shared(workspace)
     spawn, one = multiprocessing.get_context("spawn"), {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     quiet = dataclasses.replace(workspace, progress=False)

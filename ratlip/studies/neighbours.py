@@ -9,7 +9,7 @@ non-parametric test to detect data-copying"). Two spaces: embeddings of the inde
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ def material(run: Run, prepared: Prepared, split: str, count: int) -> tuple[Tens
     numbers, captions = test_pairs(replace(prepared, test=part), min(count, len(part)))
     latent = sample_latents(0, TEST_LATENTS, len(captions), s.model.latent_size)
     drawn = generate(run.generator, latent, run.clip.embed_text(captions).cpu())
-    size: dict[str, int] = dict(crop=s.data.crop, image_size=s.model.image_size)
+    size: dict[str, Any] = dict(crop=s.data.crop, image_size=s.model.image_size)
     if part.attributes is None:
         shown = np.arange(len(captions)) % len(prepared.test)
         return drawn, real_images(prepared.test, shown, size["crop"], size["image_size"])

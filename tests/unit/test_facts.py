@@ -289,3 +289,14 @@ def test_a_batch_holds_a_true_and_a_changed_caption_of_each_image(parts, name):
     assert found.diagonal().all() and not found[:, 12:].diagonal().any()
     plain = PairBatches(part, 12, seed=3, hard_negatives=False, made=made)
     assert len(plain(0).captions) == 12  # nothing is changed where no hard negatives are asked for
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_new_captions_are_true_of_no_training_image(parts, name):
+    part, table = parts[name], SETS[name].table
+    shows = facts.readings(facts.codes(part.attributes[:20], table), table)
+    said = facts.says(part, table)
+    truth = ~expected(part)[:20].any(axis=0)
+    assert 0.1 < truth.mean() < 0.9
+    np.testing.assert_array_equal(facts.new(said, shows), truth)
+    np.testing.assert_array_equal(facts.new(said[:3], np.repeat(shows, 9000, axis=0)), truth[:3])  # in parts
