@@ -108,6 +108,14 @@ def clip(profile: Profile = "demo", out: Out = None, settings: Set = None, quiet
         f"{workspace.clip.name}: R@1 {found['R@1']:.1%} (chance {found['chance_R@1']:.1%}), R@10 {found['R@10']:.1%}"
     )
     say(f"{first}, median rank {found['median_rank']:.0f} on {len(workspace.prepared.test)} test images")
+    if (s := workspace.settings).data.generated:
+        from ratlip.studies.inspection import told_apart
+
+        told = told_apart(workspace.clip, workspace.prepared, workspace.clip.image_size, s.data.crop)
+        say(
+            "closer to its caption than to it with one word changed: "
+            + ", ".join(f"{k} {v:.1%}" for k, v in told.items())
+        )
 
 
 @app.command()

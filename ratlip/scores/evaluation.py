@@ -154,12 +154,13 @@ class Instruments:
         found.setdefault("independent_similarity", None)
         found |= distances_and_diversity(store["features"], store["logits"], reference["features"])
         if self.judge is not None:
-            right, named = store["judge"], store["named"]
+            right, named = np.asarray(store["judge"]), store["named"]
             shares = (right & named).sum(0) / np.maximum(named.sum(0), 1)  # of those whose caption names it
             found["judge"] = {n: round(float(share), 4) for n, share in zip(self.judge.values, shares, strict=True)}
-            found["judge_all"] = round(float(right.all(axis=1).mean()), 4)
+            whole = right.all(axis=1)
+            found["judge_all"] = round(float(np.mean(whole)), 4)
             if "new" in self.columns and store["new"].any():  # captions that are true of no training image
-                found["judge_new"] = round(float(right.all(axis=1)[store["new"]].mean()), 4)
+                found["judge_new"] = round(float(np.mean(np.asarray(whole)[store["new"]])), 4)
                 found["new_captions"] = int(store["new"].sum())
         return found
 

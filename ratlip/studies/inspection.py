@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ratlip.clip.frozen import FrozenClip
-from ratlip.data.generated import GeneratedSet
+from ratlip.clip.pairs import partial
+from ratlip.data.batches import real_images
+from ratlip.data.generated import GeneratedSet, generated_set
+from ratlip.data.prepared import Prepared
 from ratlip.data.synthetic import ATTRIBUTES, caption
 from ratlip.networks import ConditionalAffine, Generator
 from ratlip.training.generation import Run, generate
@@ -28,6 +31,18 @@ def parameter_counts(network: nn.Module) -> dict[str, int]:
     """Trainable parameters of each direct part of a network."""
     parts = network.named_children()
     return {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts}
+
+
+def told_apart(clip: FrozenClip, prepared: Prepared, image_size: int, crop: int, seed: int = 0) -> dict[str, float]:
+    """For each attribute, the share of test images closer to a true caption than to it with that word changed.
+
+    By `words_told_apart` where captions name a part, else by `one_word_changed`. Guessing gives 0.5.
+    """
+    test = prepared.test
+    images = real_images(test, range(len(test)), crop, image_size).to(clip.mean.device)
+    if partial(test):
+        return words_told_apart(clip, generated_set(prepared), images, test.attributes or [], seed)
+    return one_word_changed(clip, images, test.attributes or [], seed)
 
 
 @torch.no_grad()

@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from ratlip.data.generated import generated_set
+from ratlip.settings import load_settings
 from ratlip.studies import inspection
 from ratlip.training import generation, session
 from ratlip.training.step import sample_latents
+from ratlip.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +51,33 @@ def test_fresh_affines_are_the_identity_whatever_words_and_latent_say(run):
     layers = inspection.steering(generator.eval(), sentences, latent)
     assert [row["layer"] for row in layers] == list(range(1, len(layers) + 1)) and len(layers) > 4
     assert all(row[name] == 0 for row in layers for name in ("words", "noise", "size", "shift"))
+
+
+class Oracle:
+    """A CLIP that sees all but one attribute: an embedding is one hot a value, nothing for what is not said."""
+
+    def __init__(self, made, part, blind):
+        self.table, self.blind, self.mean = made.table, blind, torch.zeros(1)
+        self.words = {value: name for name, values in made.table.items() for value in values}
+        self.images = self.rows(part.attributes)
+
+    def rows(self, known):
+        kept = [name for name in self.table if name != self.blind]
+        return torch.tensor([[float(each.get(n) == v) for n in kept for v in self.table[n]] for each in known])
+
+    def embed_images(self, images):
+        return self.images[: len(images)]
+
+    def embed_text(self, texts):
+        return self.rows([{self.words[w]: w for w in text.split() if w in self.words} for text in texts]) + 1e-4
+
+
+def test_a_word_that_clip_does_not_see_is_at_chance_and_all_others_are_told_apart(tmp_path):
+    given = {"data.named": "subset", "data.test_images": 200}
+    prepared = Workspace.of(load_settings("smoke", given), tmp_path, progress=False).prepared
+    made = generated_set(prepared)
+    oracle = Oracle(made, prepared.test, blind="object")
+    found = inspection.told_apart(oracle, prepared, 16, 16)
+    assert list(found) == list(made.values)
+    assert found.pop("object") == 0  # equal similarities are not "closer"
+    assert set(found.values()) == {1.0}
