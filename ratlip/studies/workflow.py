@@ -81,8 +81,9 @@ def _read(s: Settings, groups: list[str]) -> list[grid.Experiment]:
 
 def _depends(s: Settings, runs: dict[str, grid.Experiment], names: dict[str, list[str]]) -> dict[str, str]:
     """Digests of what the result of each notebook and each run depends on; `names`: the runs that a notebook reads."""
-    e = s.evaluation.model_dump(mode="json")
-    without_study = s.evaluation.model_dump(mode="json", exclude={"study"})
+    usual = {"split"} if s.evaluation.split == "test" else set()  # came later: results of before are not out of date
+    e = s.evaluation.model_dump(mode="json", exclude=usual)
+    without_study = s.evaluation.model_dump(mode="json", exclude={"study", *usual})
     # what decides a run's scores, but not its weights
     scores = {key: value for key, value in without_study.items() if key not in ("grid_captions", "grid_images")}
     scores["independent"] = s.independent_hash
