@@ -9,6 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+# Seeds below which nothing is decided: with fewer, six tests that are corrected for their number cannot decide at all
+# (`statistics.fewest_seeds`). A few short runs say how far apart variants are, and no verdict follows.
+FEWEST = 8
+
 # The scores by which variants are compared: column -> (label, higher is better). The training CLIP's similarity is
 # not among them: the generator was trained to raise it.
 COMPARED = {
@@ -75,12 +79,12 @@ def paired(frame: pd.DataFrame, a: str, b: str, column: str, higher_is_better: b
     """Mean of a - b over the seeds that both variants have (`differences`), with a 95 % t interval.
 
     The verdict on "a is better than b": "supported" or "contradicted" where the interval lies on one side of
-    zero, else "undecided". Two seeds leave one degree of freedom, and an interval of 12.7 standard errors.
+    zero and there are `FEWEST` seeds at least, else "undecided".
     """
     found = differences(frame, a, b, column, drop=True)
     mean, reach = float(np.mean(found)), half_interval(found)
     said = "supported" if (mean > 0) == higher_is_better else "contradicted"
-    verdict = said if abs(mean) > reach else "undecided"
+    verdict = said if abs(mean) > reach and len(found) >= FEWEST else "undecided"
     return Difference(mean, mean - reach, mean + reach, len(found), verdict, found.attrs["dropped"])
 
 

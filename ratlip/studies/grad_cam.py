@@ -307,13 +307,14 @@ def sweep(workspace: Workspace, runs: pd.DataFrame, material: Material, methods:
 def whole_object(frame: pd.DataFrame, label: str) -> tuple[float, str]:
     """Mean coverage of a variant over its seeds, and the verdict on "its maps cover the whole object".
 
-    "supported" where the 95 % t interval lies above `WHOLE`, "contradicted" where below, else "undecided".
+    "supported" where the 95 % t interval lies above `WHOLE`, "contradicted" where below; else, and with fewer than
+    `compare.FEWEST` seeds, "undecided".
     """
     values = frame.loc[frame["label"] == label, "coverage"].dropna()
     if len(values) < 2:
         return float(values.mean()), "undecided"
     lead = float(values.mean()) - WHOLE
-    decided = abs(lead) > compare.half_interval(values)
+    decided = abs(lead) > compare.half_interval(values) and len(values) >= compare.FEWEST
     return lead + WHOLE, ("supported" if lead > 0 else "contradicted") if decided else "undecided"
 
 

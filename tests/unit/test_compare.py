@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ratlip.studies import compare
+from ratlip.studies import compare, grad_cam, statistics
 
 
 def frame(**variants) -> pd.DataFrame:
@@ -17,6 +17,23 @@ def frame(**variants) -> pd.DataFrame:
             for seed, value in enumerate(values)
         ]
     )
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Verdicts of few seeds, so that a test can be read; that few decide nothing has a test of its own."""
+    monkeypatch.setattr(compare, "FEWEST", 2)
+
+
+def test_a_handful_of_seeds_decides_nothing(monkeypatch):
+    monkeypatch.undo()
+    assert statistics.fewest_seeds(6) == compare.FEWEST == 8
+    for count, said in ((2, "undecided"), (7, "undecided"), (8, "supported")):
+        values = 5 + 0.01 * np.arange(count)
+        table = frame(a=values, b=[0.0] * count)
+        assert compare.paired(table, "a", "b", "score").verdict == said
+        coverage = pd.DataFrame({"label": "h = 8", "coverage": 0.99 + 0.001 * np.arange(count)})
+        assert grad_cam.whole_object(coverage, "h = 8")[1] == said
 
 
 class TestDifferences:
