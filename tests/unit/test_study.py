@@ -21,23 +21,23 @@ SHARES = {
     "RAT scaled + norm": 0.6,
     "published RAT + SA": 0.35,
 }
-STEPS = (100, 200, 400, 800, 1200)
+STEPS = (100, 200, 400, 800)
 
 
 def share(label, seed, step):
     """Of a made-up run: it grows with the step, and is a little higher with each seed."""
-    return round(SHARES[label] * STEPS.index(step) / 4 + 0.002 * seed + (0.001 if label == "CAT + SA" else 0) * seed, 4)
+    return round(SHARES[label] * STEPS.index(step) / 3 + 0.002 * seed + (0.001 if label == "CAT + SA" else 0) * seed, 4)
 
 
 def made_up(run, root, commit="a" * 40, dirty=False):
     """The files of a finished run, without its weights."""
     folder = run.folder(root)
-    about = dict(steps=1200, training_seconds=300.0, commit=commit, uncommitted_changes=dirty, processor="none")
+    about = dict(steps=800, training_seconds=300.0, commit=commit, uncommitted_changes=dirty, processor="none")
     write_json(folder / "provenance.json", about)
     rows = [{"step": step, "judge_all": share(run.label, run.seed, step), "judge.size": 0.5} for step in STEPS[:-1]]
     write_text(folder / "visits.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_text(folder / "metrics.jsonl", "".join(json.dumps({"step": s, "g_total": 1 / s}) + "\n" for s in (25, 50)))
-    end = {"judge_all": share(run.label, run.seed, 1200), "judge": {"size": 0.75}, "images": 512, "seed": run.seed}
+    end = {"judge_all": share(run.label, run.seed, 800), "judge": {"size": 0.75}, "images": 512, "seed": run.seed}
     write_json(folder / "scores.json", end | {"labels": {}, "real": {"judge_all": 0.98}, "seconds_per_image": 0.1})
 
 
@@ -54,10 +54,10 @@ def test_what_is_released_holds_every_number_and_gives_the_answers(workspace, tm
     released.release(workspace, folder)
     found = released.read(folder)
     assert found.complete and len(found.runs) == 40 and found.seeds == list(range(8))
-    assert len(found.visits) == 40 * 5 and len(found.losses) == 40 * 2
+    assert len(found.visits) == 40 * 4 and len(found.losses) == 40 * 2
     row = found.visits.query("label == 'RAT + SA' and seed == 3").set_index("step")
     assert row["judge_all"].to_dict() == {step: share("RAT + SA", 3, step) for step in STEPS}
-    assert row["judge.size"].tolist() == [0.5] * 4 + [0.75] and "seconds_per_image" not in row
+    assert row["judge.size"].tolist() == [0.5] * 3 + [0.75] and "seconds_per_image" not in row
     run = next(run for run in grid.plan(workspace.settings, "study") if run.label == "CAT + SA")
     kept = (folder / "runs/settings" / f"{run.name}.yaml").read_text()
     assert kept == run.settings.to_yaml()
@@ -69,7 +69,7 @@ def test_what_is_released_holds_every_number_and_gives_the_answers(workspace, tm
     assert said.loc[("the paper's form against the published code's", "end"), "mean"] == pytest.approx(-5)
     other = said.loc[("the paper's form against the published code's", "end"), "answer"]
     assert other.startswith("published RAT + SA better at the end here")
-    area = np.trapezoid([0, 0.05, 0.1, 0.15, 0.2], np.log10(STEPS)) / np.log10(12)
+    area = np.trapezoid([0, 0.2 / 3, 0.4 / 3, 0.2], np.log10(STEPS)) / np.log10(8)
     of_area = said.loc[("RAT against CAT, equal scale", "area")]
     assert of_area["mean"] == pytest.approx(100 * area - 0.35, abs=0.01)
 
