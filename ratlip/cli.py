@@ -245,7 +245,6 @@ def study(
     release: Annotated[bool, typer.Option("--release", help="first copy what finished runs found")] = False,
     out: Out = None,
     folder: Annotated[Path | None, typer.Option("--report", help="the report's folder [reports/<profile>]")] = None,
-    group: Annotated[str, typer.Option(help="part of the grid that is released")] = "study",
     settings: Set = None,
 ) -> None:
     """Tables, figures and answers of the study, from the raw results that are released with it; nothing is trained.
@@ -254,14 +253,38 @@ def study(
     """
     from ratlip.files import repository
     from ratlip.report import study as tables
+    from ratlip.report import verify as checks
 
     home = repository() / (folder or f"reports/{Path(profile).stem}")
     if release:
         from ratlip.studies import released
-        from ratlip.workspace import open_workspace
 
-        say(shown(released.release(open_workspace(profile, out, settings=settings), home, group)))
+        say(shown(released.release(_workspace(profile, out, settings, True), home)))
     say(shown(tables.write(home)))
+    if release:
+        say(shown(checks.seal(home)))
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="released results")] = Path("reports/study"),
+    profile: Profile = "study",
+    rerun: Annotated[list[str] | None, typer.Option(metavar="LABEL:SEED", help="train it anew; repeatable")] = None,
+    out: Out = None,
+    settings: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say PASS, FAIL or INCONCLUSIVE: are released results intact, do they follow from raw data, do they come again?
+
+    Exit status 1 where a level fails. `--rerun "CAT + SA:0"` trains a released run anew, which takes minutes.
+    """
+    from ratlip.report import verify as checks
+
+    found = checks.verify(folder, _workspace(profile, out, settings, quiet), rerun or [])
+    for each in found:
+        say(f"{each.state:<13} {each.level}", *(f"    {line}" for line in each.found))
+    if any(each.state == checks.FAIL for each in found):
+        raise typer.Exit(1)
 
 
 @app.command()

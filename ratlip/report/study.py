@@ -98,14 +98,23 @@ def _beside(found: Released) -> list[str]:
     return [column for column in BESIDE if column in found.visits]
 
 
+def documents(folder: str | Path) -> dict[str, str]:
+    """Every table and text that follows from what was released into `folder`: {file below it: content}."""
+    found = released.read(folder)
+    if found.visits.empty:
+        raise RunError(f"{Path(folder) / 'runs'}: holds no run")
+    said, beside, table = answers(found), measured(found), variants(found)
+    tables = {"answers": said, "measured": beside, "variants": table}
+    made = {f"tables/{name}.csv": each.to_csv(index=False, float_format="%.6g") for name, each in tables.items()}
+    return made | {"answers.md": _page(found, said, beside, table)}
+
+
 def write(folder: str | Path) -> Path:
     """Make all of it from what was released into `folder`; the path of answers.md. RunError where nothing was."""
-    folder, found = Path(folder), released.read(folder)
-    if found.visits.empty:
-        raise RunError(f"{folder / 'runs'}: holds no run")
-    said, beside, table = answers(found), measured(found), variants(found)
-    for name, each in {"answers": said, "measured": beside, "variants": table}.items():
-        write_text(folder / "tables" / f"{name}.csv", each.to_csv(index=False, float_format="%.6g"))
+    folder = Path(folder)
+    for name, text in documents(folder).items():
+        write_text(folder / name, text)
+    found = released.read(folder)
     figures = {"study_curves": learning.learning_curves(found.visits, SCORE, "all named attributes right (%)")}
     d = {
         question: 100 * differences(end_points(found)["end"], *pair, SCORE, drop=True)
@@ -114,7 +123,6 @@ def write(folder: str | Path) -> Path:
     figures["study_differences"] = learning.seed_differences(d, "difference at the end (percentage points)")
     for name, figure in figures.items():
         style.keep(figure, folder, name)
-    write_text(folder / "answers.md", _page(found, said, beside, table))
     return folder / "answers.md"
 
 

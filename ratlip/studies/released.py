@@ -24,6 +24,7 @@ from ratlip.training.log import VISITS, read_rows
 if TYPE_CHECKING:
     from ratlip.workspace import Workspace
 
+TABLES = ("runs", "visits", "losses")
 ABOUT = ["label", "seed", "run"]
 PROVENANCE = ("training_seconds", "peak_memory_mib", "generator_parameters", "state_scale", "commit", "processor")
 NOT_SCORES = ("seed", "seconds_per_image", "real.", "chance.", "images")
@@ -100,7 +101,7 @@ def read(folder: str | Path) -> Released:
     """What was released into `folder`/runs. RunError names a file that is missing or not readable."""
     home = Path(folder) / "runs"
     try:
-        runs, visits, losses = (pd.read_csv(home / f"{name}.csv") for name in ("runs", "visits", "losses"))
+        runs, visits, losses = (pd.read_csv(home / f"{name}.csv") for name in TABLES)
         found = Released(runs, visits, losses, read_json(home / "real.json"), read_json(home / "plan.json"))
     except (OSError, ValueError) as problem:
         raise RunError(f"{home}: no released results, or damaged ones ({problem})") from problem
@@ -108,3 +109,36 @@ def read(folder: str | Path) -> Released:
         if lost := [column for column in ABOUT if column not in table]:
             raise RunError(f"{home / name}.csv: has no column {', '.join(lost)}")
     return found
+
+
+def compare_again(workspace: Workspace, folder: str | Path, label: str, seed: int, train: bool = True) -> pd.DataFrame:
+    """Train one released run anew (or find it) and hold every score of every visit against the released one.
+
+    One row a visit and score: step, score, released, again, `state`: "equal" (to the last digit that is kept), "inside"
+    (the range of the released seeds of this variant) or "outside". Without `train`, no row for a run that is not at
+    hand. RunError for a run that was not released.
+    """
+    found = read(folder)
+    kept = found.visits[(found.visits["label"] == label) & (found.visits["seed"] == seed)]
+    runs = [run for run in grid.plan(workspace.settings, "study") if (run.label, run.seed) == (label, seed)]
+    if kept.empty or not runs:
+        there = ", ".join(f"{name}:{number}" for name, number in found.runs[["label", "seed"]].itertuples(index=False))
+        raise RunError(f"{folder}: holds no run {label}:{seed}; there are {there}")
+    if runs[0].name != kept["run"].iloc[0]:
+        why = "the profile's settings are not those of the release"
+        raise RunError(f"{folder}: {label}, seed {seed} is the run {kept['run'].iloc[0]}, here {runs[0].name}: {why}")
+    if train:
+        grid.train_missing(workspace, runs, "library")
+    elif not runs[0].complete(workspace.root):
+        return pd.DataFrame()
+    home, rows = runs[0].folder(workspace.root), []
+    again = [row for row in read_rows(home / VISITS) if row["step"] < kept["step"].max()]
+    again.append({"step": int(kept["step"].max()), **numbers(read_json(home / "scores.json"))})
+    seeds = found.visits[found.visits["label"] == label]
+    for row, before in zip(again, kept.sort_values("step").to_dict("records"), strict=True):
+        others = seeds[seeds["step"] == row["step"]]
+        for score in [name for name in row if name in others and name != "step"]:
+            low, high = others[score].min(), others[score].max()
+            state = "equal" if row[score] == before[score] else "inside" if low <= row[score] <= high else "outside"
+            rows.append(dict(step=row["step"], score=score, released=before[score], again=row[score], state=state))
+    return pd.DataFrame(rows)

@@ -23,6 +23,7 @@ COMMANDS = [
     "generate",
     "grid",
     "study",
+    "verify",
     "report",
     "bench",
 ]

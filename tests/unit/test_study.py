@@ -9,7 +9,7 @@ import pytest
 
 from ratlip.errors import RunError
 from ratlip.files import read_json, write_json, write_text
-from ratlip.report import study
+from ratlip.report import study, verify
 from ratlip.settings import load_settings
 from ratlip.studies import grid, released
 from ratlip.workspace import Workspace
@@ -121,3 +121,89 @@ def test_damaged_results_are_named(workspace, tmp_path):
     with pytest.raises(RunError, match="no released results"):
         released.read(tmp_path)
     assert read_json(tmp_path / "runs/plan.json")["visits"] == list(STEPS)
+
+
+# `ratlip verify`: what was changed is found, and named.
+
+
+@pytest.fixture
+def sealed(workspace, tmp_path):
+    folder = tmp_path / "report"
+    released.release(workspace, folder)
+    study.write(folder)
+    write_text(folder / "plan.md", "# The plan\n")
+    verify.seal(folder)
+    return folder
+
+
+def states(checks):
+    return {each.level: each.state for each in checks}
+
+
+def test_what_was_released_passes_and_runs_at_hand_are_equal(sealed, workspace):
+    checks = verify.verify(sealed, workspace)
+    assert states(checks) == {"intact": "PASS", "recomputable": "PASS", "rerun": "PASS"}
+    assert len(checks[2].found) == 40 and "CAT + SA:0: of 8 scores 8 equal" in checks[2].found[0]
+    elsewhere = Workspace.of(workspace.settings, sealed / "none", progress=False)
+    last = verify.verify(sealed, elsewhere)[2]
+    assert last.state == "INCONCLUSIVE" and "--rerun 'CAT + SA:0' trains one" in last.found[0]
+    (sealed / "SHA256SUMS").unlink()
+    assert verify.intact(sealed).state == "INCONCLUSIVE"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "runs/visits.csv",
+        "runs/runs.csv",
+        "tables/answers.csv",
+        "tables/variants.csv",
+        "tables/measured.csv",
+        "answers.md",
+        "plan.md",
+    ],
+)
+def test_one_changed_digit_is_found_and_named(sealed, workspace, name):
+    path = sealed / name
+    text = path.read_text()
+    if name == "runs/visits.csv":
+        assert ",800,0.7," in text
+        path.write_text(text.replace(",800,0.7,", ",800,0.6,", 1))
+    else:
+        at = max(i for i, letter in enumerate(text) if letter.isdigit()) if name != "plan.md" else len(text) - 2
+        path.write_text(text[:at] + ("7" if text[at] != "7" else "8") + text[at + 1 :])
+    checks = verify.verify(sealed, workspace)
+    assert checks[0].state == "FAIL" and checks[0].found == (f"{name} was changed",)
+    follows = name in (
+        "runs/visits.csv",
+        "tables/answers.csv",
+        "tables/variants.csv",
+        "tables/measured.csv",
+        "answers.md",
+    )
+    assert (checks[1].state == "FAIL") == follows
+    if follows and not name.startswith("runs"):
+        assert checks[1].found[0].startswith(f"{name} does not follow from runs/: -")
+
+
+def test_missing_and_added_files_are_named(sealed, workspace):
+    (sealed / "plan.md").unlink()
+    write_text(sealed / "runs/more.csv", "x")
+    assert verify.intact(sealed).found == ("plan.md is missing", "runs/more.csv was not released")
+
+
+def test_a_run_that_comes_out_otherwise(sealed, workspace):
+    run = next(run for run in grid.plan(workspace.settings, "study") if (run.label, run.seed) == ("RAT + SA", 4))
+    path = run.folder(workspace.root) / "scores.json"
+    scores = read_json(path)
+    write_json(path, scores | {"judge_all": round(scores["judge_all"] + 0.001, 4)})
+    check = verify.rerun(sealed, workspace, ["RAT + SA:4"])
+    assert check.state == "PASS" and "1 inside" in check.found[0] and "7 equal" in check.found[0]
+    write_json(path, scores | {"judge_all": 0.9})
+    check = verify.rerun(sealed, workspace, ["RAT + SA:4"])
+    assert check.state == "FAIL" and "RAT + SA:4, step 800, judge_all: 0.9, released 0.308" in check.found[1]
+    with pytest.raises(RunError, match="holds no run RAT:9; there are CAT \\+ SA:0"):
+        verify.rerun(sealed, workspace, ["RAT:9"])
+    other = Workspace.of(load_settings("study", {"model.hidden_size": 16}), workspace.root, progress=False)
+    last = verify.verify(sealed, other, ["RAT + SA:4"])[2]
+    assert last.state == "FAIL" and "settings are not those of the release" in last.found[0]
