@@ -98,15 +98,54 @@ def _beside(found: Released) -> list[str]:
     return [column for column in BESIDE if column in found.visits]
 
 
+def support(found: Released, beside: pd.DataFrame) -> pd.DataFrame:
+    """One row a changed setting and variant: share right at the last step, and what the change makes of the same seeds.
+
+    `beside`: of `released.collected`. Differences in percentage points, over seeds: mean, least, largest. No test.
+    """
+    rows = []
+    for (changed, label), part in beside.groupby(["changed", "label"], sort=False):
+        last = part[part["step"] == part["step"].max()].set_index("seed")
+        study = found.visits[found.visits["label"] == label]
+        base = study[study["step"] == study["step"].max()].set_index("seed").loc[last.index]
+        d = 100 * (last[SCORE] - base[SCORE])
+        row = {"changed": changed, "variant": label, "seeds": len(last), "steps": int(last["step"].iloc[0])}
+        row |= {"right": 100 * last[SCORE].mean(), "in_the_study": 100 * base[SCORE].mean()}
+        row |= {"difference": d.mean(), "least": d.min(), "largest": d.max()}
+        for name in ("entropy", "spread"):
+            row[name] = last[f"diversity.ratio.{name}"].mean()
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _support_page(table: pd.DataFrame) -> list[str]:
+    if table.empty:
+        return []
+    heads = ["changed", "variant", "seeds", "steps", "right (%)", "in the study (%)", "difference (points)"]
+    rows = []
+    for r in table.to_dict("records"):
+        reach = f"{r['difference']:+.1f} ({r['least']:+.1f} to {r['largest']:+.1f})"
+        cells = [r["changed"], r["variant"], str(r["seeds"]), f"{r['steps']:,}", f"{r['right']:.0f}"]
+        rows.append([*cells, f"{r['in_the_study']:.0f}", reach, f"{r['entropy']:.2f}", f"{r['spread']:.2f}"])
+    return [
+        "## One setting changed (no answer follows)",
+        "Runs of [support.yaml](support.yaml) against the study's runs of the same seeds. Entropy of what captions "
+        "leave open and spread inside a caption are those of the changed runs, as shares of real images'.",
+        markdown([*heads, "entropy", "spread"], rows),
+    ]
+
+
 def documents(folder: str | Path) -> dict[str, str]:
     """Every table and text that follows from what was released into `folder`: {file below it: content}."""
     found = released.read(folder)
     if found.visits.empty:
         raise RunError(f"{Path(folder) / 'runs'}: holds no run")
     said, beside, table = answers(found), measured(found), variants(found)
-    tables = {"answers": said, "measured": beside, "variants": table}
+    more = released.collected(folder, found)
+    changed = support(found, more) if len(more) else pd.DataFrame()
+    tables = {"answers": said, "measured": beside, "variants": table} | ({"support": changed} if len(more) else {})
     made = {f"tables/{name}.csv": each.to_csv(index=False, float_format="%.6g") for name, each in tables.items()}
-    return made | {"answers.md": _page(found, said, beside, table)}
+    return made | {"answers.md": _page(found, said, beside, table, _support_page(changed))}
 
 
 def write(folder: str | Path) -> Path:
@@ -126,7 +165,7 @@ def write(folder: str | Path) -> Path:
     return folder / "answers.md"
 
 
-def _page(found: Released, said: pd.DataFrame, beside: pd.DataFrame, table: pd.DataFrame) -> str:
+def _page(found: Released, said: pd.DataFrame, beside: pd.DataFrame, table: pd.DataFrame, after: list[str]) -> str:
     heads = ["question", "end point", "difference (points)", "95 % interval", "p (Holm)", "answer"]
     rows = [_answer_row(row) for row in said.to_dict("records")]
     names = {"area": "area under the curve (%)", **{column: BESIDE[column][0] for column in _beside(found)}}
@@ -159,6 +198,7 @@ def _page(found: Released, said: pd.DataFrame, beside: pd.DataFrame, table: pd.D
             markdown(["variant", *names.values(), "seeds"], more),
             "## Measured beside the plan (no answer follows)",
             markdown(["question", "end point", "difference (points)", "95 % interval", "seeds"], other),
+            *after,
             "",
         ]
     )

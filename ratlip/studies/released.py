@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import yaml
 
 from ratlip.cache import dotted
 from ratlip.errors import RunError
@@ -109,6 +110,30 @@ def read(folder: str | Path) -> Released:
         if lost := [column for column in ABOUT if column not in table]:
             raise RunError(f"{home / name}.csv: has no column {', '.join(lost)}")
     return found
+
+
+def collected(folder: str | Path, found: Released) -> pd.DataFrame:
+    """The runs of `folder`/support (of `ratlip grid reports/study/support.yaml --collect`): one row a visit.
+
+    Columns: label, seed, run, `changed` (the settings that differ from the study's run of this label and seed), step
+    and every score. Empty where there are none. RunError for a run that has no fellow in the study.
+    """
+    home, rows = Path(folder) / "support", []
+    runs = {(label, seed): run for label, seed, run in found.runs[ABOUT].itertuples(index=False)}
+    for path in sorted(home.glob("*/*/scores.json")):
+        scores, config = read_json(path), yaml.safe_load((path.parent / "config.yaml").read_text("utf-8"))
+        label, seed = read_json(path.parent / "checkpoint.json")["label"], config["seed"]
+        if (label, seed) not in runs:
+            raise RunError(f"{path.parent}: the study has no run of {label!r} with seed {seed} to hold it against")
+        base = yaml.safe_load((Path(folder) / "runs/settings" / f"{runs[label, seed]}.yaml").read_text("utf-8"))
+        mine, other = (dotted({part: each[part] for part in ("clip", "model", "training")}) for each in (config, base))
+        differ = [name for name in mine if mine[name] != other.get(name) and not name.startswith("training.visits")]
+        own = {"label": label, "seed": seed, "run": path.parent.name}
+        own["changed"] = ", ".join(f"{name.partition('.')[2]} {mine[name]}" for name in differ)
+        steps = read_json(path.parent / "provenance.json")["steps"]
+        visits = [row for row in read_rows(path.parent / VISITS) if row["step"] < steps]
+        rows += [own | row for row in [*visits, {"step": steps, **numbers(scores)}]]
+    return pd.DataFrame(rows)
 
 
 def compare_again(workspace: Workspace, folder: str | Path, label: str, seed: int, train: bool = True) -> pd.DataFrame:

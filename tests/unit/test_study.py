@@ -207,3 +207,23 @@ def test_a_run_that_comes_out_otherwise(sealed, workspace):
     other = Workspace.of(load_settings("study", {"model.hidden_size": 16}), workspace.root, progress=False)
     last = verify.verify(sealed, other, ["RAT + SA:4"])[2]
     assert last.state == "FAIL" and "settings are not those of the release" in last.found[0]
+
+
+def test_runs_with_one_setting_changed_stand_beside_those_of_the_same_seeds(sealed, workspace, tmp_path):
+    for seed, lead in ((0, 0.1), (1, 0.2)):
+        given = {"model.bridge_scale": 0, "training.visits": [100, 400], "seed": seed, "training.steps": 800}
+        changed = grid.overridden(workspace.settings, {**grid.RAT, **grid.ATTENTION, **grid.SCALED, **given})
+        run = grid.Experiment("RAT scaled + SA", "study", seed, changed)
+        made_up(run, tmp_path)
+        folder = sealed / "support/study" / run.name
+        shutil.copytree(run.folder(tmp_path), folder)
+        write_text(folder / "config.yaml", changed.to_yaml())
+        write_json(folder / "checkpoint.json", {"label": run.label})
+        scores = read_json(folder / "scores.json") | {"judge_all": share(run.label, seed, 800) - lead}
+        write_json(folder / "scores.json", scores | {"diversity": {"ratio": {"entropy": 0.25, "spread": 0.5}}})
+    found = released.read(sealed)
+    table = study.support(found, released.collected(sealed, found))
+    row = table.iloc[0]
+    assert len(table) == 1 and row["changed"] == "bridge_scale 0.0" and row["seeds"] == 2
+    assert (row["difference"], row["least"], row["largest"]) == pytest.approx((-15, -20, -10))
+    assert "| bridge_scale 0.0 | RAT scaled + SA | 2 | 800 |" in study.write(sealed).read_text()
