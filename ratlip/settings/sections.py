@@ -222,6 +222,16 @@ class TrainingSettings(Section):
     checkpoint_every: PositiveInt = 500
     visits: tuple[PositiveInt, ...] = Field((), description="steps at which the generator is scored, as at the end")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_gone(cls, given: Any) -> Any:
+        """Runs of before name `compile`, which was off in all of them."""
+        if not isinstance(given, dict) or "compile" not in given:
+            return given
+        if given["compile"]:
+            raise ValueError("compile is gone: G's gradient was wrong with it (reports/performance.md); leave it out")
+        return {name: value for name, value in given.items() if name != "compile"}
+
     @model_validator(mode="after")
     def _fits(self):
         if (self.steps is None) == (self.epochs is None):

@@ -1,4 +1,4 @@
-"""One table of the differences between paper and published code: profiles, settings, the table of the settings and tests agree with it."""
+"""One table of the differences between paper and published code: profiles, settings and tests agree with it."""
 
 from pathlib import Path
 
