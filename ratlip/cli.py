@@ -243,6 +243,7 @@ def grid(
 def study(
     profile: Profile = "study",
     release: Annotated[bool, typer.Option("--release", help="first copy what finished runs found")] = False,
+    probes: Annotated[bool, typer.Option("--probes", help="with --release: read off what each layer knows")] = False,
     out: Out = None,
     folder: Annotated[Path | None, typer.Option("--report", help="the report's folder [reports/<profile>]")] = None,
     settings: Set = None,
@@ -259,7 +260,10 @@ def study(
     if release:
         from ratlip.studies import released
 
-        say(shown(released.release(_workspace(profile, out, settings, True), home)))
+        workspace = _workspace(profile, out, settings)
+        say(shown(released.release(workspace, home)))
+        if probes:
+            released.probe(workspace, home)
     say(shown(tables.write(home)))
     if release:
         say(shown(checks.seal(home)))

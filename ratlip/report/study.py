@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from ratlip.errors import RunError
 from ratlip.files import write_text
@@ -98,6 +99,57 @@ def _beside(found: Released) -> list[str]:
     return [column for column in BESIDE if column in found.visits]
 
 
+def _depth(probed: dict[str, pd.DataFrame]) -> Figure:
+    """What each layer is told and knows: probes of conditions and maps (mean over attributes), and a changed word."""
+    by = ["label", "seed", "place", "layer"]
+    means = probed["probes"].groupby(by, sort=False)[["accuracy", "chance"]].mean().mul(100).reset_index()
+    means = means.rename(columns={"accuracy": "value"})
+    words = (
+        probed["words"].groupby(["label", "seed", "layer"], sort=False)["gamma"].mean().rename("value").reset_index()
+    )
+    panels = {
+        "what an affine reads": means[means["place"] == "condition"],
+        "the map after a block": means[means["place"] == "map"],
+        "a changed word": words,
+    }
+    read, chance = "attributes read (%)", float(means["chance"].mean())
+    names = {"what an affine reads": ("affine", read), "the map after a block": ("block", read)}
+    names["a changed word"] = ("affine", "change of gamma / its spread")
+    titles = list(panels)
+    return learning.by_depth(panels, names, dict.fromkeys(titles[:2], chance))
+
+
+def depth_table(probed: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row a variant and place: attributes read at the first and the last layer (%), mean and sd over seeds."""
+    rows = []
+    means = probed["probes"].groupby(["label", "seed", "place", "layer"], sort=False)["accuracy"].mean().reset_index()
+    for (label, place), part in means.groupby(["label", "place"], sort=False):
+        ends = {"first": part["layer"].min(), "last": part["layer"].max()}
+        row = {"variant": label, "place": place, "seeds": part["seed"].nunique()}
+        for name, layer in ends.items():
+            values = 100 * part.loc[part["layer"] == layer, "accuracy"]
+            row |= {name: values.mean(), f"{name}.sd": values.std()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _depth_page(table: pd.DataFrame) -> list[str]:
+    if table.empty:
+        return []
+    names = {"condition": "what an affine reads", "map": "the map after a block"}
+    rows = []
+    for r in table.to_dict("records"):
+        ends = [plus_minus(r[name], r[f"{name}.sd"]) for name in ("first", "last")]
+        rows.append([r["variant"], names[r["place"]], *ends, str(r["seeds"])])
+    return [
+        "## What each layer knows (no answer follows)",
+        "Share of the named attributes that a linear probe reads, mean over attributes, of captions that it was not "
+        "fitted on: at the first and at the last layer of each kind.",
+        "![what each layer knows](figures/study_depth.png)",
+        markdown(["variant", "where", "first (%)", "last (%)", "seeds"], rows),
+    ]
+
+
 def support(found: Released, beside: pd.DataFrame) -> pd.DataFrame:
     """One row a changed setting and variant: share right at the last step, and what the change makes of the same seeds.
 
@@ -143,9 +195,12 @@ def documents(folder: str | Path) -> dict[str, str]:
     said, beside, table = answers(found), measured(found), variants(found)
     more = released.collected(folder, found)
     changed = support(found, more) if len(more) else pd.DataFrame()
-    tables = {"answers": said, "measured": beside, "variants": table} | ({"support": changed} if len(more) else {})
+    probed = released.read_probes(folder)
+    deep = depth_table(probed) if probed else pd.DataFrame()
+    tables = {"answers": said, "measured": beside, "variants": table, "support": changed, "depth": deep}
+    tables = {name: each for name, each in tables.items() if len(each)}
     made = {f"tables/{name}.csv": each.to_csv(index=False, float_format="%.6g") for name, each in tables.items()}
-    return made | {"answers.md": _page(found, said, beside, table, _support_page(changed))}
+    return made | {"answers.md": _page(found, said, beside, table, [*_depth_page(deep), *_support_page(changed)])}
 
 
 def write(folder: str | Path) -> Path:
@@ -160,6 +215,8 @@ def write(folder: str | Path) -> Path:
         for question, pair in CONTRASTS.items()
     }
     figures["study_differences"] = learning.seed_differences(d, "difference at the end (percentage points)")
+    if probed := released.read_probes(folder):
+        figures["study_depth"] = _depth(probed)
     for name, figure in figures.items():
         style.keep(figure, folder, name)
     return folder / "answers.md"
@@ -212,8 +269,7 @@ def _answer_row(row: dict[str, Any]) -> list[str]:
     point = {"area": "faster (area)", "end": "better at the end"}[row["end_point"]]
     if row.get("mean") is None or not np.isfinite(row["mean"]):
         return [row["question"], point, "-", "-", "-", row["answer"]]
-    bounds = (row["low"], row["high"]) if np.isfinite(row["low"]) else (row["t_low"], row["t_high"])
-    reach = f"{bounds[0]:+.1f} to {bounds[1]:+.1f}" + ("" if np.isfinite(row["low"]) else " (t)")
+    reach = f"{row['low']:+.1f} to {row['high']:+.1f}" if np.isfinite(row["low"]) else "too few seeds"
     return [row["question"], point, f"{row['mean']:+.1f}", reach, f"{row['adjusted']:.3f}", row["answer"]]
 
 

@@ -19,6 +19,7 @@ import yaml
 from ratlip.cache import dotted
 from ratlip.errors import RunError
 from ratlip.files import read_json, write_json, write_text
+from ratlip.progress import bar
 from ratlip.studies import grid
 from ratlip.training.log import VISITS, read_rows
 
@@ -96,6 +97,29 @@ def release(workspace: Workspace, folder: str | Path, group: str = "study") -> P
     steps = [step for step in workspace.settings.training.visits if last is None or step < last]
     write_json(target / "plan.json", {"labels": labels, "seeds": seeds, "visits": [*steps, last]})
     return target
+
+
+def probe(workspace: Workspace, folder: str | Path, group: str = "study") -> Path:
+    """Write what each layer of the complete runs knows into `folder`/runs: probes.csv, words.csv (`studies.probes`)."""
+    from ratlip.data.generated import generated_set  # these bring scikit-learn, which re-analysis need not wait for
+    from ratlip.studies import probes
+
+    target, tables = Path(folder) / "runs", dict[str, list[pd.DataFrame]](probes=[], words=[])
+    runs = [run for run in grid.plan(workspace.settings, group) if run.complete(workspace.root)]
+    made, test = generated_set(workspace.prepared), workspace.prepared.test
+    for each in bar(runs, desc="probes", unit="run", enabled=workspace.progress):
+        run, own = grid.open_run(workspace, each), {"label": each.label, "seed": each.seed}
+        tables["probes"].append(probes.readable(run, workspace.prepared, len(test)).assign(**own))
+        tables["words"].append(probes.word_effect(run, made, (test.attributes or [])[:128]).assign(**own))
+    for name, parts in tables.items():
+        write_text(target / f"{name}.csv", pd.concat(parts).to_csv(index=False, float_format="%.5g"))
+    return target
+
+
+def read_probes(folder: str | Path) -> dict[str, pd.DataFrame]:
+    """ "probes" and "words" as `probe` has written them; nothing where it has not."""
+    paths = {name: Path(folder) / "runs" / f"{name}.csv" for name in ("probes", "words")}
+    return {name: pd.read_csv(path) for name, path in paths.items() if path.is_file()}
 
 
 def read(folder: str | Path) -> Released:

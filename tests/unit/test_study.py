@@ -227,3 +227,30 @@ def test_runs_with_one_setting_changed_stand_beside_those_of_the_same_seeds(seal
     assert len(table) == 1 and row["changed"] == "bridge_scale 0.0" and row["seeds"] == 2
     assert (row["difference"], row["least"], row["largest"]) == pytest.approx((-15, -20, -10))
     assert "| bridge_scale 0.0 | RAT scaled + SA | 2 | 800 |" in study.write(sealed).read_text()
+
+
+def test_what_layers_know_is_released_and_told(sealed):
+    rows, words = [], []
+    for label, lead in (("CAT + SA", 0.0), ("RAT + SA", 0.1)):
+        for seed in (0, 1):
+            for place, layers in (("condition", (1, 20)), ("map", (1, 5))):
+                for layer in layers:
+                    for attribute, extra in (("object", 0.0), ("colour", 0.2)):
+                        own = {"place": place, "layer": layer, "attribute": attribute, "captions": 9, "chance": 0.3}
+                        rows.append(
+                            {**own, "accuracy": 0.5 + lead + extra + 0.1 * (layer > 1), "label": label, "seed": seed}
+                        )
+            words += [
+                {"layer": n, "change": "object", "gamma": n / 10, "beta": 0.1, "label": label, "seed": seed}
+                for n in (1, 2)
+            ]
+    for name, each in {"probes": rows, "words": words}.items():
+        write_text(sealed / "runs" / f"{name}.csv", pd.DataFrame(each).to_csv(index=False))
+    table = study.depth_table(released.read_probes(sealed)).set_index(["variant", "place"])
+    assert table.loc[("RAT + SA", "map"), ["first", "last"]].tolist() == pytest.approx([70, 80])
+    assert table.loc[("CAT + SA", "condition"), "first"] == pytest.approx(60) and (table["seeds"] == 2).all()
+    page = study.write(sealed).read_text()
+    assert "| RAT + SA | the map after a block | 70 ± 0 | 80 ± 0 | 2 |" in page.replace(
+        "70.00 ± 0.00", "70 ± 0"
+    ).replace("80.00 ± 0.00", "80 ± 0")
+    assert (sealed / "figures/study_depth.png").is_file() and (sealed / "tables/depth.csv").is_file()
