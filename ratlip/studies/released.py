@@ -63,21 +63,29 @@ def numbers(scores: dict[str, Any]) -> dict[str, float]:
 def release(workspace: Workspace, folder: str | Path, group: str = "study") -> Path:
     """Write the raw results of the complete runs of `group` into `folder`/runs; RunError where there is none.
 
-    Also RunError where a run was made from uncommitted changes, or runs from more than one commit: such numbers cannot
-    be made again.
+    Runs that were released before and are not at hand stay as they are: a study may be trained in sittings, and on a
+    machine that keeps nothing. Also RunError where a run was made from uncommitted changes, or runs from more than one
+    commit: such numbers cannot be made again.
     """
     plan = grid.plan(workspace.settings, group)
     runs = [run for run in plan if run.complete(workspace.root)]
     if not runs:
         command = f"ratlip grid --profile {workspace.settings.profile} --group {group} --run"
         raise RunError(f"{workspace.root / 'runs'}: none of the {len(plan)} runs is complete; `{command}` makes them")
-    kept = {run.name: read_json(run.folder(workspace.root) / "provenance.json") for run in runs}
+    target = Path(folder) / "runs"
+    before = read(folder) if (target / "runs.csv").is_file() else None
+    names = {run.name: number for number, run in enumerate(plan)}
+    there = set(before.runs["run"]) & names.keys() - {run.name for run in runs} if before else set()
+    kept = (
+        {name: each for name, each in read_json(target / "provenance.json").items() if name in there} if there else {}
+    )
+    kept |= {run.name: read_json(run.folder(workspace.root) / "provenance.json") for run in runs}
     if dirty := [name for name, each in kept.items() if each["uncommitted_changes"] is not False]:
         mend = "delete it, commit, and train it again"
         raise RunError(f"{workspace.root / 'runs' / dirty[0]}: trained with uncommitted changes; {mend}")
     if len(commits := sorted({each["commit"] for each in kept.values()})) > 1:
         raise RunError(f"{workspace.root / 'runs'}: the runs come from several commits ({', '.join(commits)})")
-    target, about, visits, losses = Path(folder) / "runs", [], [], []
+    about, visits, losses = [], [], []
     for run in runs:
         home, own = run.folder(workspace.root), {"label": run.label, "seed": run.seed, "run": run.name}
         scores = read_json(home / "scores.json")
@@ -88,7 +96,12 @@ def release(workspace: Workspace, folder: str | Path, group: str = "study") -> P
         losses += [own | row for row in read_rows(home / "metrics.jsonl")]
         write_text(target / "settings" / f"{run.name}.yaml", run.settings.to_yaml())
     for name, each in {"runs": about, "visits": visits, "losses": losses}.items():
-        write_text(target / f"{name}.csv", pd.DataFrame(each).to_csv(index=False))
+        table = pd.DataFrame(each)
+        if before is not None and there:
+            old = getattr(before, name)
+            table = pd.concat([old[old["run"].isin(there)], table], ignore_index=True)
+        table = table.sort_values("run", key=lambda column: column.map(names), kind="stable")
+        write_text(target / f"{name}.csv", table.to_csv(index=False))
     scores = read_json(runs[0].folder(workspace.root) / "scores.json")
     write_json(target / "real.json", {name: scores[name] for name in ("real", "chance", "labels") if name in scores})
     write_json(target / "provenance.json", kept)
@@ -100,15 +113,22 @@ def release(workspace: Workspace, folder: str | Path, group: str = "study") -> P
 
 
 def probe(workspace: Workspace, folder: str | Path, group: str = "study") -> Path:
-    """Write what each layer of the complete runs knows into `folder`/runs: probes.csv, words.csv (`studies.probes`)."""
+    """Write what each layer of the complete runs knows into `folder`/runs: probes.csv, words.csv (`studies.probes`).
+
+    Runs whose rows are there already are not read again.
+    """
     from ratlip.data.generated import generated_set  # these bring scikit-learn, which re-analysis need not wait for
     from ratlip.studies import probes
 
-    target, tables = Path(folder) / "runs", dict[str, list[pd.DataFrame]](probes=[], words=[])
-    runs = [run for run in grid.plan(workspace.settings, group) if run.complete(workspace.root)]
+    target, before = Path(folder) / "runs", read_probes(folder)
+    tables = {name: [before[name]] if name in before else [] for name in ("probes", "words")}
+    done = set(before["words"]["run"]) if "words" in before else set()
+    runs = [
+        run for run in grid.plan(workspace.settings, group) if run.complete(workspace.root) and run.name not in done
+    ]
     made, test = generated_set(workspace.prepared), workspace.prepared.test
     for each in bar(runs, desc="probes", unit="run", enabled=workspace.progress):
-        run, own = grid.open_run(workspace, each), {"label": each.label, "seed": each.seed}
+        run, own = grid.open_run(workspace, each), {"label": each.label, "seed": each.seed, "run": each.name}
         tables["probes"].append(probes.readable(run, workspace.prepared, len(test)).assign(**own))
         tables["words"].append(probes.word_effect(run, made, (test.attributes or [])[:128]).assign(**own))
     for name, parts in tables.items():

@@ -254,3 +254,27 @@ def test_what_layers_know_is_released_and_told(sealed):
         "70.00 ± 0.00", "70 ± 0"
     ).replace("80.00 ± 0.00", "80 ± 0")
     assert (sealed / "figures/study_depth.png").is_file() and (sealed / "tables/depth.csv").is_file()
+
+
+def test_what_was_released_before_stays_where_its_runs_are_gone(workspace, tmp_path):
+    folder, runs = tmp_path / "report", grid.plan(workspace.settings, "study")
+    for run in runs[20:]:
+        shutil.rmtree(run.folder(workspace.root))
+    released.release(workspace, folder)
+    assert released.read(folder).seeds == [0, 1, 2, 3]
+    for run in runs[:20]:
+        shutil.rmtree(run.folder(workspace.root))
+    for run in runs[18:]:  # two of them once more, and otherwise
+        made_up(run, workspace.root)
+    path = runs[19].folder(workspace.root) / "scores.json"
+    write_json(path, read_json(path) | {"judge_all": 0.1234})
+    released.release(workspace, folder)
+    found = released.read(folder)
+    assert found.complete and found.runs["run"].tolist() == [run.name for run in runs]
+    assert len(found.visits) == 40 * 4 and len(found.losses) == 40 * 2
+    last = found.visits[(found.visits["run"] == runs[19].name) & (found.visits["step"] == 800)]
+    assert last["judge_all"].tolist() == [0.1234]
+    assert set(read_json(folder / "runs/provenance.json")) == {run.name for run in runs}
+    made_up(runs[39], workspace.root, commit="b" * 40)
+    with pytest.raises(RunError, match="several commits"):
+        released.release(workspace, folder)
