@@ -26,7 +26,7 @@ from ratlip.settings.sections import GENERATED
 
 NAMES = get_args(DataSettings.model_fields["dataset"].annotation)  # each has a module of its own, its reader
 SOURCES: dict[str, Source] = {
-    name: import_module(f"ratlip.data.{name}").SOURCE for name in NAMES if name not in GENERATED
+    name: import_module(f"ratlip.data.{name}").SOURCE for name in NAMES if name not in (*GENERATED, "folder")
 }
 
 

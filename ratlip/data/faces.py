@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ratlip.data.layout import Source, fields, find_root, finish, read_rows, read_text
+from ratlip.data.layout import Source, fields, find_root, finish, read_rows, read_text, root_problems
 from ratlip.data.records import Problems, Record, Records
 
 SOURCE = Source(
@@ -77,7 +77,7 @@ def read(root: str | Path, tiny: bool = True, size: int = TINY_SIZE, captions_pe
     tiny takes CelebA-tiny (`size` images) instead of all. Raises DataError that lists every problem with its path.
     """
     root = find_root(root, SOURCE)
-    folder, problems = root / "img_align_celeba", Problems(f"the faces in {root}")
+    folder, problems = root / "img_align_celeba", root_problems(root, "the faces")
     positives = _read_attributes(root / "list_attr_celeba.txt", problems)
     identities = read_rows(root / "identity_CelebA.txt", fields(str, int), "'image identity'", problems)
     on_disk = {path.name for path in folder.iterdir()}

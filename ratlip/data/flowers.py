@@ -14,7 +14,17 @@ from pathlib import Path
 
 from scipy.io import loadmat
 
-from ratlip.data.layout import Remote, Source, find_root, finish, published_split, read_captions, read_rows, read_text
+from ratlip.data.layout import (
+    Remote,
+    Source,
+    find_root,
+    finish,
+    published_split,
+    read_captions,
+    read_rows,
+    read_text,
+    root_problems,
+)
 from ratlip.data.records import Problems, Record, Records
 
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
@@ -57,7 +67,7 @@ def read(root: str | Path, human_captions_only: bool = False) -> Records:
     only compared with the class folders. Raises DataError that lists every problem with its path.
     """
     root = find_root(root, SOURCE)
-    problems = Problems(f"the flowers in {root}")
+    problems = root_problems(root, "the flowers")
     kinds = _caption_kinds(root / "manifest.tsv", problems)
     images = {path.stem: path for path in sorted((root / "jpg").glob("*.jpg"))}
     texts = _caption_files(root / "text_c10", problems)
