@@ -5,6 +5,7 @@ Commands import what they need when they are called: with torch, `ratlip --help`
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -41,6 +42,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda")]
 Workers = Annotated[int, typer.Option(help="loader processes")]
+_MODEL = "a run folder, an exported model, or hf://owner/name [the newest main run, or the model that came along]"
 
 
 def say(*lines: str) -> None:
@@ -146,7 +148,7 @@ def evaluate(profile: Profile = "demo", out: Out = None, settings: Set = None, q
 @app.command()
 def generate(
     captions: Annotated[list[str], typer.Argument(help="one caption or more, each in quotes")],
-    run: Annotated[Path, typer.Option("--run", help="a run folder, e.g. outputs/demo/runs/...")],
+    run: Annotated[str | None, typer.Option("--run", help=_MODEL)] = None,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="images a caption")] = 8,
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG, or folder of images")] = Path("grid.png"),
@@ -155,8 +157,12 @@ def generate(
     clip_folder: Annotated[Path | None, typer.Option(help="where the run's CLIP is, if not beside the run")] = None,
     device: Accelerator = "auto",
 ) -> None:
-    """Draw your own captions with a trained run."""
+    """Draw your own captions with a trained model; which one, it says."""
+    if wrong := next((caption for caption in captions if os.path.lexists(caption)), None):
+        mend = "give the model with --run, and each caption in quotes"
+        raise SettingsError(f"{wrong}: is a file or folder here, and no caption; {mend}")
     from ratlip.plots.pictures import caption_grid, save_images
+    from ratlip.training.choice import default_model
     from ratlip.training.generation import Run, file_names
 
     files = file_names(len(captions), n, names, batch_size)
@@ -165,7 +171,7 @@ def generate(
         raise SettingsError(f"--output {output}: {mend}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        opened = Run(run, device=device, clip_folder=clip_folder)
+        opened = Run(run or default_model(), device=device, clip_folder=clip_folder)
         images = opened.generate(captions, n, seed, batch_size)
     stderr = Console(stderr=True, highlight=False, emoji=False)  # stdout holds the path alone, for other programs
     stderr.print(f"drawn by {opened}", markup=False, soft_wrap=True)
@@ -177,6 +183,23 @@ def generate(
     else:
         save_images(images.flatten(0, 1), output, files)
     say(str(output))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run folder, e.g. outputs/demo/runs/...")],
+    to: Annotated[Path, typer.Option("--to", help="the folder to make")],
+    caption: Annotated[
+        list[str] | None, typer.Option(help="of the sample grid; repeatable [of the test split]")
+    ] = None,
+    clip_folder: Annotated[Path | None, typer.Option(help="where the run's CLIP is, if not beside the run")] = None,
+) -> None:
+    """Pack a run into one folder that needs nothing beside it: weights, settings, model card, sample grid."""
+    from ratlip.report import card
+
+    folder = card.export(run, to, caption or (), clip_folder)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    say(f'{folder}: {size / 1e6:.1f} MB; `ratlip generate --run {folder} "..."` draws with it')
 
 
 @app.command()

@@ -43,7 +43,9 @@ By hand, into the same folder:
      and unpack it (and the text.zip in it, if there is one). It gives text/, train/filenames.pickle and
      test/filenames.pickle.""",
     needed=(("text",), ("train/filenames.pickle", "trainvalclasses.txt")),
-    fetched=(Remote(CALTECH, SHA256, "CUB_200_2011"),),
+    licence="Photographs found on Flickr, each its owner's; given away for research, and no licence that covers them "
+    "is stated.",
+    fetched=(Remote(CALTECH, SHA256, "CUB_200_2011", 1_150_585_339),),
 )
 COMPLETE = {"images": 11788, "train": 8855, "test": 2933}
 

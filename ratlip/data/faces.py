@@ -41,6 +41,8 @@ https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html:
   2. list_attr_celeba.txt ("Attributes Annotations") and, if wanted, list_eval_partition.txt.
   3. identity_CelebA.txt ("Identities Annotations"); the identities may have to be asked for.""",
     needed=(("img_align_celeba",), ("list_attr_celeba.txt",), ("identity_CelebA.txt",)),
+    licence="Photographs of people found on the web; CelebA's agreement allows non-commercial research alone, and no "
+    "copying on of pictures.",
 )
 COMPLETE = {"images": 202599, "identities": 10177}
 TINY_SIZE, TINY_PER_IDENTITY, TEST_SHARE = 6000, 2, 5

@@ -43,9 +43,11 @@ By hand, into the same folder:
      of https://github.com/reedscot/cvpr2016 (Google Drive). It gives text_c10/; put trainvalclasses.txt and
      testclasses.txt beside it if they come with it, for the published split.""",
     needed=(("text_c10",),),
+    licence="Photographs found on the web, each its owner's; given away for research, and no licence that covers them "
+    "is stated.",
     fetched=(  # both md5 are those of torchvision.datasets.Flowers102 (a test compares them)
-        Remote(OXFORD + "102flowers.tgz", "md5:52808999861908f626f3c1f4e79d11fa", "jpg"),
-        Remote(OXFORD + "imagelabels.mat", "md5:e0620be6f572b9609742df49c70aed4d", "imagelabels.mat"),
+        Remote(OXFORD + "102flowers.tgz", "md5:52808999861908f626f3c1f4e79d11fa", "jpg", 344_862_509),
+        Remote(OXFORD + "imagelabels.mat", "md5:e0620be6f572b9609742df49c70aed4d", "imagelabels.mat", 502),
     ),
 )
 COMPLETE = {"images": 8189, "classes": 102}

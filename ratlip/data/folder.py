@@ -106,8 +106,8 @@ def _of_tables(tables: list[Path], images: list[Path], problems: Problems) -> Ca
                 problems.add(where, f"the caption of {name} is empty")
             captions[path] = said
     for path in images:
-        if path not in captions and (table := _table_of(path, tables)):
-            problems.add(path, f"is not named in {table}; add a line, or remove it")
+        if path not in captions and (above := _table_of(path, tables)):
+            problems.add(path, f"is not named in {above}; add a line, or remove it")
     return captions
 
 

@@ -20,6 +20,7 @@ class Remote:
     url: str
     checksum: str  # as pooch writes it
     gives: str  # the file or folder that is there afterwards; for an archive, the one thing taken out
+    size: int  # bytes
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Source:
     layout: str  # the root as a picture
     by_hand: str  # how to get what has no public address
     needed: tuple[tuple[str, ...], ...]  # what must then be there: one of each row
+    licence: str  # what is known of the rights in the pictures, as sentences
     fetched: tuple[Remote, ...] = ()
 
 

@@ -21,6 +21,7 @@ COMMANDS = [
     "train",
     "evaluate",
     "generate",
+    "export",
     "grid",
     "study",
     "report",
@@ -70,6 +71,7 @@ def test_profiles_are_listed_and_shown(ratlip):
         (["clip", "-p", "birds-small"], "run `ratlip prepare"),
         (["evaluate", "-p", "smoke"], "not trained to its last step"),
         (["generate", RED, "--run", "no such run"], "has no config.yaml"),
+        (["export", "no such run", "--to", "there"], "has no config.yaml"),
         (["download", "cats", "--to", "here"], "cats"),
         (["grid", "-p", "smok"], "did you mean 'smoke'"),
         (
@@ -98,7 +100,7 @@ def test_a_mistake_is_one_message_and_status_two(ratlip, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train", "--nonsense"], ["generate", RED], ["generate", RED, "--run", "x", "-n", "0"], ["nonsense"]]
+    "arguments", [["train", "--nonsense"], ["generate"], ["generate", RED, "--run", "x", "-n", "0"], ["nonsense"]]
 )
 def test_a_wrong_option_is_status_two(ratlip, arguments):
     status, _, err = ratlip(*arguments)
