@@ -77,9 +77,10 @@ def download(
     to: Annotated[Path, typer.Option("--to", help="dataset root to fill")],
     quiet: Quiet = False,
 ) -> None:
-    """Fetch what has a stable public address (resuming, with checksums); say where the rest comes from."""
+    """Say sizes and licence, fetch what has a public address (resuming, with checksums), say where the rest is."""
     from ratlip.data import download as fetcher
 
+    say(*fetcher.announced(dataset, to))
     if missing := fetcher.download(dataset, to, progress=not quiet):
         say(f"Still missing in {to}:", *[f"  {item}" for item in missing], fetcher.instructions(dataset))
     else:

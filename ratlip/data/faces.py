@@ -37,7 +37,7 @@ SOURCE = Source(
     by_hand="""\
 By hand (CelebA is for non-commercial research, and asks for agreement to its terms), from
 https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html:
-  1. img_align_celeba.zip ("Align&Cropped Images"), unpacked.
+  1. img_align_celeba.zip ("Align&Cropped Images", 1.4 GB), unpacked.
   2. list_attr_celeba.txt ("Attributes Annotations") and, if wanted, list_eval_partition.txt.
   3. identity_CelebA.txt ("Identities Annotations"); the identities may have to be asked for.""",
     needed=(("img_align_celeba",), ("list_attr_celeba.txt",), ("identity_CelebA.txt",)),
