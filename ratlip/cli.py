@@ -32,6 +32,8 @@ app = typer.Typer(
 )
 notebook = typer.Typer(no_args_is_help=True, help="Execute notebooks, and store what they show.")
 app.add_typer(notebook, name="notebook")
+own = typer.Typer(no_args_is_help=True, help="Profiles of your own.")
+app.add_typer(own, name="profile")
 console = Console(highlight=False, emoji=False)
 
 Profile = Annotated[str, typer.Option("--profile", "-p", help="a profile (`ratlip profiles`) or .yaml file")]
@@ -69,6 +71,21 @@ def profiles(name: Annotated[str | None, typer.Argument(help="show all settings 
         source = "trained here" if s.clip.source == "train" else f"{s.clip.model} {s.clip.pretrained}"
         table.add_row(each, s.data.dataset, str(s.model.image_size), source, s.summary)
     console.print(table)
+
+
+@own.command("new")
+def new_profile(
+    data: Annotated[Path, typer.Option("--data", help="folder of pictures with captions")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the profile to write")] = Path("my.yaml"),
+) -> None:
+    """Look at a folder of pictures and write a commented profile of sensible sizes for it and for this machine."""
+    from ratlip.report import fresh
+
+    s = fresh.new(data, output)
+    say(f"{output}: {s.summary}; {s.training.steps} steps. All variants and notebooks:")
+    say(f"  make reproduce PROFILE={output} DATA={data}", "Pictures alone:")
+    say(f"  ratlip prepare -p {output} --data {data} && ratlip train -p {output}")
+    say('  ratlip generate "one caption" "another one"')
 
 
 @app.command()

@@ -32,7 +32,8 @@ def main_runs() -> list[Path]:
     newest of those.
     """
     found: list[tuple[float, Path]] = []
-    for home in sorted(path for path in outputs_folder("demo").parent.glob("*") if (path / "runs").is_dir()):
+    places = {outputs_folder("demo").parent, Path("outputs").absolute()}  # `ratlip train` writes below where it is
+    for home in sorted(path for place in places for path in place.glob("*") if (path / "runs").is_dir()):
         ends = [path for path in home.glob("runs/*/provenance.json") if (path.parent / "checkpoint.pt").is_file()]
         if home.name in profile_names():
             name = load_settings(home.name).run_name

@@ -33,10 +33,10 @@ RED = "a large red ring on the left on a white background"
 
 def test_the_commands_are_these():
     assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(COMMANDS)
-    assert [group.name for group in app.registered_groups] == ["notebook"]
+    assert [group.name for group in app.registered_groups] == ["notebook", "profile"]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "notebook", *(f"notebook {name}" for name in NOTEBOOK)])
+@pytest.mark.parametrize("command", [*COMMANDS, "notebook", *(f"notebook {name}" for name in NOTEBOOK), "profile new"])
 def test_each_command_explains_itself(ratlip, command):
     status, out, _ = ratlip(*command.split(), "--help")
     assert status == 0 and "Usage" in out and command in out
