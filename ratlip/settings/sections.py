@@ -45,7 +45,7 @@ GENERATED = ("synthetic", "scenes")  # drawn, not read: no dataset root, attribu
 class DataSettings(Section):
     """Which pictures, and how they are cut. Sizes in pixels."""
 
-    dataset: Literal["synthetic", "scenes", "birds", "flowers", "faces"]
+    dataset: Literal["synthetic", "scenes", "birds", "flowers", "faces", "folder"]
     resize: Pixels = Field(description="shorter side of the stored images")
     crop: Pixels = Field(description="side of the square cut at random at each visit")
     flip: bool = Field(True, description="mirror half of the images (not where captions say left, right)")
