@@ -18,7 +18,7 @@ from ratlip.files import write_text
 from ratlip.report.html import TEMPLATES
 from ratlip.settings import Settings, load_settings
 
-SECONDS_A_STEP = 0.2  # of the form for a CPU, on two cores
+SECONDS_A_STEP = 0.33  # of the form for a CPU, on one core of a busy machine
 MINUTES = 20  # of the main run on a CPU
 PASSES = 300  # over the training pictures; after more, a small set is known by heart
 FEW = 1000  # training pictures
