@@ -113,7 +113,7 @@ def test_batches_depend_on_seed_and_step_only():
     one, other = (PairBatches(split, 8, seed=3) for _ in range(2))
     other(7)
     for step in (0, 5):
-        (a, texts, _), (b, again, _) = one(step), other(step)
+        (a, texts, *_), (b, again, *_) = one(step), other(step)
         assert a.tolist() == b.tolist() and texts == again
     assert one(0)[0].tolist() != one(1)[0].tolist() != PairBatches(split, 8, seed=4)(1)[0].tolist()
     assert all(text in split.captions[i] for i, text in zip(*one(0)[:2], strict=True))
