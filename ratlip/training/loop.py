@@ -12,6 +12,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
@@ -193,7 +194,9 @@ def processes(accelerator: str, devices: int | str, settings: TrainingSettings) 
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     try:
-        fabric = Fabric(accelerator=accelerator, devices=devices, precision=settings.precision)
+        with warnings.catch_warnings():  # where Slurm is installed it asks for `srun`, job or not
+            warnings.filterwarnings("ignore", "The `srun` command is available")
+            fabric = Fabric(accelerator=accelerator, devices=devices, precision=settings.precision)
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         raise RunError(f"accelerator={accelerator}, devices={devices}: not possible here ({error})") from error
     if settings.batch_size % fabric.world_size:
