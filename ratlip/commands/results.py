@@ -36,6 +36,7 @@ def grid(
     minutes: Annotated[float | None, typer.Option(help="stop cleanly after so many minutes")] = None,
     runner: Annotated[str, typer.Option(help="papermill (keeps each run's notebook) or library")] = "papermill",
     jobs: Annotated[int, typer.Option(min=1, help="runs side by side, one thread each (runner library)")] = 1,
+    hours: Annotated[bool, typer.Option("--hours", help="what is left would take, by measured step times")] = False,
     collect: Annotated[Path | None, typer.Option(help="campaign: copy scores, losses and sample grids there")] = None,
     weights: Annotated[bool, typer.Option("--weights", help="campaign: collect the checkpoints too")] = False,
     data: Data = None,
@@ -73,6 +74,10 @@ def grid(
         runs = grid.unique(grid.plan(workspace.settings, *(group or ())))
         say(*[f"{r.state(workspace.root):<8} {r.label:<24} seed {r.seed}  {r.name}" for r in runs])
         left, total = [r for r in runs if not r.complete(workspace.root)], len(runs)
+        if hours:
+            from ratlip.studies.hours import forecast
+
+            say(*forecast(workspace.settings, left, workspace.root))
     say(f"{total - len(left)} of {total} runs done")
     if left and (run or campaign):
         say(f"next: {left[0].label}, seed {left[0].seed}; the same command goes on")

@@ -33,7 +33,8 @@ class Batches(Dataset):
     """Item `step` is that step's batch: one caption of each image drawn at random, random crop, random flip.
 
     The images follow one another in epochs, each in an order of its own; a batch may straddle two epochs, so none is
-    dropped. With several processes (`rank` of `world`) each takes its part of the global batch of `batch_size`.
+    dropped. With several processes (`rank` of `world`) each takes its part of the global batch of `batch_size`, but all
+    of its captions: a mismatched sentence is another image's.
     """
 
     def __init__(
@@ -46,15 +47,16 @@ class Batches(Dataset):
         self.part = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        """images uint8 (B,3,crop,crop); caption int64 (B,): rows of `all_captions`; image int64 (B,)."""
-        draws = np.random.default_rng([self.seed, DRAW, step]).random((self.batch_size, 4))[self.part]
-        count, positions = len(self.split), range(step * self.batch_size, (step + 1) * self.batch_size)[self.part]
+        """Of this part: images uint8 (P,3,crop,crop), image int64 (P,); caption int64 (B,): rows of `all_captions`."""
+        draws = np.random.default_rng([self.seed, DRAW, step]).random((self.batch_size, 4))
+        count, positions = len(self.split), range(step * self.batch_size, (step + 1) * self.batch_size)
         numbers = [int(_order(self.seed, position // count, count)[position % count]) for position in positions]
-        pairs = zip(numbers, draws, strict=True)
+        own = numbers[self.part]
+        pairs = zip(own, draws[self.part], strict=True)
         images = np.stack([random_crop(self.split.image(n), self.crop, self.flip, draw[1:]) for n, draw in pairs])
         first, last = self.split.caption_offsets[numbers], self.split.caption_offsets[np.array(numbers) + 1]
         captions = first + (draws[:, 0] * (last - first)).astype(np.int64)
-        return dict(images=torch.from_numpy(images), caption=torch.from_numpy(captions), image=torch.tensor(numbers))
+        return dict(images=torch.from_numpy(images), caption=torch.from_numpy(captions), image=torch.tensor(own))
 
 
 def cut(pixels: np.ndarray, top: int, left: int, side: int, mirrored: bool = False) -> np.ndarray:

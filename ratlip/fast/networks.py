@@ -86,6 +86,8 @@ class FastConvShuffle(ConvShuffle):
         norm, attention = self.norm, cast(Any, self.attention)
         if not usable(x):
             return super().forward(x if size is None else F.interpolate(x, size=(size, size)))
+        if type(norm) is not nn.BatchNorm2d:  # one whose batch lies in several processes
+            return attention(F.leaky_relu(norm(conv3x3(x, self.conv.weight, size=size)), 0.01))
         gates = attention.gates() if isinstance(attention, FastShuffleAttention) else ()
         order = shuffled if gates else as_it_is
         if norm.training:

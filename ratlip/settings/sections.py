@@ -214,6 +214,9 @@ class TrainingSettings(Section):
     real_resize: Literal["antialias", "nearest"] = Field("antialias", description=describe("training.real_resize"))
     resume: Literal["exact", "published"] = Field("exact", description=describe("training.resume"))
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    sync_batch_norm: bool = Field(
+        True, description="several processes: batch norm sees the whole batch, as one does; off: each its own part"
+    )
     checkpointing: bool = Field(False, description="make maps again for the backward pass: less memory, more time")
     channels_last: bool = Field(False, description="weights of convolutions with the channels last")
     cached_features: bool = Field(False, description="keep CLIP's features of real images (no flip, crop = resize)")
@@ -348,7 +351,7 @@ class Settings(Section):
                 del content["data"][name]
         model["noise_size"] = model.pop("latent_size")  # its name when runs were first named
         later = ("checkpointing", "channels_last", "cached_features")  # off: as before they were there
-        for name, before in {"resume": "exact", **dict.fromkeys(later, False)}.items():
+        for name, before in {"resume": "exact", "sync_batch_norm": True, **dict.fromkeys(later, False)}.items():
             if training[name] == before:
                 del training[name]
         content["clip"] = {k: v for k, v in content["clip"].items() if (k, v) not in CAME_LATER.items()}

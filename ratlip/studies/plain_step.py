@@ -33,9 +33,9 @@ class PlainStep:
         generator, discriminator = run.networks["generator"], run.networks["discriminator"]
         real = to_network(batch["images"].to(run.device), m.image_size, t.real_resize).requires_grad_()
         sentence = clip.embed_text([self.captions[i] for i in batch["caption"].tolist()])
-        latent = sample_latents(seed, run.draw, len(real), m.latent_size, run.rank).to(run.device)
+        latent = sample_latents(seed, run.draw, len(real), m.latent_size).to(run.device)
         numbers = batch["caption"].to(run.device)
-        mismatched = mismatch(numbers, run.sentences, run.facts, t.mismatch, seed, run.draw, run.rank)
+        mismatched = mismatch(numbers, run.sentences, run.facts, t.mismatch, seed, run.draw)
 
         with run.fabric.autocast():
             real_features, _ = run.tower.features(real, m.feature_blocks)

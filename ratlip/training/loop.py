@@ -12,8 +12,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ from ratlip.progress import bar
 from ratlip.provenance import describe
 from ratlip.settings import Settings, TrainingSettings
 from ratlip.training.log import Log, Losses, Visits, check_visits
+from ratlip.training.processes import agreed, largest, launched
 from ratlip.training.session import Session
 from ratlip.training.step import sample_latents, training_step
 
@@ -88,10 +90,10 @@ def train(
     fabric = processes(accelerator, devices, t)
     first = fabric.is_global_zero
     # The first process alone writes; it holds the folder before the launch starts the others.
-    with one_writer(folder) if first else nullcontext(lambda: None) as still_ours:
+    with one_writer(folder) if first else nullcontext(lambda: None) as still_ours, ExitStack() as stack:
         if first and is_complete(folder):  # by another process, in the meantime
             return folder
-        fabric.launch()
+        stack.enter_context(launched(fabric, folder))
         run = Session(fabric, settings, prepared, clip, sentences, folder)
         d, share = settings.data, {"rank": fabric.global_rank, "world": fabric.world_size}
         data = Batches(prepared.train, crop=d.crop, flip=d.flip, batch_size=t.batch_size, seed=settings.seed, **share)
@@ -106,8 +108,9 @@ def train(
             if (scale := state_scale(run)) and progress and first:
                 meter.write(f"{folder.name}: RAT's states are multiplied by {scale:.3f}, computed at the start")
             _sitting(run, loader, steps, samples, visits, meter, still_ours, end)
+        peak = largest(fabric, peak_memory_mib(run.device))
         if first and run.step == steps:
-            write_json(folder / "provenance.json", _provenance(run, prepared))
+            write_json(folder / "provenance.json", _provenance(run, prepared, peak))
         fabric.barrier()
     return folder
 
@@ -130,7 +133,7 @@ def _sitting(
             losses.note(run.step, loss_d, loss_g)
             meter.update()
             last, visited = run.step == steps, visits.due(run.step)
-            stopped = end is not None and time.monotonic() >= end
+            stopped = end is not None and agreed(run.fabric, time.monotonic() >= end)
             every = (t.log_every, t.sample_every, t.checkpoint_every)
             logs, draws, saves = (last or run.step % number == 0 for number in every)
             if logs or draws or saves or visited or stopped:
@@ -152,15 +155,15 @@ def _sitting(
                 break
 
 
-def _provenance(run: Session, prepared: Prepared) -> dict:
-    """Where a finished run comes from, as plain JSON values."""
+def _provenance(run: Session, prepared: Prepared, peak: int) -> dict:
+    """Where a finished run comes from, as plain JSON values. `peak`: memory of its largest process."""
     return {
         "run": run.folder.name,
         "seed": run.settings.seed,
         "steps": run.step,
         "training_seconds": round(run.seconds, 1),
         "devices": f"{run.fabric.world_size} x {run.device.type}",
-        "peak_memory_mib": peak_memory_mib(run.device),
+        "peak_memory_mib": peak,
         "generator_parameters": sum(p.numel() for p in run.networks["generator"].parameters()),
         "discriminator_parameters": sum(p.numel() for p in run.networks["discriminator"].parameters()),
         **({"state_scale": scale} if (scale := state_scale(run)) else {}),
@@ -191,12 +194,13 @@ def processes(accelerator: str, devices: int | str, settings: TrainingSettings) 
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     try:
-        fabric = Fabric(accelerator=accelerator, devices=devices, precision=settings.precision)
+        with warnings.catch_warnings():  # where Slurm is installed it asks for `srun`, job or not
+            warnings.filterwarnings("ignore", "The `srun` command is available")
+            fabric = Fabric(accelerator=accelerator, devices=devices, precision=settings.precision)
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         raise RunError(f"accelerator={accelerator}, devices={devices}: not possible here ({error})") from error
-    share, rest = divmod(settings.batch_size, fabric.world_size)
-    if rest or (share == 1 and fabric.world_size > 1):
-        mend = f"{fabric.world_size} processes; each needs the same number of images, two at least"
+    if settings.batch_size % fabric.world_size:
+        mend = f"{fabric.world_size} processes; each needs the same number of images"
         raise RunError(f"devices={devices}: training.batch_size={settings.batch_size} cannot be shared by {mend}")
     return fabric
 

@@ -21,6 +21,7 @@ from ratlip.fast.memory import keep_freed_memory
 from ratlip.files import atomic_path
 from ratlip.networks import Discriminator, Generator
 from ratlip.settings import Settings
+from ratlip.training.processes import sync_batch_norms
 from ratlip.training.start import match_spread, weights_by_name
 
 if TYPE_CHECKING:
@@ -115,14 +116,16 @@ class Session:
     `networks`: the bare modules by name, as they are saved; `generator` and `critic` (the discriminator with
     its loss): the same, wrapped for precision and processes. `tower`: the CLIP whose features D sees, `clip` itself
     but for `model.discriminator_tower: random`. Opens with the last checkpoint of `folder`, if
-    there is one. `begun`: the step at which the random numbers begin; 0 but after a resume as published.
+    there is one. `begun`: the step at which the random numbers begin; 0 but after a resume as published. `part`: what
+    of the global batch is this process's.
     """
 
     def __init__(
         self, fabric: Fabric, settings: Settings, prepared: Prepared, clip: FrozenClip, sentences: Tensor, folder: Path
     ):
         self.fabric, self.settings, self.folder = fabric, settings, folder
-        self.device, self.rank = fabric.device, fabric.global_rank
+        self.device, share = fabric.device, settings.training.batch_size // fabric.world_size
+        self.part = slice(fabric.global_rank * share, (fabric.global_rank + 1) * share)
         if self.device.type == "cpu":
             keep_freed_memory(kept_bytes(settings))
         self.clip, self.sentences = clip.to(self.device), sentences.to(self.device)
@@ -131,6 +134,8 @@ class Session:
         random = settings.model.discriminator_tower == "random"
         self.tower = shuffled(self.clip, settings.seed) if random else self.clip
         generator, discriminator = build_networks(settings, self.clip, self.sentences)
+        if t.sync_batch_norm and fabric.world_size > 1:
+            sync_batch_norms(generator)
         self.networks: dict[str, Any] = {"generator": generator, "discriminator": discriminator}
         if t.ema:
             self.networks["average"] = averaged(generator, t.ema).to(self.device)

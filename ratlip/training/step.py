@@ -29,14 +29,15 @@ def sample_latents(seed: int, step: int, count: int, size: int, rank: int = 0) -
 def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[DiscriminatorLoss, GeneratorLoss]:
     """One update of both networks (official.md, "Discriminator and losses"; the same fakes serve both).
 
-    `batch`: an item of `data.batches.Batches`. Counts `run.step` up and returns the losses before the update.
+    `batch`: an item of `data.batches.Batches`; `run.part` of it is this process's. Counts `run.step` up and returns the
+    losses before the update, means over that part.
     """
     t, m, seed = run.settings.training, run.settings.model, run.settings.seed
     with record_function("data: to the device, latents"):
         real = to_network(batch["images"].to(run.device, non_blocking=True), m.image_size, t.real_resize)
         captions = batch["caption"].to(run.device)
-        sentence = run.sentences[captions]
-        latent = sample_latents(seed, run.draw, len(real), m.latent_size, run.rank).to(run.device)
+        sentence = run.sentences[captions[run.part]]
+        latent = sample_latents(seed, run.draw, len(captions), m.latent_size)[run.part].to(run.device)
     with record_function("generator, forward"):
         fake = run.generator(latent, sentence)
     with run.fabric.autocast():
@@ -50,7 +51,7 @@ def training_step(run: Session, batch: dict[str, Tensor]) -> tuple[Discriminator
             else:
                 real_features, _ = run.tower.features(real, m.feature_blocks, embedding=False)
 
-    mismatched = mismatch(captions, run.sentences, run.facts, t.mismatch, seed, run.draw, run.rank)
+    mismatched = mismatch(captions, run.sentences, run.facts, t.mismatch, seed, run.draw)[run.part]
     with record_function("D and penalty, forward"):
         loss_d = DiscriminatorLoss(*run.critic(real_features, fake_features.detach(), sentence, mismatched))
     run.optimiser_d.zero_grad()

@@ -105,7 +105,9 @@ def test_the_parts_of_all_processes_make_the_global_batch():
     parts = [batches(flip=True, rank=rank, world=2) for rank in range(2)]
     for step in (0, 2, 9):
         pieces = [part[step] for part in parts]
-        together = {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
+        together = {key: torch.cat([piece[key] for piece in pieces]) for key in ("images", "image")}
+        together["caption"] = pieces[0]["caption"]  # of the whole batch in each: a mismatch is another image's
+        assert torch.equal(pieces[0]["caption"], pieces[1]["caption"])
         assert all(len(piece["image"]) == 2 for piece in pieces)
         assert same(together, whole[step])
 

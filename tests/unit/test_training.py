@@ -477,38 +477,3 @@ def test_networks_that_do_not_fit_the_clip_are_refused(smoke):
 def test_a_device_that_is_not_here_is_an_error_of_the_user(run, options):
     with pytest.raises(RunError, match="not possible here"):
         run(**options)
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_run(smoke, tmp_path):
-    """With weights that are never used too, which a process group is not content with unless it is told."""
-    shutil.copytree(smoke.workspace.root, tmp_path / "out", ignore=shutil.ignore_patterns("runs"))
-    pairs = ["-s", "training.steps=3", "-s", "training.log_every=1", "-s", "model.unused_shortcuts=true"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "ratlip.cli",
-            "train",
-            "-p",
-            "smoke",
-            "--accelerator",
-            "cpu",
-            "--devices",
-            "2",
-            "-q",
-            "--out",
-            str(tmp_path / "out"),
-            *pairs,
-        ],
-        cwd=ROOT,
-        timeout=300,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder,) = (tmp_path / "out" / "runs").iterdir()
-    assert json.loads((folder / "provenance.json").read_text())["devices"] == "2 x cpu"
-    assert [row["step"] for row in rows(folder)] == [1, 2, 3]
-    assert all(math.isfinite(value) for row in rows(folder) for value in row.values())
