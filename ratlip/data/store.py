@@ -57,10 +57,12 @@ class Store:
         return {n: create(files[n], "w+", dtype, (self.rows, *shape)) for n, (shape, dtype) in self.columns.items()}
 
     def _changed(self) -> list[str]:
-        """Files of a complete store that are not as they were written; none where nobody noted how (stores of before)."""
+        """Files of a complete store that are not as they were written; none where none was noted (stores of before)."""
         noted = read_json(self.folder / "progress.json").get("sha256", {})
         sums = {name: file_digest(self.folder / f"{name}.npy") for name in self.columns} if noted else {}
-        return [f"{name}.npy" for name, found in sums.items() if noted.get(name) != found]
+        return [
+            f"{name}.npy" for name, found in sums.items() if not isinstance(noted, dict) or noted.get(name) != found
+        ]
 
     def fill(
         self, read: Callable[[np.ndarray], dict], batch_size: int, *, desc: str = "features", progress: bool = True
