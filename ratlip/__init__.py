@@ -25,7 +25,8 @@ if "torchvision" not in sys.modules:
 def load(run, device: str = "auto"):
     """Open a finished or half-trained run for generating: `ratlip.load(run).generate("a red star", n=8)`.
 
-    `run` is a run folder (the one that holds `config.yaml`). See `ratlip.training.generation.Run`.
+    `run` is a run folder (the one that holds `config.yaml`), a folder made by `ratlip export`, or `hf://owner/name`.
+    See `ratlip.training.generation.Run`.
     """
     from ratlip.training.generation import Run
 

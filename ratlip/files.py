@@ -170,6 +170,15 @@ def stop_signals() -> Iterator[list[int]]:
         back()
 
 
+def leading_out(root: str | Path) -> list[Path]:
+    """The links below `root` whose targets lie outside of it, sorted. `root` itself may be a link."""
+    home, found = os.path.realpath(root), []
+    for folder, names, files in os.walk(root):  # which does not go through links
+        links = [path for name in (*names, *files) if os.path.islink(path := os.path.join(folder, name))]
+        found += [Path(link) for link in links if not Path(os.path.realpath(link)).is_relative_to(home)]
+    return sorted(found)
+
+
 def repository() -> Path:
     """The root of the repository: above the current folder, else around this file; else RunError."""
     for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]):

@@ -1,7 +1,7 @@
 """Where the authors' code parts from their paper, and the numbers they published. Nothing here is measured by us.
 
 DIFFERENCES is the one table of the former: profiles `*-published`, the descriptions of settings, notebook 07 and the
-README say what it says. `ratlip/networks/official.md` describes the code they were read off.
+`ratlip/settings/README.md` say what it says. `ratlip/networks/official.md` describes the code they were read off.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def describe(key: str) -> str:
 
 
 def markdown() -> str:
-    """The README's table of the differences."""
+    """The table of the differences in `ratlip/settings/README.md`."""
     lines = ["| | paper, or what a reader expects | published code | what switches it back |", "|---|---|---|---|"]
     for number, each in DIFFERENCES.items():
         back = each.setting if each.setting.startswith("none") else f"`{each.setting.replace('; ', '`, `')}`"

@@ -33,7 +33,7 @@ from ratlip.errors import DataError, RunError, SettingsError
 from ratlip.files import one_writer, outputs_folder, write_json
 from ratlip.scores.evaluation import evaluate
 from ratlip.scores.judge import Judge, load_judge
-from ratlip.settings import ClipSettings, Settings, load_settings, read_overrides
+from ratlip.settings import ClipSettings, Settings, load_settings, profile_names, read_overrides
 from ratlip.training import loop
 from ratlip.training.generation import best_device
 
@@ -192,10 +192,12 @@ def require_data(settings: Settings, data: str | Path | None, prepared: bool = F
     """SettingsError where the profile needs a dataset root and `data` is none; `prepared`: it is not read again."""
     profile, name = settings.profile, settings.data.dataset
     if not settings.data.generated and not data and not prepared:
-        give = f"give its root folder (`--data ROOT`, with make `make reproduce PROFILE={profile} DATA=ROOT`)"
+        shown = profile if profile in profile_names() else f"{profile}.yaml"
+        give = f"give its root folder (`--data ROOT`, with make `make reproduce PROFILE={shown} DATA=ROOT`)"
         fetch = f"`ratlip download {name} --to ROOT` fetches it or says where to get it"
-        raise SettingsError(
-            f"profile {profile} needs the {name} dataset: {give}; {fetch}. The profile demo needs no data"
-        )
+        needs = f"the {name} dataset"
+        if name == "folder":
+            needs, fetch = "your pictures", "`ratlip profile new --data ROOT` looks at them and says what is wrong"
+        raise SettingsError(f"profile {profile} needs {needs}: {give}; {fetch}. The profile demo needs no data")
     if data and not Path(data).expanduser().is_dir():
         raise SettingsError(f"{data}: there is no such folder; give the root of the {name} dataset")

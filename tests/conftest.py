@@ -1,6 +1,7 @@
 """Fixtures for all tests: one thread, the shared real data where it is, and one small finished run."""
 
 import os
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,24 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("the shared data are not here (set RATLIP_SHARED to their folder)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def unpacked(tmp_path_factory):
+    """Unpack a tar of the shared data once a session; a function (shared folder, name) -> dataset root."""
+    roots = {}
+
+    def unpack(shared, name):
+        if name not in roots:
+            archive = shared / "data" / f"{name}.tar"
+            if not archive.is_file():
+                pytest.skip(f"{archive.name} is not there")
+            roots[name] = tmp_path_factory.mktemp(name)
+            with tarfile.open(archive) as tar:
+                tar.extractall(roots[name], **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        return roots[name] / name
+
+    return unpack
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ratlip.cache import check_identity
 from ratlip.clip.frozen import FrozenClip
@@ -67,15 +67,24 @@ def _small_clip(settings: ClipSettings, folder: Path | str | None) -> FrozenClip
     try:
         manifest = read_json(folder / "manifest.json")
         trained_by, expected = manifest["settings"], manifest["fingerprint"]
-        model = build_small_clip(**read_json(folder / "arch.json"))
-        model.load_state_dict(load_file(folder / "clip.safetensors"), strict=True)
+        arch, state = read_json(folder / "arch.json"), load_file(folder / "clip.safetensors")
+        clip = assemble(arch, state, Vocabulary.load(folder / "vocabulary.json"), settings.normalisation)
+    except WeightsError:
+        raise
     except Exception as error:
         raise WeightsError(f"{folder}: the small CLIP is damaged ({brief(error)}); {mend}") from error
-    clip = FrozenClip(model, Vocabulary.load(folder / "vocabulary.json"), normalisation=settings.normalisation)
     if clip.fingerprint != expected:
         raise WeightsError(f"{folder}: clip.safetensors is not the file that was trained ({clip.fingerprint}); {mend}")
     asked = {name: getattr(settings, name) for name in trained_by}
     check_identity(folder, trained_by, asked, what="a small CLIP", error=WeightsError)
+    return clip
+
+
+def assemble(arch: dict, state: dict[str, Tensor], vocabulary: Vocabulary, normalisation: str) -> FrozenClip:
+    """A small CLIP of its parts: the arguments of `build_small_clip`, its weights, its words."""
+    model = build_small_clip(**arch)
+    model.load_state_dict(state, strict=True)
+    clip = FrozenClip(model, vocabulary, normalisation=normalisation)
     clip.name = f"small CLIP {clip.fingerprint[:6]}"
     return clip
 

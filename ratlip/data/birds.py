@@ -9,8 +9,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ratlip.data.layout import Remote, Source, fields, find_root, finish, published_split, read_captions, read_rows
-from ratlip.data.records import Problems, Record, Records
+from ratlip.data.layout import (
+    Remote,
+    Source,
+    fields,
+    find_root,
+    finish,
+    published_split,
+    read_captions,
+    read_rows,
+    root_problems,
+)
+from ratlip.data.records import Record, Records
 
 # CaltechDATA record 20098. The sha256 is torchvision's (prototype/datasets/_builtin/cub200.py); the file has the md5
 # 97eceeb196236b17998738112f37df78 that most other loaders state, and 1,150,585,339 bytes.
@@ -33,7 +43,9 @@ By hand, into the same folder:
      and unpack it (and the text.zip in it, if there is one). It gives text/, train/filenames.pickle and
      test/filenames.pickle.""",
     needed=(("text",), ("train/filenames.pickle", "trainvalclasses.txt")),
-    fetched=(Remote(CALTECH, SHA256, "CUB_200_2011"),),
+    licence="Photographs found on Flickr, each its owner's; given away for research, and no licence that covers them "
+    "is stated.",
+    fetched=(Remote(CALTECH, SHA256, "CUB_200_2011", 1_150_585_339),),
 )
 COMPLETE = {"images": 11788, "train": 8855, "test": 2933}
 
@@ -45,7 +57,7 @@ def read(root: str | Path) -> Records:
     CUB_200_2011 in it. Raises DataError that lists every problem with its path.
     """
     root = find_root(root, SOURCE)
-    cub, texts, problems = root / "CUB_200_2011", root / "text", Problems(f"the birds in {root}")
+    cub, texts, problems = root / "CUB_200_2011", root / "text", root_problems(root, "the birds")
     names = read_rows(cub / "images.txt", fields(int, str), "'image_id image_name'", problems) or {}
     labels = read_rows(cub / "image_class_labels.txt", fields(int, int), "'image_id class_id'", problems)
     classes = read_rows(cub / "classes.txt", fields(int, str), "'class_id class_name'", problems) or {}

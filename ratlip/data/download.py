@@ -24,9 +24,10 @@ from ratlip.progress import bar as progress_bar
 from ratlip.settings import DataSettings
 from ratlip.settings.sections import GENERATED
 
+ARCHIVES = (".tgz", ".tar.gz", ".tar")
 NAMES = get_args(DataSettings.model_fields["dataset"].annotation)  # each has a module of its own, its reader
 SOURCES: dict[str, Source] = {
-    name: import_module(f"ratlip.data.{name}").SOURCE for name in NAMES if name not in GENERATED
+    name: import_module(f"ratlip.data.{name}").SOURCE for name in NAMES if name not in (*GENERATED, "folder")
 }
 
 
@@ -39,9 +40,43 @@ def _source(dataset: str) -> Source:
 def instructions(dataset: str) -> str:
     """What to fetch from where for "birds", "flowers" or "faces", and a picture of the finished root."""
     source = _source(dataset)
-    fetched = [f"  {remote.url}  ({remote.checksum})" for remote in source.fetched]
+    fetched = [f"  {each.url}  ({decimal(each.size)}, {each.checksum})" for each in source.fetched]
     automatic = [f"Fetched by `ratlip download {dataset}`:", *fetched] if fetched else []
     return "\n".join([*automatic, source.by_hand, "The finished folder:", source.layout])
+
+
+def announced(dataset: str, root: str | Path) -> list[str]:
+    """What `download` is about to do, in lines: each file with its size and what of it is here; licence; disk space.
+
+    Raises DataError where the disk has too little space for what is still to come and to be unpacked.
+    """
+    source, root = _source(dataset), Path(root).expanduser()
+    lines, to_come, unpacked = [f"{source.name}. {source.licence}"], 0, 0
+    for remote in source.fetched:
+        name, whole = remote.url.rsplit("/", 1)[-1], decimal(remote.size)
+        part, archive = root / f"{name}.part", root / name
+        there = next((path.stat().st_size for path in (archive, part) if path.is_file()), 0)
+        if (root / remote.gives).exists():
+            lines.append(f"  {name}: {whole}, not needed: {remote.gives} is here")
+            continue
+        goes_on = f", {decimal(there)} are here: it goes on from there" if there else ""
+        lines.append(f"  {name}: {whole}{goes_on}, from {urlsplit(remote.url).hostname}")
+        to_come += max(0, remote.size - there)
+        unpacked += remote.size if name.endswith(ARCHIVES) else 0  # photographs: their archive is hardly smaller
+    if not source.fetched:
+        lines.append("  nothing of it has a public address without conditions: all by hand")
+    home = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.is_dir())
+    if (needed := to_come + unpacked) > (free := shutil.disk_usage(home).free):
+        raise DataError(f"{root}: {decimal(needed)} are needed there, {decimal(free)} are free; choose another disk")
+    return [*lines, f"  needed on the disk meanwhile: {decimal(needed)}"] if needed else lines
+
+
+def decimal(size: int) -> str:
+    """Bytes in words: 502 B, 345 MB, 1.15 GB."""
+    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if size >= 10**power:
+            return f"{size / 10**power:.3g} {unit}"
+    return f"{size} B"
 
 
 def missing(dataset: str, root: str | Path) -> list[str]:
@@ -63,7 +98,7 @@ def download(dataset: str, root: str | Path, *, progress: bool = True, keep_arch
             continue
         root.mkdir(parents=True, exist_ok=True)
         file = _fetch(remote, root, progress)
-        if file.name.endswith((".tgz", ".tar.gz", ".tar")):
+        if file.name.endswith(ARCHIVES):
             unpack(file, root, remote.gives)
             if not keep_archives:
                 file.unlink()

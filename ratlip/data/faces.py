@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ratlip.data.layout import Source, fields, find_root, finish, read_rows, read_text
+from ratlip.data.layout import Source, fields, find_root, finish, read_rows, read_text, root_problems
 from ratlip.data.records import Problems, Record, Records
 
 SOURCE = Source(
@@ -33,14 +33,21 @@ SOURCE = Source(
     img_align_celeba/000001.jpg ...
     list_attr_celeba.txt         40 attributes of each image
     identity_CelebA.txt          who is on each image
-    list_eval_partition.txt      optional: the official partition""",
+    list_eval_partition.txt      optional: the official partition
+  or as it comes: faces/Img/img_align_celeba/, faces/Anno/ and faces/Eval/ with these lists""",
     by_hand="""\
 By hand (CelebA is for non-commercial research, and asks for agreement to its terms), from
 https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html:
-  1. img_align_celeba.zip ("Align&Cropped Images"), unpacked.
+  1. img_align_celeba.zip ("Align&Cropped Images", 1.4 GB), unpacked.
   2. list_attr_celeba.txt ("Attributes Annotations") and, if wanted, list_eval_partition.txt.
   3. identity_CelebA.txt ("Identities Annotations"); the identities may have to be asked for.""",
-    needed=(("img_align_celeba",), ("list_attr_celeba.txt",), ("identity_CelebA.txt",)),
+    needed=(
+        ("img_align_celeba", "Img/img_align_celeba"),
+        ("list_attr_celeba.txt", "Anno/list_attr_celeba.txt"),
+        ("identity_CelebA.txt", "Anno/identity_CelebA.txt"),
+    ),
+    licence="Photographs of people found on the web; CelebA's agreement allows non-commercial research alone, and no "
+    "copying on of pictures.",
 )
 COMPLETE = {"images": 202599, "identities": 10177}
 TINY_SIZE, TINY_PER_IDENTITY, TEST_SHARE = 6000, 2, 5
@@ -77,17 +84,23 @@ def read(root: str | Path, tiny: bool = True, size: int = TINY_SIZE, captions_pe
     tiny takes CelebA-tiny (`size` images) instead of all. Raises DataError that lists every problem with its path.
     """
     root = find_root(root, SOURCE)
-    folder, problems = root / "img_align_celeba", Problems(f"the faces in {root}")
-    positives = _read_attributes(root / "list_attr_celeba.txt", problems)
-    identities = read_rows(root / "identity_CelebA.txt", fields(str, int), "'image identity'", problems)
+    folder, home = root / "img_align_celeba", root.parent if root.name == "Img" else root
+    problems = root_problems(home, "the faces")
+
+    def table(name: str) -> Path:
+        places = [home / inside / name for inside in ("", "Anno", "Eval")]  # the last two: as CelebA's own folders are
+        return next((path for path in places if path.is_file()), root / name)
+
+    positives = _read_attributes(table("list_attr_celeba.txt"), problems)
+    identities = read_rows(table("identity_CelebA.txt"), fields(str, int), "'image identity'", problems)
     on_disk = {path.name for path in folder.iterdir()}
     who = {name: (identities or {}).get(name, -1) for name in sorted(positives)}
     for name in who:
         if name not in on_disk:
             problems.add(folder / name, "the image is missing, list_attr_celeba.txt names it")
         if identities is not None and name not in identities:
-            problems.add(root / "identity_CelebA.txt", f"there is no identity for {name}")
-    partition, official, records = root / "list_eval_partition.txt", None, []
+            problems.add(table("identity_CelebA.txt"), f"there is no identity for {name}")
+    partition, official, records = table("list_eval_partition.txt"), None, []
     if not tiny and partition.is_file():
         official = read_rows(partition, fields(str, OFFICIAL_SPLITS.get), "'image partition'", problems)
     for name in tiny_subset(who, size) if tiny else who:

@@ -14,7 +14,17 @@ from pathlib import Path
 
 from scipy.io import loadmat
 
-from ratlip.data.layout import Remote, Source, find_root, finish, published_split, read_captions, read_rows, read_text
+from ratlip.data.layout import (
+    Remote,
+    Source,
+    find_root,
+    finish,
+    published_split,
+    read_captions,
+    read_rows,
+    read_text,
+    root_problems,
+)
 from ratlip.data.records import Problems, Record, Records
 
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
@@ -33,9 +43,11 @@ By hand, into the same folder:
      of https://github.com/reedscot/cvpr2016 (Google Drive). It gives text_c10/; put trainvalclasses.txt and
      testclasses.txt beside it if they come with it, for the published split.""",
     needed=(("text_c10",),),
+    licence="Photographs found on the web, each its owner's; given away for research, and no licence that covers them "
+    "is stated.",
     fetched=(  # both md5 are those of torchvision.datasets.Flowers102 (a test compares them)
-        Remote(OXFORD + "102flowers.tgz", "md5:52808999861908f626f3c1f4e79d11fa", "jpg"),
-        Remote(OXFORD + "imagelabels.mat", "md5:e0620be6f572b9609742df49c70aed4d", "imagelabels.mat"),
+        Remote(OXFORD + "102flowers.tgz", "md5:52808999861908f626f3c1f4e79d11fa", "jpg", 344_862_509),
+        Remote(OXFORD + "imagelabels.mat", "md5:e0620be6f572b9609742df49c70aed4d", "imagelabels.mat", 502),
     ),
 )
 COMPLETE = {"images": 8189, "classes": 102}
@@ -57,7 +69,7 @@ def read(root: str | Path, human_captions_only: bool = False) -> Records:
     only compared with the class folders. Raises DataError that lists every problem with its path.
     """
     root = find_root(root, SOURCE)
-    problems = Problems(f"the flowers in {root}")
+    problems = root_problems(root, "the flowers")
     kinds = _caption_kinds(root / "manifest.tsv", problems)
     images = {path.stem: path for path in sorted((root / "jpg").glob("*.jpg"))}
     texts = _caption_files(root / "text_c10", problems)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ratlip.data.records import SPLITS, Problems, Record, Records, in_order, open_image
 from ratlip.errors import DataError
+from ratlip.files import leading_out
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Remote:
     url: str
     checksum: str  # as pooch writes it
     gives: str  # the file or folder that is there afterwards; for an archive, the one thing taken out
+    size: int  # bytes
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Source:
     layout: str  # the root as a picture
     by_hand: str  # how to get what has no public address
     needed: tuple[tuple[str, ...], ...]  # what must then be there: one of each row
+    licence: str  # what is known of the rights in the pictures, as sentences
     fetched: tuple[Remote, ...] = ()
 
 
@@ -47,6 +50,14 @@ def find_root(root: str | Path, source: Source) -> Path:
             raise DataError(f"{root}: holds several roots of {source.name} ({names}); name one of them")
     wrong = f"there is no folder {first} in it" if root.is_dir() else "there is no such folder"
     raise DataError(f"{root}: is no root of {source.name} ({wrong}); a root looks like this:\n{source.layout}")
+
+
+def root_problems(root: Path, what: str) -> Problems:
+    """The list of what is wrong with `what` in `root`, begun with the links that lead out of it: none is accepted."""
+    problems = Problems(f"{what} in {root}")
+    for link in leading_out(root):
+        problems.add(link, f"is a link that leads out of {root} (to {link.readlink()}); copy its target in its place")
+    return problems
 
 
 def read_text(path: Path) -> str:

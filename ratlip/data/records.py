@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ratlip.errors import DataError
 
@@ -40,6 +40,7 @@ class Record:
     attributes: dict[str, str] | None = None
     mask: np.ndarray | None = None  # bool (H,W)
     named: tuple[tuple[str, ...], ...] | None = None  # the attributes that each caption names; None: all, or unknown
+    upright: bool = False  # turn the image as its EXIF says; not in the published sets, whose readers did not
 
     @property
     def where(self) -> str:
@@ -131,7 +132,7 @@ def _decode(record: Record) -> Image.Image:
         raise ValueError("a record needs either a path or pixels")
     try:
         with Image.open(record.path) as file:
-            return _eight_bits(file).convert("RGB")
+            return _eight_bits(ImageOps.exif_transpose(file) if record.upright else file).convert("RGB")
     except FileNotFoundError:
         raise ValueError("the image file is missing") from None
     except Exception as error:  # Pillow raises a dozen classes for damaged files, not all of them OSError

@@ -30,7 +30,7 @@ sns.set_theme(**style.THEME)
 MULTIPLES = (0.1, 0.25, 0.5, 1, 2, 4, 10)  # ticks of `study_chart`
 
 
-def _panels(content: dict, width: float, height: float, columns: int = 3, **options) -> tuple[Figure, list[tuple]]:
+def panels_of(content: dict, width: float, height: float, columns: int = 3, **options) -> tuple[Figure, list[tuple]]:
     """A figure, and for each item of `content` a panel of a size in inches: (axes, key, value)."""
     rows, columns = -(-len(content) // columns), min(len(content), columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
@@ -66,7 +66,7 @@ def by_variant(
     """
     label, size = frame["label"], len(columns)
     labels = list(label.unique())
-    figure, panels = _panels(columns, 2.3 + 1.9 / size, 1.2 + 0.34 * len(labels), size, sharey=True)
+    figure, panels = panels_of(columns, 2.3 + 1.9 / size, 1.2 + 0.34 * len(labels), size, sharey=True)
     spread = 0.5 * (frame.groupby("label").cumcount() * 0.618 % 1 - 0.5)  # golden ratio: evenly filled
     dots = {"y": label.map(labels.index) + spread * (label.value_counts().max() > 12), "hue": label, "style": label}
     dots |= {"palette": style.palette(labels), "markers": {name: style.look(name)["marker"] for name in labels}}
@@ -101,7 +101,7 @@ def against(
     `columns`: {score: its name}; `real`: {score: value of real images}, dashed; `label`: of the x axis. `hue`: a column
     that splits the runs into lines of their own; `real` is then {its value: {score: value}}.
     """
-    figure, panels = _panels(columns, 3.1, 2.6, 2 if len(columns) == 4 else 3)
+    figure, panels = panels_of(columns, 3.1, 2.6, 2 if len(columns) == 4 else 3)
     lines = frame[hue] if hue else pd.Series("mean over seeds", frame.index)
     colours = style.palette(lines.unique()) if hue else {lines.iloc[0]: COLOURS[0]}
     sizes = sorted(frame[x].unique())
@@ -188,7 +188,7 @@ def shares(
 def curves(rows: Sequence[dict], panels: dict[str, dict[str, str]], x: str = "step") -> Figure:
     """Line charts of logged rows: `panels` maps a panel's title to {column: label}."""
     frame = pd.DataFrame(rows)
-    figure, axes = _panels(panels, 4, 2.8)
+    figure, axes = panels_of(panels, 4, 2.8)
     for ax, title, columns in axes:
         for i, (column, label) in enumerate(columns.items()):
             look = {"label": label, "linestyle": LINES[i % 4], "marker": "o" if len(frame) == 1 else None}
@@ -206,7 +206,7 @@ def training_curves(logs: dict[str, Sequence[pd.DataFrame]], panels: dict[str, s
 
     `logs`: {variant: one log (`grid.training_log`) a seed}; `panels`: {column: its name}.
     """
-    figure, axes = _panels(panels, 4.5, 2.7, 2)
+    figure, axes = panels_of(panels, 4.5, 2.7, 2)
     looks = {name: {**style.look(name), "linestyle": LINES[i % 4]} for i, name in enumerate(logs)}
     for name, seeds in logs.items():
         thin, thick = {**looks[name], "marker": None, "lw": 0.6, "alpha": 0.5}, {**looks[name], "lw": 1.7, "mew": 0}
@@ -238,7 +238,7 @@ def settling_figure(moves: dict[str, Tensor]) -> Figure:
 
 def histograms(panels: dict[str, Sequence[float]]) -> Figure:
     """One histogram a panel, {name: values}: a bar a value, or 30 bars where there are more values."""
-    figure, axes = _panels(panels, 3.4, 2.4, len(panels))
+    figure, axes = panels_of(panels, 3.4, 2.4, len(panels))
     for ax, name, values in axes:
         sns.histplot(x=values, bins=30, discrete=len(np.unique(values)) <= 30, alpha=1, linewidth=0.3, ax=ax)
         ax.set(xlabel=name, ylabel="count")
@@ -247,7 +247,7 @@ def histograms(panels: dict[str, Sequence[float]]) -> Figure:
 
 def distances(spaces: dict[str, Neighbours]) -> Figure:
     """Shares of images whose nearest training image is within a distance: generated beside real test images."""
-    figure, panels = _panels(spaces, 4, 2.9, len(spaces), sharey=True)
+    figure, panels = panels_of(spaces, 4, 2.9, len(spaces), sharey=True)
     for ax, space, each in panels:
         sns.ecdfplot(x=each.generated.numpy(), color=style.look("main run")["color"], label="generated", ax=ax)
         sns.ecdfplot(x=each.real.numpy(), color=GREY, linestyle="--", label="real test images", ax=ax)
@@ -264,7 +264,7 @@ def generation_cost(frame: pd.DataFrame) -> Figure:
     `frame`: rows of `cost.generation` with a column `model`. The band: the middle half of the measured times.
     """
     names = {"ms": "time of a batch (ms)", "images_per_second": "images a second", "memory_mib": "tensors (MiB)"}
-    figure, panels = _panels(names, 3.2, 3.1)
+    figure, panels = panels_of(names, 3.2, 3.1)
     looks, devices, batches = {}, list(frame["device"].unique()), sorted(frame["batch"].unique())
     for (model, device), part in frame.groupby(["model", "device"], sort=False):
         look = looks[f"{model}, {device.upper()}"] = {**style.look(model), "linestyle": LINES[devices.index(device)]}
@@ -286,7 +286,7 @@ def spectrum_figure(spectra: dict[str, Tensor], combs: dict[str, Tensor]) -> Fig
     """Mean `radial_spectrum` of sets of images, the same relative to the first set, and their mean `comb`."""
     own, period = next(iter(spectra.values())).mean(0)[1:].numpy(), next(iter(combs.values())).shape[1]
     names = ("mean radial power spectrum", f"spectrum relative to {next(iter(spectra))}", "share of the squared steps")
-    figure, ((left, *_), (middle, *_), (right, *_)) = _panels(dict.fromkeys(names), 3.7, 3.1)
+    figure, ((left, *_), (middle, *_), (right, *_)) = panels_of(dict.fromkeys(names), 3.7, 3.1)
     for i, (name, each) in enumerate(spectra.items()):
         mean, look = each.mean(0)[1:].numpy(), {"color": COLOURS[i], "linestyle": LINES[i]}
         sns.lineplot(x=range(1, len(mean) + 1), y=mean, label=name, ax=left, **look)
@@ -328,7 +328,7 @@ def heatmap(
 
 def reach_figure(moved: dict[str, Tensor]) -> Figure:
     """`paper_versus_code.reach` of several generators side by side on one logarithmic scale; grey: exactly zero."""
-    figure, panels = _panels(moved, 3.5 + 0.9 / len(moved), 3.4, len(moved))
+    figure, panels = panels_of(moved, 3.5 + 0.9 / len(moved), 3.4, len(moved))
     top = max(float(each.max()) for each in moved.values()) or 1.0
     for ax, title, each in panels:
         counted = range(1, len(each) + 1)

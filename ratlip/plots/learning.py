@@ -7,10 +7,10 @@ import textwrap
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from ratlip.plots import style
-from ratlip.plots.charts import one_panel
+from ratlip.plots.charts import one_panel, panels_of
 from ratlip.plots.style import COLOURS, GREY, LINES
 
 
@@ -31,9 +31,9 @@ def learning_curves(visits: pd.DataFrame, column: str, name: str) -> Figure:
     ax.set_xscale("log")
     steps = sorted(set(visits["step"]))
     ax.set_xticks(steps, [f"{step:,}" for step in steps])
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.set(xlabel="training step", ylabel=name, ylim=(0, None))
-    ax.legend(loc="upper left")
+    ax.legend(loc="lower right")
     return figure
 
 
@@ -47,4 +47,24 @@ def seed_differences(found: dict[str, pd.Series], xlabel: str) -> Figure:
     ax.axvline(0, color=GREY, linestyle="--", linewidth=1)
     ax.set_yticks(range(len(found)), [textwrap.fill(name, 28) for name in found])
     ax.set(xlabel=xlabel, ylim=(len(found) - 0.5, -0.5), ylabel="a - b")
+    return figure
+
+
+def by_depth(panels: dict[str, pd.DataFrame], names: dict[str, tuple[str, str]], chance: dict[str, float]) -> Figure:
+    """A number against the depth of a generator, one panel each: each variant's mean over seeds, its range as a band.
+
+    `panels`: title -> columns label, seed, layer, value; `names`: title -> (label of x, of y); `chance`: dashed.
+    """
+    figure, axes = panels_of(panels, 4.6, 3.2, 2)
+    for ax, title, frame in axes:
+        for i, (label, rows) in enumerate(frame.groupby("label", sort=False)):
+            each = rows.groupby("layer")["value"].agg(["mean", "min", "max"])
+            look = {**style.look(str(label)), "linestyle": LINES[i % 4]}
+            ax.plot(each.index, each["mean"], **look, linewidth=1.6, markersize=4, label=label)
+            ax.fill_between(each.index, each["min"], each["max"], color=look["color"], alpha=0.12, linewidth=0)
+        if title in chance:
+            ax.axhline(chance[title], color=GREY, linestyle="--", linewidth=1, label="largest class")
+        ax.set(xlabel=names[title][0], ylabel=names[title][1], title=title)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0][0].legend()
     return figure

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from ratlip.errors import RunError
 from ratlip.files import write_text
@@ -98,27 +99,130 @@ def _beside(found: Released) -> list[str]:
     return [column for column in BESIDE if column in found.visits]
 
 
+def _depth(probed: dict[str, pd.DataFrame]) -> Figure:
+    """What each layer is told and knows: probes of conditions and maps (mean over attributes), and a changed word."""
+    by = ["label", "seed", "place", "layer"]
+    means = probed["probes"].groupby(by, sort=False)[["accuracy", "chance"]].mean().mul(100).reset_index()
+    means = means.rename(columns={"accuracy": "value"})
+    words = (
+        probed["words"].groupby(["label", "seed", "layer"], sort=False)["gamma"].mean().rename("value").reset_index()
+    )
+    panels = {
+        "what an affine reads": means[means["place"] == "condition"],
+        "the map after a block": means[means["place"] == "map"],
+        "a changed word": words,
+    }
+    read, chance = "attributes read (%)", float(means["chance"].mean())
+    names = {"what an affine reads": ("affine", read), "the map after a block": ("block", read)}
+    names["a changed word"] = ("affine", "change of gamma / its spread")
+    titles = list(panels)
+    return learning.by_depth(panels, names, dict.fromkeys(titles[:2], chance))
+
+
+def depth_table(probed: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row a variant and place: attributes read at the first and the last layer (%), mean and sd over seeds."""
+    rows = []
+    means = probed["probes"].groupby(["label", "seed", "place", "layer"], sort=False)["accuracy"].mean().reset_index()
+    for (label, place), part in means.groupby(["label", "place"], sort=False):
+        ends = {"first": part["layer"].min(), "last": part["layer"].max()}
+        row = {"variant": label, "place": place, "seeds": part["seed"].nunique()}
+        for name, layer in ends.items():
+            values = 100 * part.loc[part["layer"] == layer, "accuracy"]
+            row |= {name: values.mean(), f"{name}.sd": values.std()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _depth_page(table: pd.DataFrame) -> list[str]:
+    if table.empty:
+        return []
+    names = {"condition": "what an affine reads", "map": "the map after a block"}
+    rows = []
+    for r in table.to_dict("records"):
+        ends = [plus_minus(r[name], r[f"{name}.sd"]) for name in ("first", "last")]
+        rows.append([r["variant"], names[r["place"]], *ends, str(r["seeds"])])
+    return [
+        "## What each layer knows (no answer follows)",
+        "Share of the named attributes that a linear probe reads, mean over attributes, of captions that it was not "
+        "fitted on: at the first and at the last layer of each kind.",
+        "![what each layer knows](figures/study_depth.png)",
+        markdown(["variant", "where", "first (%)", "last (%)", "seeds"], rows),
+    ]
+
+
+def support(found: Released, beside: pd.DataFrame) -> pd.DataFrame:
+    """One row a changed setting and variant: share right at the last step, and what the change makes of the same seeds.
+
+    `beside`: of `released.collected`. Differences in percentage points, over seeds: mean, least, largest. No test.
+    """
+    rows = []
+    for (changed, label), part in beside.groupby(["changed", "label"], sort=False):
+        last = part[part["step"] == part["step"].max()].set_index("seed")
+        study = found.visits[found.visits["label"] == label]
+        base = study[study["step"] == study["step"].max()].set_index("seed").loc[last.index]
+        d = 100 * (last[SCORE] - base[SCORE])
+        row = {"changed": changed, "variant": label, "seeds": len(last), "steps": int(last["step"].iloc[0])}
+        row |= {"right": 100 * last[SCORE].mean(), "in_the_study": 100 * base[SCORE].mean()}
+        row |= {"difference": d.mean(), "least": d.min(), "largest": d.max()}
+        for name in ("entropy", "spread"):
+            row[name] = last[f"diversity.ratio.{name}"].mean()
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _support_page(table: pd.DataFrame) -> list[str]:
+    if table.empty:
+        return []
+    heads = ["changed", "variant", "seeds", "steps", "right (%)", "in the study (%)", "difference (points)"]
+    rows = []
+    for r in table.to_dict("records"):
+        reach = f"{r['difference']:+.1f} ({r['least']:+.1f} to {r['largest']:+.1f})"
+        cells = [r["changed"], r["variant"], str(r["seeds"]), f"{r['steps']:,}", f"{r['right']:.0f}"]
+        rows.append([*cells, f"{r['in_the_study']:.0f}", reach, f"{r['entropy']:.2f}", f"{r['spread']:.2f}"])
+    return [
+        "## One setting changed (no answer follows)",
+        "Runs of [support.yaml](support.yaml) against the study's runs of the same seeds. Entropy of what captions "
+        "leave open and spread inside a caption are those of the changed runs, as shares of real images'.",
+        markdown([*heads, "entropy", "spread"], rows),
+    ]
+
+
+def documents(folder: str | Path) -> dict[str, str]:
+    """Every table and text that follows from what was released into `folder`: {file below it: content}."""
+    found = released.read(folder)
+    if found.visits.empty:
+        raise RunError(f"{Path(folder) / 'runs'}: holds no run")
+    said, beside, table = answers(found), measured(found), variants(found)
+    more = released.collected(folder, found)
+    changed = support(found, more) if len(more) else pd.DataFrame()
+    probed = released.read_probes(folder)
+    deep = depth_table(probed) if probed else pd.DataFrame()
+    tables = {"answers": said, "measured": beside, "variants": table, "support": changed, "depth": deep}
+    tables = {name: each for name, each in tables.items() if len(each)}
+    made = {f"tables/{name}.csv": each.to_csv(index=False, float_format="%.6g") for name, each in tables.items()}
+    return made | {"answers.md": _page(found, said, beside, table, [*_depth_page(deep), *_support_page(changed)])}
+
+
 def write(folder: str | Path) -> Path:
     """Make all of it from what was released into `folder`; the path of answers.md. RunError where nothing was."""
-    folder, found = Path(folder), released.read(folder)
-    if found.visits.empty:
-        raise RunError(f"{folder / 'runs'}: holds no run")
-    said, beside, table = answers(found), measured(found), variants(found)
-    for name, each in {"answers": said, "measured": beside, "variants": table}.items():
-        write_text(folder / "tables" / f"{name}.csv", each.to_csv(index=False, float_format="%.6g"))
+    folder = Path(folder)
+    for name, text in documents(folder).items():
+        write_text(folder / name, text)
+    found = released.read(folder)
     figures = {"study_curves": learning.learning_curves(found.visits, SCORE, "all named attributes right (%)")}
     d = {
         question: 100 * differences(end_points(found)["end"], *pair, SCORE, drop=True)
         for question, pair in CONTRASTS.items()
     }
     figures["study_differences"] = learning.seed_differences(d, "difference at the end (percentage points)")
+    if probed := released.read_probes(folder):
+        figures["study_depth"] = _depth(probed)
     for name, figure in figures.items():
         style.keep(figure, folder, name)
-    write_text(folder / "answers.md", _page(found, said, beside, table))
     return folder / "answers.md"
 
 
-def _page(found: Released, said: pd.DataFrame, beside: pd.DataFrame, table: pd.DataFrame) -> str:
+def _page(found: Released, said: pd.DataFrame, beside: pd.DataFrame, table: pd.DataFrame, after: list[str]) -> str:
     heads = ["question", "end point", "difference (points)", "95 % interval", "p (Holm)", "answer"]
     rows = [_answer_row(row) for row in said.to_dict("records")]
     names = {"area": "area under the curve (%)", **{column: BESIDE[column][0] for column in _beside(found)}}
@@ -151,6 +255,7 @@ def _page(found: Released, said: pd.DataFrame, beside: pd.DataFrame, table: pd.D
             markdown(["variant", *names.values(), "seeds"], more),
             "## Measured beside the plan (no answer follows)",
             markdown(["question", "end point", "difference (points)", "95 % interval", "seeds"], other),
+            *after,
             "",
         ]
     )
@@ -164,8 +269,7 @@ def _answer_row(row: dict[str, Any]) -> list[str]:
     point = {"area": "faster (area)", "end": "better at the end"}[row["end_point"]]
     if row.get("mean") is None or not np.isfinite(row["mean"]):
         return [row["question"], point, "-", "-", "-", row["answer"]]
-    bounds = (row["low"], row["high"]) if np.isfinite(row["low"]) else (row["t_low"], row["t_high"])
-    reach = f"{bounds[0]:+.1f} to {bounds[1]:+.1f}" + ("" if np.isfinite(row["low"]) else " (t)")
+    reach = f"{row['low']:+.1f} to {row['high']:+.1f}" if np.isfinite(row["low"]) else "too few seeds"
     return [row["question"], point, f"{row['mean']:+.1f}", reach, f"{row['adjusted']:.3f}", row["answer"]]
 
 

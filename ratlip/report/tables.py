@@ -27,6 +27,7 @@ DATASETS = {
     "birds": "CUB",
     "flowers": "Oxford",
     "faces": "CelebA (ours)",
+    "folder": "own pictures",
 }
 # The kinds of score that the authors publish too; all scores of a run (`scores.json`) in the order of the tables
 COMPARED = ("independent_similarity", "clip_similarity", "frechet_distance")

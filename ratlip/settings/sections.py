@@ -46,7 +46,7 @@ GENERATED = ("synthetic", "scenes")  # drawn, not read: no dataset root, attribu
 class DataSettings(Section):
     """Which pictures, and how they are cut. Sizes in pixels."""
 
-    dataset: Literal["synthetic", "scenes", "birds", "flowers", "faces"]
+    dataset: Literal["synthetic", "scenes", "birds", "flowers", "faces", "folder"]
     resize: Pixels = Field(description="shorter side of the stored images")
     crop: Pixels = Field(description="side of the square cut at random at each visit")
     flip: bool = Field(True, description="mirror half of the images (not where captions say left, right)")
@@ -222,6 +222,16 @@ class TrainingSettings(Section):
     sample_every: PositiveInt = 500
     checkpoint_every: PositiveInt = 500
     visits: tuple[PositiveInt, ...] = Field((), description="steps at which the generator is scored, as at the end")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_gone(cls, given: Any) -> Any:
+        """Runs of before name `compile`, which was off in all of them."""
+        if not isinstance(given, dict) or "compile" not in given:
+            return given
+        if given["compile"]:
+            raise ValueError("compile is gone: G's gradient was wrong with it (reports/performance.md); leave it out")
+        return {name: value for name, value in given.items() if name != "compile"}
 
     @model_validator(mode="after")
     def _fits(self):

@@ -18,6 +18,7 @@ from ratlip.files import read_json
 from ratlip.networks import Generator
 from ratlip.progress import bar
 from ratlip.settings import Settings, load_settings
+from ratlip.training import portable
 from ratlip.training.session import build_networks, read_checkpoint
 from ratlip.training.step import sample_latents
 
@@ -87,19 +88,28 @@ def file_names(captions: int, n: int, names: str = "caption", batch_size: int = 
 
 
 class Run:
-    """A trained run, opened for generating. `step`: how many steps it was trained.
+    """A trained run, opened for generating. `step`: how many steps it was trained; `name`: the run's.
 
-    `folder`: the run folder (with `config.yaml` and `checkpoint.pt`). The small CLIP it was trained with is found
-    beside it (`../../clip-<hash>`), or in `clip_folder`. Raises RunError or WeightsError where something is missing.
+    `folder`: the run folder (with `config.yaml` and `checkpoint.pt`), one made by `ratlip export`, or
+    `hf://owner/name`, such a folder on the Hugging Face hub. The small CLIP of a run folder is found beside it
+    (`../../clip-<hash>`), or in `clip_folder`. Raises RunError or WeightsError where something is missing.
     """
 
+    settings: Settings
+    clip: FrozenClip
+
     def __init__(self, folder: str | Path, *, device: str = "auto", clip_folder: str | Path | None = None):
-        self.folder = Path(folder)
+        self.folder = portable.local(folder)
+        if (self.folder / portable.CONFIG).is_file():
+            self.settings, self.clip, self.generator, config = portable.read(self.folder, _device(device))
+            self.name, self.step = config["run"], config["step"]
+            return
         for name in ("config.yaml", "checkpoint.pt"):
             if not (self.folder / name).is_file():
-                mend = "give a folder such as outputs/demo/runs/<run> (`ratlip train` makes them)"
+                mend = "give a folder such as outputs/demo/runs/<run> (`ratlip train` makes them), or an exported one"
                 raise RunError(f"{self.folder}: has no {name}, so it is not a trained run; {mend}")
-        self.settings: Settings = load_settings(self.folder / "config.yaml")
+        self.settings = load_settings(self.folder / "config.yaml")
+        self.name = self.folder.resolve().name
         beside = self.folder.resolve().parents[1] / f"clip-{self.settings.clip_hash}"
         chosen = Path(clip_folder or beside)
         if self.settings.clip.source == "train" and not (chosen / "manifest.json").is_file():
@@ -108,12 +118,13 @@ class Run:
             )
             lost = f"the small CLIP of this run is not at {chosen}; a run folder that was moved needs it too"
             raise RunError(f"{self.folder}: {lost}: {mend}")
-        self.clip: FrozenClip = load_clip(self.settings.clip, chosen, _device(device))
+        self.clip = load_clip(self.settings.clip, chosen, _device(device))
+        self.clip_folder = chosen
         self.generator, self.step = _restored(self.folder, self.settings, self.clip)
 
     def __str__(self) -> str:
         """Which run this is, in one line."""
-        return f"{self.folder.resolve().name} (profile {self.settings.profile}, {self.step} training steps)"
+        return f"{self.name} (profile {self.settings.profile}, {self.step} training steps)"
 
     def generate(self, captions: str | Sequence[str], n: int = 1, seed: int = 0, batch_size: int = 64) -> Tensor:
         """Images (R,n,3,S,S) in [-1,1]: `n` for each of the R captions, the same latents for every caption.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ratlip.report import card
+
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 COMPILER = {"torch._dynamo", "torch._inductor", "sympy"}  # half of what the others below cost, and what they share
 PRETRAINED = COMPILER | {"open_clip", "torchvision", "timm", "transformers", "huggingface_hub"}
@@ -37,15 +39,22 @@ def test_help_does_not_wait_for_arrays(words):
     assert not loaded(COMMAND, ALL | {"torch", "numpy", "matplotlib", "PIL"}, *words.split())
 
 
-def test_a_picture_needs_torch_and_an_image_writer(smoke, tmp_path):
-    arguments = ["generate", RED, "--run", smoke.run, "-n", 2, "-o", tmp_path / "grid.png", "--device", "cpu"]
+@pytest.mark.parametrize("named", [True, False])
+def test_a_picture_needs_torch_and_an_image_writer(smoke, tmp_path, monkeypatch, named):
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "smoke").symlink_to(smoke.workspace.root)
+    monkeypatch.setenv("RATLIP_OUTPUTS", str(tmp_path / "outputs"))  # where the main run is found
+    which = ["--run", smoke.run] if named else []
+    arguments = ["generate", RED, *which, "-n", 2, "-o", tmp_path / "grid.png", "--device", "cpu"]
     assert not loaded(COMMAND, ALL, *arguments)
     assert (tmp_path / "grid.png").stat().st_size > 1000
 
 
-def test_an_opened_run_needs_no_figures(smoke):
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_opened_run_needs_no_figures(smoke, tmp_path, packed):
+    run = card.export(smoke.run, tmp_path / "packed") if packed else smoke.run
     code = f"import ratlip\nprint(ratlip.load(sys.argv[1], device='cpu').generate({RED!r}).shape)"
-    assert not loaded(code, ALL | {"matplotlib"}, smoke.run)
+    assert not loaded(code, ALL | {"matplotlib"}, run)
 
 
 @pytest.mark.parametrize("number", range(1, 9))

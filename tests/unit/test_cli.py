@@ -21,8 +21,10 @@ COMMANDS = [
     "train",
     "evaluate",
     "generate",
+    "export",
     "grid",
     "study",
+    "verify",
     "report",
     "bench",
 ]
@@ -32,10 +34,10 @@ RED = "a large red ring on the left on a white background"
 
 def test_the_commands_are_these():
     assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(COMMANDS)
-    assert [group.name for group in app.registered_groups] == ["notebook"]
+    assert [group.name for group in app.registered_groups] == ["notebook", "profile"]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "notebook", *(f"notebook {name}" for name in NOTEBOOK)])
+@pytest.mark.parametrize("command", [*COMMANDS, "notebook", *(f"notebook {name}" for name in NOTEBOOK), "profile new"])
 def test_each_command_explains_itself(ratlip, command):
     status, out, _ = ratlip(*command.split(), "--help")
     assert status == 0 and "Usage" in out and command in out
@@ -70,6 +72,7 @@ def test_profiles_are_listed_and_shown(ratlip):
         (["clip", "-p", "birds-small"], "run `ratlip prepare"),
         (["evaluate", "-p", "smoke"], "not trained to its last step"),
         (["generate", RED, "--run", "no such run"], "has no config.yaml"),
+        (["export", "no such run", "--to", "there"], "has no config.yaml"),
         (["download", "cats", "--to", "here"], "cats"),
         (["grid", "-p", "smok"], "did you mean 'smoke'"),
         (
@@ -98,7 +101,7 @@ def test_a_mistake_is_one_message_and_status_two(ratlip, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train", "--nonsense"], ["generate", RED], ["generate", RED, "--run", "x", "-n", "0"], ["nonsense"]]
+    "arguments", [["train", "--nonsense"], ["generate"], ["generate", RED, "--run", "x", "-n", "0"], ["nonsense"]]
 )
 def test_a_wrong_option_is_status_two(ratlip, arguments):
     status, _, err = ratlip(*arguments)

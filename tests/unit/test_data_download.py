@@ -94,9 +94,9 @@ def make_archive(*names, link=None):
 def publish(server, monkeypatch):
     """A function that makes a file of the server the one that `download("birds", ...)` fetches."""
 
-    def publish(name="birds.tgz", gives="CUB_200_2011", content=None):
+    def publish(name="birds.tgz", gives="CUB_200_2011", content=None, size=512_000):
         checksum = hashlib.sha256(server.content if content is None else content).hexdigest()
-        remote = Remote(f"{server.address}/{name}", f"sha256:{checksum}", gives)
+        remote = Remote(f"{server.address}/{name}", f"sha256:{checksum}", gives, size)
         monkeypatch.setitem(SOURCES, "birds", dataclasses.replace(SOURCES["birds"], fetched=(remote,)))
 
     return publish
@@ -228,6 +228,42 @@ def test_damaged_or_other_archives(tmp_path, content):
     assert not list((tmp_path / "root").iterdir())
 
 
+# ------------------------------------------------------------------------------------- what is said beforehand
+
+
+def test_sizes_and_licence_are_said_before_anything_is_fetched(server, publish, ratlip, tmp_path):
+    server.status = 404  # nothing comes, so what is said stands before it
+    publish()
+    status, out, _ = ratlip("download", "birds", "--to", tmp_path, "-q")
+    assert status == 2 and server.ranges == [None]
+    assert "birds.tgz: 512 kB, from 127.0.0.1" in out and "Flickr" in out and "meanwhile: 1.02 MB" in out
+
+
+def test_what_is_here_is_said_and_gone_on_with(server, publish, ratlip, tmp_path):
+    publish("labels.mat", "labels.mat")
+    (tmp_path / "labels.mat.part").write_bytes(CONTENT[:300_000])
+    status, out, _ = ratlip("download", "birds", "--to", tmp_path, "-q")
+    assert status == 0 and "labels.mat: 512 kB, 300 kB are here: it goes on from there" in out
+    assert "meanwhile: 212 kB" in out and server.ranges == ["bytes=300000-"]
+    status, out, _ = ratlip("download", "birds", "--to", tmp_path, "-q")
+    assert "labels.mat: 512 kB, not needed: labels.mat is here" in out and "meanwhile" not in out
+    assert len(server.ranges) == 1
+
+
+def test_too_small_a_disk_is_noticed_before(server, publish, tmp_path):
+    publish(size=10**18)
+    with pytest.raises(DataError, match=r"2e\+09 GB are needed there, .* are free"):
+        module.announced("birds", tmp_path / "not" / "there")
+    assert not server.ranges and not (tmp_path / "not").exists()
+
+
+@pytest.mark.parametrize("dataset, said", [("birds", "1.15 GB"), ("flowers", "345 MB"), ("faces", "all by hand")])
+def test_the_sets_say_their_sizes_and_licences(monkeypatch, tmp_path, dataset, said):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10**13}))
+    lines = module.announced(dataset, tmp_path)
+    assert "research" in lines[0] and said in "\n".join(lines[1:])
+
+
 # ---------------------------------------------------------------------------------------------- what is known
 
 
@@ -248,7 +284,11 @@ def test_instructions_show_sources_and_the_folder(dataset):
 
 def test_faces_are_all_by_hand(tmp_path):
     lacking = download("faces", tmp_path / "root")
-    assert lacking == ["img_align_celeba", "list_attr_celeba.txt", "identity_CelebA.txt"]
+    assert [item.split(" or ")[0] for item in lacking] == [
+        "img_align_celeba",
+        "list_attr_celeba.txt",
+        "identity_CelebA.txt",
+    ]
     assert not (tmp_path / "root").exists()
 
 

@@ -1,6 +1,5 @@
 """The readers on the real, partial data beside the repository (skipped where it is absent)."""
 
-import tarfile
 from collections import Counter
 
 import numpy as np
@@ -13,24 +12,6 @@ from ratlip.data.prepared import prepare
 from ratlip.data.records import Records, published_crop
 
 pytestmark = pytest.mark.shared
-
-
-@pytest.fixture(scope="session")
-def unpacked(tmp_path_factory):
-    """Unpack a tar of the shared data once a session; a function (shared folder, name) -> dataset root."""
-    roots = {}
-
-    def unpack(shared, name):
-        if name not in roots:
-            archive = shared / "data" / f"{name}.tar"
-            if not archive.is_file():
-                pytest.skip(f"{archive.name} is not there")
-            roots[name] = tmp_path_factory.mktemp(name)
-            with tarfile.open(archive) as tar:
-                tar.extractall(roots[name], **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-        return roots[name] / name
-
-    return unpack
 
 
 def some(records, number):

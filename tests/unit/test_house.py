@@ -47,7 +47,7 @@ def layer(module: str) -> int:
     parts = module.split(".")[1:]
     if parts[0] in FOUNDATION:
         return -1
-    room = "studies" if parts[0] in ("plots", "report") else parts[0]
+    room = {"plots": "studies", "report": "studies", "commands": "cli"}.get(parts[0], parts[0])
     return LAYERS.index(LOW.get(".".join(parts), room))
 
 
@@ -71,7 +71,7 @@ def test_the_house_is_small():
     assert not {path.name: count for path, count in lines.items() if count > 400}
     assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 10, "at most ten files directly in ratlip/"
     others = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix in (".yaml", ".j2", ".md")]
-    assert sum(lines.values()) + sum(len(path.read_text().splitlines()) for path in others) <= 14_900
+    assert sum(lines.values()) + sum(len(path.read_text().splitlines()) for path in others) <= 17_400
 
 
 @pytest.mark.parametrize("command", ["ruff format --check .", "ruff check .", "mypy"])

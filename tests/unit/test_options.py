@@ -81,3 +81,10 @@ def test_cached_features_refuse_what_is_cut_anew_at_each_visit(tmp_path):
     store = options.RealFeatures(clip, [0], split, smaller)
     with pytest.raises(SettingsError, match="16 x 16 px.*12 px"):
         store(torch.rand(1, 3, 16, 16), torch.tensor([0]))
+
+
+def test_runs_of_before_name_an_option_that_is_gone():
+    settings = load_settings("demo")
+    assert load_settings("demo", {"training.compile": False}) == settings
+    with pytest.raises(SettingsError, match="training: compile is gone: G's gradient was wrong with it"):
+        load_settings("demo", {"training.compile": True})

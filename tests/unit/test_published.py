@@ -1,4 +1,4 @@
-"""One table of the differences between paper and published code: profiles, settings, README and tests agree with it."""
+"""One table of the differences between paper and published code: profiles, settings and tests agree with it."""
 
 from pathlib import Path
 
@@ -55,9 +55,9 @@ def test_each_difference_names_a_test_that_is_there():
 
 
 def test_the_readme_holds_the_table():
-    text = (ROOT / "README.md").read_text("utf-8")
+    text = (ROOT / "ratlip/settings/README.md").read_text("utf-8")
     table = text.partition("<!-- differences:")[2].partition("-->\n")[2].partition("\n<!-- end of differences -->")[0]
-    assert table == published.markdown(), "put what ratlip.published.markdown() gives between the README's markers"
+    assert table == published.markdown(), "put what ratlip.published.markdown() gives there"
 
 
 def test_the_authors_numbers_are_about_the_scores_they_name():

@@ -1,0 +1,1 @@
+"""Commands of the command line (`ratlip.cli`) that fill a file of their own."""
