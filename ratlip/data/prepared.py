@@ -241,8 +241,8 @@ def check_files(prepared: Prepared) -> None:
 
     Reads all data once, hence it is for the start of a training, not for each opening.
     """
-    noted = prepared.manifest.get("files")
-    found = _digests(prepared.folder) if noted else noted
+    noted: dict[str, str] = prepared.manifest.get("files") or {}
+    found = _digests(prepared.folder) if noted else {}
     if noted != found:
         names = sorted(name for name in {*noted, *found} if noted.get(name) != found.get(name))
         raise DataError(f"{prepared.folder}: changed since it was prepared: {', '.join(names)}; {AGAIN}")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sized
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -125,7 +125,8 @@ def train(
             if (scale := state_scale(run)) and progress and first:
                 meter.write(f"{folder.name}: RAT's states are multiplied by {scale:.3f}, computed at the start")
             # One process alone: several would have to agree on the step first
-            with stop_signals() if fabric.world_size == 1 else nullcontext([]) as came:
+            signals: Any = stop_signals() if fabric.world_size == 1 else nullcontext([])
+            with signals as came:
                 _sitting(run, loader, steps, samples, visits, meter, still_ours, end, came)
         if first and run.step == steps:
             write_json(folder / "provenance.json", _provenance(run, prepared))
