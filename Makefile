@@ -7,6 +7,12 @@ CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 SNAKEFLAGS ?=
 TESTFLAGS ?= -n $(CORES) --dist loadgroup
 
+# What was typed, as the environment has it: neither make nor a shell reads it again, so that any path works.
+override PROFILE := $(value PROFILE)
+override DATA := $(value DATA)
+export RATLIP_PROFILE := $(value PROFILE)
+export RATLIP_DATA := $(value DATA)
+
 # Jobs that the workflow and the tests start must find .venv's programs first, wherever make was called from.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
@@ -16,13 +22,14 @@ IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 help:  ## show this list
 	@echo "make TARGET [VARIABLE=value ...]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
-	@echo "variables (after a kill -9 of reproduce: SNAKEFLAGS=--unlock once):"
-	@echo "  PROFILE=$(PROFILE) DATA=$(DATA) CORES=$(CORES) PYTHON=$(PYTHON) REQUIREMENTS=$(REQUIREMENTS)"
+	@echo "variables:"
+	@printf '  PROFILE=%s DATA=%s ' "$$RATLIP_PROFILE" "$$RATLIP_DATA"
+	@echo "CORES=$(CORES) PYTHON=$(PYTHON) REQUIREMENTS=$(REQUIREMENTS)"
 
 reproduce: env  ## run every notebook of PROFILE (data in DATA, generated if none) and write reports/PROFILE
-	@$(IN_VENV) .venv/bin/python -m snakemake --cores $(CORES) --rerun-incomplete --rerun-triggers mtime params \
-		--keep-going --quiet all $(SNAKEFLAGS) --config profile="$(PROFILE)" data="$(DATA)"
-	@name="$(PROFILE)"; name="$${name##*/}"; page="reports/$${name%.*}/index.html"; test ! -f "$$page" || \
+	@$(IN_VENV) .venv/bin/python -m ratlip.report.reproduce --cores $(CORES) --rerun-incomplete --rerun-triggers mtime params \
+		--keep-going --quiet all $(SNAKEFLAGS)
+	@name="$$RATLIP_PROFILE"; name="$${name##*/}"; page="reports/$${name%.*}/index.html"; test ! -f "$$page" || \
 		echo "Up to date: $$page. Open it; the notebooks with their answers are its links, or \`make lab\`."
 
 test: env  ## run the whole test suite (TESTFLAGS are pytest's options)

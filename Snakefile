@@ -38,8 +38,10 @@ from ratlip.errors import RatlipError
 from ratlip.report import warm
 from ratlip.studies.workflow import plan
 
-PROFILE = config.get("profile") or "demo"
-DATA = str(Path(config["data"]).expanduser().absolute()) if config.get("data") else ""
+# From `--config`, or as make hands them over: there, no program takes a path for YAML or for a command.
+PROFILE = str(config.get("profile") or os.environ.get("RATLIP_PROFILE") or "demo")
+DATA = str(config.get("data") or os.environ.get("RATLIP_DATA") or "")
+DATA = DATA and str(Path(DATA).expanduser().absolute())
 try:
     PLAN = plan(PROFILE, DATA)
 except RatlipError as error:

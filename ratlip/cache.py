@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,16 @@ def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes, 64 hex digits, without reading it into memory at once."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_archive(path: str | Path) -> None:
+    """ValueError where a part of a file of `torch.save` is not as it was written.
+
+    Such a file is a ZIP archive and holds a CRC-32 of each part, which `torch.load` does not look at.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if wrong := archive.testzip():
+            raise ValueError(f"{wrong} changed since it was written")
 
 
 def differences(found: dict, identity: dict) -> list[str]:

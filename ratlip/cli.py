@@ -5,6 +5,7 @@ Commands import what they need when they are called: with torch, `ratlip --help`
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -29,9 +30,10 @@ from ratlip.commands.shared import (
     say,
     workspace_of,
 )
-from ratlip.errors import RatlipError, SettingsError
+from ratlip.errors import RatlipError, SettingsError, Stopped
 from ratlip.settings import load_settings, profile_names
 
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE}
 _MODEL = "a run folder, an exported model, or hf://owner/name [the newest main run, or the model that came along]"
 
 
@@ -208,12 +210,19 @@ from ratlip.commands import results  # noqa: E402, F401  # registers the other c
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one message and exit status 2, not a traceback."""
+    """Entry point: a user's mistake is one message and exit status 2, no traceback; after a signal, 143 or 130."""
     try:
         app()
-    except RatlipError as error:
+    except (RatlipError, Stopped) as error:
         stderr = Console(stderr=True, highlight=False, emoji=False)
-        stderr.print(f"ratlip: {error}", markup=False, style="red", soft_wrap=True)
+        said, status = (error.message, error.code) if isinstance(error, Stopped) else (error, 2)
+        stderr.print(f"ratlip: {said}", markup=False, style="red", soft_wrap=True)
+        sys.exit(status)
+    except OSError as error:  # what a disk, its rights or a limit refuse; others are mistakes of ours
+        if error.errno not in REFUSED:
+            raise
+        mend = "free disk space, raise the limit, mend the rights, or choose another folder"
+        print(f"ratlip: {error.filename or 'a file'}: {error.strerror}; {mend}", file=sys.stderr)
         sys.exit(2)
 
 

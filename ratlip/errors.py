@@ -21,5 +21,13 @@ class RunError(RatlipError):
     """A run folder is missing, belongs to other settings, or is not as far as was asked for."""
 
 
+class Stopped(SystemExit):
+    """A signal ended the work at a step, which was saved; the exit status is 128 and the signal's number, as usual."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(128 + number)
+        self.message = message
+
+
 class BusyError(RunError):
     """Another process writes into the run folder: nothing is wrong, and the same command works later."""

@@ -7,7 +7,9 @@ import math
 import os
 import platform
 import shutil
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +46,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(holder, ignore_errors=True)
 
 
+def sweep(folder: Path, *names: str) -> None:
+    """Remove what killed processes left of files `names` in `folder` (see `atomic_path`): for its one writer alone."""
+    for name in names:
+        for left in folder.glob(f"{name.rpartition('/')[0] or '.'}/.{name.rpartition('/')[2]}.????????"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write `text` (UTF-8) to `path`, whole or not at all."""
     with atomic_path(path) as draft:
@@ -71,6 +80,14 @@ def not_finite(value: Any, name: str = "") -> list[str]:
 def read_json(path: str | os.PathLike) -> Any:
     """Read JSON from `path`."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def is_object(path: str | os.PathLike) -> bool:
+    """Whether `path` holds a JSON object: it is neither missing nor empty, cut short, or something else."""
+    try:
+        return isinstance(read_json(path), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _writer(note: Path) -> dict:
@@ -125,6 +142,32 @@ def one_writer(folder: str | Path) -> Iterator[Callable[[], None]]:
         if _writer(note) == me:
             note.unlink()
         lock.release()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT (Ctrl-C) that come meanwhile go into a list, for whoever looks; a second one acts at once.
+
+    In the main thread alone: no other one can take signals.
+    """
+    came: list[int] = []
+    before: dict[int, Any] = {}
+
+    def back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def note(number: int, frame: Any) -> None:
+        came.append(number)
+        back()
+
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before[number] = signal.signal(number, note)
+        yield came
+    finally:
+        back()
 
 
 def leading_out(root: str | Path) -> list[Path]:

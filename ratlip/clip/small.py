@@ -17,7 +17,7 @@ from numpy.random import Generator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ratlip.cache import claim, weights_digest
+from ratlip.cache import check_archive, claim, weights_digest
 from ratlip.clip.frozen import OPENAI_MEAN, OPENAI_STD, FrozenClip, normalise
 from ratlip.clip.loading import build_small_clip, load_clip
 from ratlip.clip.pairs import PairBatches
@@ -226,6 +226,7 @@ def _resume(folder: Path, model: SmallClip, optimizers: list[torch.optim.Optimiz
         return 0, []
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        check_archive(path)
         model.load_state_dict(state["model"])
         for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)

@@ -22,7 +22,7 @@ import pyarrow as pa
 from PIL import Image
 
 from ratlip import __version__
-from ratlip.cache import check_identity, digest
+from ratlip.cache import check_identity, digest, file_digest
 from ratlip.data.records import SPLITS, VALIDATION, Problems, Record, in_order, open_image
 from ratlip.errors import DataError
 from ratlip.files import atomic_path, read_json, write_json
@@ -83,6 +83,7 @@ def prepare(
             versions = {"ratlip": __version__, **{library: version(library) for library in LIBRARIES}}
             manifest = {"format": FORMAT, "name": name, "source": source, "resize": resize, **_counts(draft)}
             manifest |= {**checksums, "settings": settings, "hash": settings_hash(settings, resize)}
+            manifest |= {"files": _digests(draft)}
             manifest |= {"about": getattr(records, "about", {}), "versions": versions}
             write_json(draft / "manifest.json", manifest)
     except OSError as error:
@@ -227,6 +228,24 @@ def _counts(folder: Path) -> dict[str, dict]:
     sizes = {s.name: {"smallest": s.sizes.min(0).tolist(), "largest": s.sizes.max(0).tolist()} for s in splits}
     captions = {s.name: len(s.all_captions) for s in splits}
     return {"counts": {s.name: len(s) for s in splits}, "captions": captions, "image_sizes": sizes}
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files below `dataset`, by their paths from `folder`."""
+    paths = sorted(path for path in (folder / "dataset").rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
+
+
+def check_files(prepared: Prepared) -> None:
+    """DataError that names the files whose SHA-256 is not the manifest's (of before, a manifest has none).
+
+    Reads all data once, hence it is for the start of a training, not for each opening.
+    """
+    noted: dict[str, str] = prepared.manifest.get("files") or {}
+    found = _digests(prepared.folder) if noted else {}
+    if noted != found:
+        names = sorted(name for name in {*noted, *found} if noted.get(name) != found.get(name))
+        raise DataError(f"{prepared.folder}: changed since it was prepared: {', '.join(names)}; {AGAIN}")
 
 
 def load_prepared(folder: str | Path) -> Prepared:

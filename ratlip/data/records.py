@@ -132,11 +132,20 @@ def _decode(record: Record) -> Image.Image:
         raise ValueError("a record needs either a path or pixels")
     try:
         with Image.open(record.path) as file:
-            return (ImageOps.exif_transpose(file) if record.upright else file).convert("RGB")
+            return _eight_bits(ImageOps.exif_transpose(file) if record.upright else file).convert("RGB")
     except FileNotFoundError:
         raise ValueError("the image file is missing") from None
     except Exception as error:  # Pillow raises a dozen classes for damaged files, not all of them OSError
         raise ValueError(f"the image cannot be decoded ({error})") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey levels of 16 bits scaled to 8 (Pillow's `convert` would cut them off at 255: white); others as they are."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}, whose range nobody knows; save it with 8 or 16 bits a channel")
+    return image
 
 
 def open_image(record: Record) -> tuple[Image.Image, Image.Image | None]:

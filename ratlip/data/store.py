@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from filelock import FileLock
 
-from ratlip.cache import digest
+from ratlip.cache import digest, file_digest
 from ratlip.files import read_json, write_json
 from ratlip.progress import bar
 
@@ -22,7 +23,8 @@ class Store:
 
     Memory does not grow with their number, and an interrupted filling goes on where it was. `identity`: what the
     values depend on. `columns`: name -> shape of a row and its dtype, e.g. {"features": ((512,), "float32")}.
-    progress.json says how many rows are done; it is written after them, so that a row it counts is there.
+    progress.json says how many rows are done; it is written after them, so that a row it counts is there. With the last
+    row come the SHA-256 of the files: what has changed since is filled anew, with a warning.
     """
 
     def __init__(
@@ -54,6 +56,14 @@ class Store:
         files = {name: self.folder / f"{name}.npy" for name in self.columns}
         return {n: create(files[n], "w+", dtype, (self.rows, *shape)) for n, (shape, dtype) in self.columns.items()}
 
+    def _changed(self) -> list[str]:
+        """Files of a complete store that are not as they were written; none where none was noted (stores of before)."""
+        noted = read_json(self.folder / "progress.json").get("sha256", {})
+        sums = {name: file_digest(self.folder / f"{name}.npy") for name in self.columns} if noted else {}
+        return [
+            f"{name}.npy" for name, found in sums.items() if not isinstance(noted, dict) or noted.get(name) != found
+        ]
+
     def fill(
         self, read: Callable[[np.ndarray], dict], batch_size: int, *, desc: str = "features", progress: bool = True
     ) -> Store:
@@ -61,11 +71,15 @@ class Store:
 
         One process at a time; another that wants the same rows waits, and finds them.
         """
-        if self.done == self.rows:
-            return self
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / "lock"):
             done = self.done
+            if done == self.rows:
+                if not (changed := self._changed()):
+                    return self
+                names = ", ".join(changed)
+                warnings.warn(f"{self.folder}: {names} changed since it was written; computed anew", stacklevel=2)
+                done = 0
             arrays = self._open("r+") if done else self._create()
             starts = range(done, self.rows, batch_size)
             for number, start in enumerate(bar(starts, desc=desc, unit="batch", enabled=progress), start=1):
@@ -76,7 +90,10 @@ class Store:
                 if number % RECORD_EVERY == 0 or stop == self.rows:
                     for array in arrays.values():
                         array.flush()
-                    write_json(self.folder / "progress.json", {"done": stop, "identity": self.identity})
+                    note: dict[str, Any] = {"done": stop, "identity": self.identity}
+                    if stop == self.rows:
+                        note["sha256"] = {name: file_digest(self.folder / f"{name}.npy") for name in arrays}
+                    write_json(self.folder / "progress.json", note)
         return self
 
     def __getitem__(self, name: str) -> np.ndarray:

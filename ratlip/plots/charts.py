@@ -314,6 +314,7 @@ def heatmap(
     side, words = min(0.5, max(0.16, 4 / width)), 0.065 * max(map(len, rows), default=0)
     figure, ax = one_panel(1.5 + words + side * width, 1.0 + side * (height + bool(len(images))))
     limit, step = frame.abs().to_numpy().max(), 1 + width // 14
+    rows = [name.replace("$", r"\$") for name in rows]  # captions are words: a "$" is a dollar
     ticks = [i if (i - 1) % step == 0 else "" for i in range(1, max(frame.shape) + 1)]
     look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "cbar_kws": {"label": "cosine", "shrink": 0.7}}
     sns.heatmap(frame, xticklabels=ticks[:width], yticklabels=rows or ticks[:height], square=True, ax=ax, **look)

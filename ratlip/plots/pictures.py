@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -15,6 +16,8 @@ from torch import Tensor
 from ratlip.data.batches import to_bytes
 from ratlip.files import atomic_path
 from ratlip.plots import style
+
+TEXT: dict[str, Any] = {"parse_math": False}  # captions are words: a "$" in one is a dollar
 
 
 def as_pixels(images: Tensor) -> np.ndarray:
@@ -41,7 +44,7 @@ def pictures(images: Sequence[Tensor], titles: Sequence[str] = (), columns: int 
         ax.set_axis_off()
         if i < len(images):
             ax.imshow(as_pixels(images[i]), interpolation="nearest")
-            ax.set_title(titles[i] if i < len(titles) else "", fontsize=8, pad=3)
+            ax.set_title(titles[i] if i < len(titles) else "", fontsize=8, pad=3, **TEXT)
     return figure
 
 
@@ -65,11 +68,12 @@ def caption_grid(
     for ax in axes.flat:
         ax.set_axis_off()
     for row, (line, words) in enumerate(zip(axes, captions, strict=True)):
-        line[0].text(1, 0.5, textwrap.fill(words, 30), ha="right", va="center", fontsize=9, transform=line[0].transAxes)
+        place = dict(ha="right", va="center", fontsize=9, transform=line[0].transAxes)
+        line[0].text(1, 0.5, textwrap.fill(words, 30), **place, **TEXT)
         for ax, picture in zip(line[1:], [*images[row], *([] if real is None else [real[row]])], strict=True):
             ax.imshow(as_pixels(picture), interpolation="nearest")
     for ax, name in zip(axes[0, 1:], names, strict=False):
-        ax.set_title(textwrap.fill(name, 14), fontsize=8)
+        ax.set_title(textwrap.fill(name, 14), fontsize=8, **TEXT)
     if real is not None:
         axes[0, -1].set_title("real", fontsize=9)
         if not names:
@@ -100,7 +104,7 @@ def overlays(rows: dict[str, tuple[Tensor, Tensor]], captions: Sequence[str]) ->
             right.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=255)
             right.imshow(values.numpy(), cmap="magma", vmin=0, vmax=1, alpha=0.65)
     for ax, words in zip(axes[0, ::2], captions, strict=True):
-        ax.set_title(textwrap.fill(words, 28), fontsize=7, loc="left")
+        ax.set_title(textwrap.fill(words, 28), fontsize=7, loc="left", **TEXT)
     figure.colorbar(ScalarMappable(cmap="magma"), ax=axes, shrink=0.5, pad=0.01, label="map")
     return figure
 

@@ -197,7 +197,7 @@ def write(table: Table, folder: str | Path | None) -> Table:
 def markdown(table: Table) -> str:
     """The table as Markdown: caption, rows, notes."""
     lines = [list(table.view.columns), ["---"] * table.view.shape[1], *table.view.to_numpy().tolist()]
-    cells = [[str(cell).replace("|", r"\|").replace("\n", " ") for cell in line] for line in lines]
+    cells = [[str(cell).replace("|", r"\|").replace("$", r"\$").replace("\n", " ") for cell in line] for line in lines]
     rows = "\n".join(f"| {' | '.join(line)} |" for line in cells)
     notes = "\n".join(f"- {note}" for note in table.notes)
     return f"**{table.caption}**\n\n{rows}\n\n{notes}".strip() + "\n"

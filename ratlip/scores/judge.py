@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ratlip.cache import differences
+from ratlip.cache import check_archive, differences
 from ratlip.data import facts
 from ratlip.data.batches import real_images
 from ratlip.data.generated import generated_set
@@ -125,11 +125,16 @@ def load_judge(
     data = prepared.manifest["content_sha256"]
     identity = dict(data=data, crop=crop, image_size=image_size, steps=steps, seed=SEED, gate=gate.VERSION)
     judge, test = Judge(image_size, values=generated_set(prepared).values), prepared.test
-    if note.is_file() and not differences(read_json(note)["identity"], identity):
+    mend = "delete the folder and the judge is trained anew"
+    try:
+        kept = dict(read_json(note)["identity"]) if note.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{note}: not readable ({type(error).__name__}); {mend}") from error
+    if kept is not None and not differences(kept, identity):
         try:
             judge.load_state_dict(torch.load(weights, weights_only=True))
+            check_archive(weights)
         except Exception as error:  # a torn file raises a dozen classes
-            mend = "delete the folder and the judge is trained anew"
             raise WeightsError(f"{weights}: not readable ({type(error).__name__}); {mend}") from error
         return judge.eval()
     _fit(judge, prepared.train, crop, image_size, steps, progress)

@@ -44,7 +44,7 @@ def read_overrides(pairs: list[str] | None) -> dict[str, Any]:
             raise SettingsError(f"{pair}: has no value; to keep a setting, leave the option out")
         try:
             overrides[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise SettingsError(f"{pair}: {value!r} is no YAML value ({error})") from error
     return overrides
 
@@ -81,7 +81,11 @@ def _read_profile(profile: str | Path, chain: tuple[str, ...]) -> tuple[str, dic
     name, source = (str(path), path) if own else (f"profile {profile}", PROFILES / f"{profile}.yaml")
     try:
         content = yaml.safe_load(source.read_text("utf-8"))
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{name}: is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise SettingsError(f"{name}: cannot be read ({error}); mend its rights, or give another") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a number of 5,000 digits, a 30 February
         raise SettingsError(f"{name}: not readable as YAML: {error}") from None
     if not isinstance(content, dict):
         kind = type(content).__name__

@@ -14,6 +14,7 @@ from ratlip.published import describe
 Conditioning = Literal["cat", "rat", "rat-official"]
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch takes no larger one
 Rate = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -56,7 +57,7 @@ class DataSettings(Section):
     scenes: SceneSettings = Field(SceneSettings(), description="scenes only: how difficult")
     human_captions_only: bool = Field(False, description="flowers only: no template captions")
     tiny: bool = Field(True, description="faces only: our CelebA-tiny instead of all images")
-    seed: Count = Field(0, description="of a generated set")
+    seed: Seed = Field(0, description="of a generated set")
 
     @model_validator(mode="after")
     def _fits(self):
@@ -117,7 +118,7 @@ class ClipSettings(Section):
     hard_negatives: bool = True
     optimiser: Literal["adamw", "muon"] = Field("adamw", description="muon: for the weight matrices of the blocks")
     masked: Annotated[float, Field(ge=0, lt=1)] = Field(0, description="share of patches left out in most steps")
-    seed: Count = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _fits(self):
@@ -271,7 +272,7 @@ class ExperimentSettings(Section):
 
     steps: PositiveInt | None = Field(None, description="training steps of each run; none: as training says")
     seeds: PositiveInt = Field(3, description="runs of each variant of the ablation and the sweep")
-    first_seed: Count = Field(0, description="seeds are this one and those after it")
+    first_seed: Seed = Field(0, description="seeds are this one and those after it")
     versus_seeds: PositiveInt = Field(3, description="runs of the published and the corrected form")
     hidden_sizes: tuple[Count, ...] = Field((0, 4, 8, 16, 32, 64, 128), description="h of the sweep; 0: CAT")
     groups: tuple[Group, ...] = Field(("ablation", "sweep", "versus"), description="parts of the grid that are made")
@@ -282,7 +283,7 @@ class Settings(Section):
 
     profile: str
     summary: str = ""
-    seed: Count = 0
+    seed: Seed = 0
     data: DataSettings
     clip: ClipSettings
     model: ModelSettings = ModelSettings.model_validate({})

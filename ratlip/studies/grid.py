@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import multiprocessing
 import os
@@ -26,7 +25,7 @@ import pandas as pd
 from ratlip import published
 from ratlip.cache import dotted
 from ratlip.errors import BusyError, RatlipError, RunError, SettingsError
-from ratlip.files import read_json, repository, write_text
+from ratlip.files import is_object, read_json, repository, write_text
 from ratlip.progress import bar
 from ratlip.report import notebooks, warm
 from ratlip.settings import Settings, lay, load_settings, profile_names
@@ -66,8 +65,9 @@ class Experiment:
 
     def complete(self, root: Path) -> bool:
         """Whether it is trained to its last step and scored, then and at its visits."""
-        wanted = ("provenance.json", "scores.json", *(["visits.jsonl"] if self.settings.training.visits else []))
-        return all((self.folder(root) / name).is_file() for name in wanted)
+        folder, visits = self.folder(root), self.settings.training.visits
+        scored = is_object(folder / "provenance.json") and is_object(folder / "scores.json")
+        return scored and (not visits or (folder / "visits.jsonl").is_file())
 
     def state(self, root: Path) -> str:
         """Whether it is "done", "begun" (goes on from a checkpoint) or "missing"."""
@@ -258,7 +258,7 @@ def execute(run: Experiment, workspace: Workspace, runner: str = "papermill", en
             shared.append("clip")
         own.__dict__.update({name: getattr(workspace, name) for name in shared})
         own.train(end=end)
-        if not (folder / "provenance.json").is_file():
+        if not is_object(folder / "provenance.json"):
             return folder
         if runner == "library":
             own.evaluate()
@@ -336,5 +336,8 @@ def training_log(workspace: Workspace, run: Any, file: str = "metrics.jsonl") ->
 
     With `file="visits.jsonl"`: step, and every score at the steps of `training.visits` ("judge_all", "judge.object").
     """
-    lines = (_folder(workspace, run) / file).read_text().splitlines()
-    return pd.DataFrame([json.loads(line) for line in lines])
+    from ratlip.training.log import read_rows  # brings torch, as the workspace does
+
+    if not (rows := read_rows(path := _folder(workspace, run) / file)):
+        raise RunError(f"{path}: missing or empty; delete the run's folder to train it anew")
+    return pd.DataFrame(rows)

@@ -113,8 +113,8 @@ def _notebook(name: str) -> dict[str, Any]:
 
 
 def _for_shell(parameters: dict[str, Any]) -> str:
-    """`-p NAME=VALUE ...`; JSON is YAML, so a dict travels as it is."""
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in parameters.items()}
+    """`-p NAME=VALUE ...`; JSON is YAML, so that a dict travels as it is, and a path "12" or "a: b" stays text."""
+    texts = {name: value and json.dumps(value, ensure_ascii=False) for name, value in parameters.items()}
     return " ".join(f"-p {shlex.quote(f'{name}={text}')}" for name, text in texts.items())
 
 

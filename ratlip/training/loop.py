@@ -10,13 +10,14 @@ for bit on a CPU), unless its settings ask for the published way of resuming (`t
 from __future__ import annotations
 
 import resource
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,12 +28,13 @@ from tqdm import tqdm
 from ratlip import cache
 from ratlip.clip.frozen import FrozenClip
 from ratlip.data.batches import Batches
-from ratlip.errors import RunError
-from ratlip.files import one_writer, write_json, write_text
+from ratlip.data.prepared import check_files
+from ratlip.errors import RunError, SettingsError, Stopped
+from ratlip.files import is_object, one_writer, stop_signals, sweep, write_json, write_text
 from ratlip.plots import pictures
 from ratlip.progress import bar
 from ratlip.provenance import describe
-from ratlip.settings import Settings, TrainingSettings
+from ratlip.settings import Settings, TrainingSettings, load_settings
 from ratlip.training.log import Log, Losses, Visits, check_visits
 from ratlip.training.processes import agreed, largest, launched
 from ratlip.training.session import Session
@@ -51,8 +53,22 @@ def total_steps(settings: Settings, images: int) -> int:
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether the run in `folder` has done its last step."""
-    return (Path(folder) / "provenance.json").is_file()
+    """Whether the run in `folder` has done its last step (an empty or damaged provenance.json does not say so)."""
+    return is_object(Path(folder) / "provenance.json")
+
+
+def _keep_settings(path: Path, settings: Settings) -> None:
+    """Write the run's settings, or RunError where other ones, or none that can be read, are in the file."""
+    if not path.is_file():
+        write_text(path, settings.to_yaml())
+        return
+    try:
+        found = load_settings(path).run_hash
+    except SettingsError as error:
+        raise RunError(f"{error}\n{path}: damaged; delete it, and the same command writes it again") from error
+    if found != settings.run_hash:
+        mend = "delete it, and the same command writes it again"
+        raise RunError(f"{path}: holds other settings ({found}) than the run's ({settings.run_hash}); {mend}")
 
 
 def train(
@@ -75,14 +91,14 @@ def train(
     order of `prepared.train.all_captions`. `end`: a `time.monotonic()` at which the run saves a checkpoint and
     returns unfinished, for another sitting. `visit`: the scores, by their names, of the checkpoint in a folder; called
     at the steps of `training.visits`. Raises RunError where the folder belongs to other settings, where another process
-    writes into it, and at the first loss that is not finite.
+    writes into it, and at the first loss that is not finite; Stopped where SIGTERM or Ctrl-C ended it after a step,
+    which is saved.
     """
     folder, t = Path(folder), settings.training
     identity = {"run": settings.run_hash, "clip": clip.fingerprint, "data": prepared.manifest["content_sha256"]}
     identity["start"] = "weights by name"  # runs of before have the same hash, and began elsewhere
     cache.claim(folder, identity, what="a run", error=RunError, file="identity.json", sign="config.yaml")
-    if not (folder / "config.yaml").is_file():
-        write_text(folder / "config.yaml", settings.to_yaml())
+    _keep_settings(folder / "config.yaml", settings)
     steps = total_steps(settings, len(prepared.train))
     if is_complete(folder):
         check_visits(folder, t.visits, until=steps)
@@ -93,6 +109,9 @@ def train(
     with one_writer(folder) if first else nullcontext(lambda: None) as still_ours, ExitStack() as stack:
         if first and is_complete(folder):  # by another process, in the meantime
             return folder
+        if first:
+            sweep(folder, "checkpoint.pt", "metrics.jsonl", "visits.jsonl", "provenance.json", "samples/*")
+            check_files(prepared)
         stack.enter_context(launched(fabric, folder))
         run = Session(fabric, settings, prepared, clip, sentences, folder)
         d, share = settings.data, {"rank": fabric.global_rank, "world": fabric.world_size}
@@ -107,11 +126,17 @@ def train(
         with bar(total=steps, initial=run.step, unit="step", desc=folder.name, enabled=progress and first) as meter:
             if (scale := state_scale(run)) and progress and first:
                 meter.write(f"{folder.name}: RAT's states are multiplied by {scale:.3f}, computed at the start")
-            _sitting(run, loader, steps, samples, visits, meter, still_ours, end)
+            # One process alone: several would have to agree on the step first
+            signals: Any = stop_signals() if fabric.world_size == 1 else nullcontext([])
+            with signals as came:
+                _sitting(run, loader, steps, samples, visits, meter, still_ours, end, came)
         peak = largest(fabric, peak_memory_mib(run.device))
         if first and run.step == steps:
             write_json(folder / "provenance.json", _provenance(run, prepared, peak))
         fabric.barrier()
+    if came:
+        said = f"{signal.Signals(came[0]).name}: stopped after step {run.step} of {steps}, which is saved"
+        raise Stopped(came[0], f"{folder}: {said}; the same command goes on")
     return folder
 
 
@@ -124,8 +149,9 @@ def _sitting(
     meter: tqdm,
     still_ours: Callable[[], None],
     end: float | None,
+    came: Sized,
 ) -> None:
-    """All steps up to `steps`, or those until the time `end`, with what is written at some of them."""
+    """All steps up to `steps`, those until the time `end` or until a signal `came`, with what is written at some."""
     t, first, losses = run.settings.training, run.fabric.is_global_zero, Losses(run.fabric, run.folder)
     with closing(Log(run.folder, run.step, enabled=first)) as log:
         for batch in loader:
@@ -133,7 +159,8 @@ def _sitting(
             losses.note(run.step, loss_d, loss_g)
             meter.update()
             last, visited = run.step == steps, visits.due(run.step)
-            stopped = end is not None and agreed(run.fabric, time.monotonic() >= end)
+            late = end is not None and agreed(run.fabric, time.monotonic() >= end)
+            stopped = bool(len(came)) or late
             every = (t.log_every, t.sample_every, t.checkpoint_every)
             logs, draws, saves = (last or run.step % number == 0 for number in every)
             if logs or draws or saves or visited or stopped:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ratlip.cache import check_archive
 from ratlip.clip.frozen import FrozenClip, shuffled
+from ratlip.clip.loading import brief
 from ratlip.clip.pairs import caption_facts
 from ratlip.errors import RunError, SettingsError
 from ratlip.fast import accelerate, options
@@ -186,8 +188,13 @@ class Session:
             kept = "the one that is there is good" if path.is_file() else "there is none yet"
             mend = f"lower training.lr_g and training.lr_d ({kept})"
             raise RunError(f"{path}: not written at step {self.step}, where not finite: {few}; {mend}")
-        with atomic_path(path) as draft:
-            torch.save(content, draft)
+        try:
+            with atomic_path(path) as draft:
+                torch.save(content, draft)
+        except (OSError, RuntimeError) as error:  # torch says RuntimeError where the disk is full
+            kept = "the one that is there is good" if path.is_file() else "there is none yet"
+            mend = f"free disk space or mend the folder's rights ({kept}); the same command goes on"
+            raise RunError(f"{path}: not written at step {self.step} ({brief(error)}); {mend}") from error
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
@@ -214,16 +221,18 @@ def tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def read_checkpoint(path: Path, device: torch.device | str, mapped: bool = False) -> dict:
-    """The content of a checkpoint; nothing in the file is executed. RunError where it cannot be read.
+    """The content of a checkpoint; nothing in the file is executed. RunError where it cannot be read, or was changed.
 
     `mapped`: of the tensors, only those that are looked at are read (a generator is an eighth of its checkpoint).
     """
     mend = "delete the file to start this run anew"
     try:
         content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+        check_archive(path)
         missing = {"step", "seconds", "networks", "optimisers", "precision"} - set(content)
     except Exception as error:
-        raise RunError(f"{path}: not a readable checkpoint ({type(error).__name__}); {mend}") from error
+        why = f"{error}" if type(error) is ValueError else type(error).__name__
+        raise RunError(f"{path}: not a readable checkpoint ({why}); {mend}") from error
     if missing:
         raise RunError(f"{path}: not a checkpoint of ratlip (no {', '.join(sorted(missing))}); {mend}")
     for name, state in content["networks"].items():  # runs of before the spatial gates were called so

@@ -222,6 +222,12 @@ def test_spectra_are_means_and_relative_to_the_first():
     np.testing.assert_allclose(heights, combs["b"].mean(0), rtol=1e-6)
 
 
+def test_a_dollar_in_the_name_of_a_row_is_a_dollar():
+    figure = charts.heatmap(torch.rand(2, 3), [r"a $\undefined$ bird", "$5 and $10"])
+    figure.canvas.draw()
+    assert [each.get_text() for each in figure.axes[0].get_yticklabels()][1] == r"\$5 and \$10"
+
+
 def test_a_heatmap_shows_its_matrix_with_zero_in_the_middle():
     values = torch.tensor([[0.5, -1.0, 0.25], [0.0, 0.1, 0.2]])
     ax = charts.heatmap(values, ["one", "two"], list(torch.rand(3, 3, 4, 4))).axes[0]

@@ -204,3 +204,18 @@ def test_generates_mistakes_are_messages_too(ratlip, smoke, tmp_path, monkeypatc
     status, _, err = ratlip("generate", *options, "--run", smoke.run)
     assert status == 2 and said in err and err.startswith("ratlip: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_disk_refuses_is_one_sentence_and_other_errors_are_not_hidden(ratlip, monkeypatch):
+    def refuses(error):
+        def app():
+            raise error
+
+        monkeypatch.setattr("ratlip.cli.app", app)
+
+    refuses(OSError(28, "No space left on device", "/somewhere/x.json"))
+    status, _, said = ratlip("train")
+    assert status == 2 and said.startswith("ratlip: /somewhere/x.json: No space left on device; free disk space")
+    refuses(FileNotFoundError(2, "No such file", "x"))
+    with pytest.raises(FileNotFoundError):
+        ratlip("train")

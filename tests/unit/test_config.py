@@ -187,6 +187,29 @@ def test_profiles_that_extend_one_another_are_refused(tmp_path):
     assert "circle" in wrong({}, tmp_path / "a.yaml")
 
 
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("summary: süß".encode("latin-1"), r"is not UTF-8 \(.* at byte 10\); save it as UTF-8"),
+        (b"\xff\xfes\x00", "is not UTF-8"),
+        (b"seed: " + b"1" * 5000, "not readable as YAML: Exceeds the limit"),
+        (b"summary: 2026-02-30", "not readable as YAML: day is out of range"),
+        (b"[" * 5000, "not readable as YAML"),
+        (b"summary: a\x00b", "not readable as YAML"),
+    ],
+)
+def test_a_profile_that_cannot_be_read_is_named(tmp_path, content, said):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    assert re.search("mine.yaml: " + said, wrong({}, tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("key", ["seed", "data.seed", "clip.seed", "independent.seed", "experiments.first_seed"])
+def test_a_seed_is_one_that_torch_takes(key):
+    load_settings("smoke", {key: 2**63 - 1})
+    for seed in (2**63, 12345678901234567890123456789, -1):
+        assert f"{key}={seed}: input should be " in wrong({key: seed})
+
+
 def test_an_unknown_profile_names_the_nearest_and_all():
     message = wrong({}, "smok")
     assert "did you mean 'smoke'?" in message

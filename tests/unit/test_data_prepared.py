@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision import transforms
 
 from ratlip.data import prepared as prepared_module
-from ratlip.data.prepared import existing, load_prepared, prepare, settings_hash
+from ratlip.data.prepared import check_files, existing, load_prepared, prepare, settings_hash
 from ratlip.data.records import Record, Records
 from ratlip.errors import DataError
 
@@ -266,3 +266,24 @@ def test_damaged_folders_are_named_with_the_mend(records, tmp_path, damage, says
     with pytest.raises(DataError, match=says) as caught:
         load_prepared(tmp_path / "out")
     assert str(tmp_path / "out") in str(caught.value) and "prepare" in str(caught.value)
+
+
+def test_one_changed_bit_of_the_data_is_named(records, tmp_path):
+    prepared = run(records, tmp_path / "out")
+    check_files(prepared)
+    path = next((tmp_path / "out/dataset/train").glob("*.arrow"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    opened = load_prepared(tmp_path / "out")  # Arrow does not notice
+    with pytest.raises(DataError, match=f"out: changed since it was prepared: dataset/train/{path.name}; delete"):
+        check_files(opened)
+    path.unlink()
+    with pytest.raises(DataError, match=path.name):
+        check_files(opened)
+
+
+def test_data_of_before_digests_are_read_as_they_are(records, tmp_path):
+    prepared = run(records, tmp_path / "out")
+    del prepared.manifest["files"]
+    check_files(prepared)

@@ -52,6 +52,20 @@ def test_open_image_makes_grey_and_transparent_images_rgb(tmp_path):
         assert image.mode == "RGB"
 
 
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    levels = np.array([[0, 128, 129, 257, 25700, 32768, 65407, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    image, _ = open_image(Record("a", "train", ("x",), path=tmp_path / "deep.png"))
+    assert np.asarray(image)[0].tolist() == [[n] * 3 for n in (0, 0, 1, 1, 100, 128, 255, 255)]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_levels_without_a_known_range_are_refused(tmp_path, dtype):
+    Image.fromarray(np.full((4, 4), 700, dtype)).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match="cannot be decoded .mode [IF], whose range nobody knows; save it with 8"):
+        open_image(Record("a", "train", ("x",), path=tmp_path / "deep.tif"))
+
+
 def test_open_image_sees_truncation_only_a_full_decode_can_see(tmp_path):
     path = tmp_path / "image.jpg"
     Image.effect_noise((64, 64), 80).save(path)

@@ -62,6 +62,24 @@ def test_a_damaged_file_says_what_to_do(workspace, tmp_path):
         load_judge(workspace.prepared, tmp_path / "j", **options)
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"identity": 3}', "\x00"])
+def test_a_note_that_is_damaged_says_what_to_do(workspace, tmp_path, content):
+    (tmp_path / "judge.json").write_text(content)
+    with pytest.raises(WeightsError, match="judge.json: not readable .*; delete the folder"):
+        load_judge(workspace.prepared, tmp_path, crop=16, image_size=16, steps=2, progress=False)
+
+
+def test_one_changed_bit_of_the_weights_is_an_error(workspace, tmp_path):
+    options = dict(crop=16, image_size=16, steps=2, progress=False)
+    load_judge(workspace.prepared, tmp_path, **options)
+    weight = next(iter(torch.load(tmp_path / "judge.pt", weights_only=True).values()))
+    content = bytearray((tmp_path / "judge.pt").read_bytes())
+    content[content.index(weight.contiguous().numpy().tobytes()) + 6] ^= 1
+    (tmp_path / "judge.pt").write_bytes(content)
+    with pytest.raises(WeightsError, match="judge.pt: not readable .*; delete the folder"):
+        load_judge(workspace.prepared, tmp_path, **options)
+
+
 def test_other_steps_train_another_judge(workspace, tmp_path):
     one = load_judge(workspace.prepared, tmp_path / "j", crop=16, image_size=16, steps=2, progress=False)
     again = load_judge(workspace.prepared, tmp_path / "k", crop=16, image_size=16, steps=2, progress=False)

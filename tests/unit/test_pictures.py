@@ -53,6 +53,16 @@ def test_long_captions_are_wrapped_not_cut():
     assert figure.axes[0].texts[0].get_text().split() == words.split()
 
 
+@pytest.mark.parametrize("words", ["a $5 and a $10 bird", r"$\undefined$", "$$", "x_{$", "$a_"])
+def test_a_dollar_in_a_caption_is_a_dollar(tmp_path, words):
+    images = flat(0.0, 0.5)
+    for suffix in ("png", "svg"):
+        pictures.caption_grid(images[:, None], [words, "b"], tmp_path / f"grid.{suffix}", names=[words])
+        pictures.style.write(pictures.pictures([*images], [words, "b"]), tmp_path / f"row.{suffix}")
+        maps = {"a": (images, torch.zeros(2, 4, 4))}
+        pictures.style.write(pictures.overlays(maps, [words, "b"]), tmp_path / f"maps.{suffix}")
+
+
 def test_pictures_show_all_images_row_by_row_with_their_titles():
     figure = pictures.pictures(list(flat(-1.0, -0.5, 0.0, 0.5, 0.9)), ["a", "b"], columns=3)
     assert [int(shown(ax)[0, 0, 0]) for ax in figure.axes[:5]] == [0, 64, 128, 191, 242] and not figure.axes[5].images

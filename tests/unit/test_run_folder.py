@@ -165,6 +165,101 @@ def test_two_trainings_of_one_folder_give_one_log(smoke, train, tmp_path):
     assert_same_weights(folder, train("whole", own))
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("failed writing file")])
+def test_a_checkpoint_that_the_disk_does_not_take_leaves_the_one_before(train, tmp_path, monkeypatch, error):
+    save = torch.save
+
+    def refuses(content, path):
+        save(content, path)
+        if content["step"] == 8:
+            raise error
+
+    with monkeypatch.context() as patch, pytest.raises(RunError) as caught:
+        patch.setattr(torch, "save", refuses)
+        train("run")
+    assert "checkpoint.pt: not written at step 8 (" in str(caught.value) and "free disk space" in str(caught.value)
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt", "cpu")["step"] == 4
+    assert not list((tmp_path / "run").glob(".*"))
+    assert_same_weights(train("run"), train("whole"))
+
+
+def test_what_a_killed_one_left_is_swept(train, tmp_path):
+    folder = train("run", end=0.0)
+    left = [folder / ".checkpoint.pt.abcd_123", folder / "samples/.step-000008.png.abcd_123"]
+    stays = [folder / ".mine", folder / ".identity.json.abcd_123", folder / "samples/step-000001.png"]
+    for each in [*left, *stays]:
+        each.mkdir(parents=True)
+    train("run")
+    assert not any(each.exists() for each in left) and all(each.exists() for each in stays)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\0"])
+def test_an_empty_or_damaged_provenance_is_no_complete_run(train, content):
+    folder = train("run")
+    (folder / "provenance.json").write_text(content)
+    assert not loop.is_complete(folder)
+    assert loop.is_complete(train("run")) and json.loads((folder / "provenance.json").read_text())["steps"] == 8
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"summary: 3\n", b"a: 1\n"])
+def test_a_damaged_config_is_an_error(train, content):
+    folder = train("run", end=0.0)
+    kept = (folder / "config.yaml").read_bytes()
+    (folder / "config.yaml").write_bytes(content)
+    with pytest.raises(RunError, match="config.yaml: damaged; delete it, and the same command writes it again"):
+        train("run")
+    (folder / "config.yaml").write_bytes(kept.replace(b"seed: 0", b"seed: 7"))
+    with pytest.raises(RunError, match="config.yaml: holds other settings"):
+        train("run")
+    (folder / "config.yaml").unlink()
+    assert (train("run") / "config.yaml").read_bytes() == kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_says_where_to_go_on(smoke, train, tmp_path, number, status):
+    root = shutil.copytree(smoke.workspace.root, tmp_path / "out", ignore=shutil.ignore_patterns("runs"))
+    own = {"training.steps": 60, "training.checkpoint_every": 1000, "training.log_every": 1}
+    folder = root / "runs" / load_settings("smoke", own).run_name
+    pairs = [part for key, value in {**QUIET, **own}.items() for part in ("-s", f"{key}={value}")]
+    command = [sys.executable, "-m", "ratlip.cli", "train", "-p", "smoke", "--accelerator", "cpu", "-q", *pairs]
+    job = subprocess.Popen([*command, "--out", str(root)], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (folder / "metrics.jsonl").is_file() or not steps(folder):
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    job.send_signal(number)
+    said = job.communicate(timeout=240)[1]
+    step = read_checkpoint(folder / "checkpoint.pt", "cpu")["step"]
+    assert job.returncode == status and steps(folder)[-1] == step < 60
+    line = f"ratlip: {folder}: {number.name}: stopped after step {step} of 60, which is saved; the same command goes on"
+    assert said.strip().splitlines()[-1] == line and "Traceback" not in said
+    assert not list(folder.glob(".*")) and not (folder / "writer.json").exists()
+    train(folder, own)
+    assert_same_weights(folder, train("whole", own))
+
+
+def test_a_second_signal_acts_at_once():
+    with pytest.raises(KeyboardInterrupt), files.stop_signals() as came:
+        signal.raise_signal(signal.SIGINT)
+        assert came == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+    with files.stop_signals() as came:
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and not came
+
+
+def test_one_changed_bit_of_a_checkpoint_is_an_error(train):
+    path = train("run", end=0.0) / "checkpoint.pt"
+    weight, content = weights(path.parent)["generator"]["to_rgb.weight"], bytearray(path.read_bytes())
+    content[content.index(weight.numpy().tobytes()) + 6] ^= 1
+    path.write_bytes(content)
+    found = torch.load(path, weights_only=True)["networks"]["generator"]["to_rgb.weight"]
+    assert int((found != weight).sum()) == 1  # torch does not look at the checksums
+    with pytest.raises(RunError, match=r"checkpoint.pt: not a readable checkpoint \(.* changed since it was written\)"):
+        train("run")
+
+
 # --------------------------------------------------------------------------------------------------- logs
 
 
@@ -373,3 +468,7 @@ def test_a_workspace_scores_at_visits_as_it_does_at_the_end(smoke, tmp_path):
     run = grid.Experiment("RAT", "ablation", 0, workspace.settings)
     assert run.complete(root) and not run.complete(smoke.workspace.root)  # there, it was not scored on its way
     assert grid.training_log(workspace, run, "visits.jsonl")["step"].tolist() == [4, 8]
+    for text, said in {"": "missing or empty", '{"step": 4}\n{"st\n': "line 2 is no row"}.items():
+        (folder / "visits.jsonl").write_text(text)
+        with pytest.raises(RunError, match=f"visits.jsonl: {said}"):
+            grid.training_log(workspace, run, "visits.jsonl")

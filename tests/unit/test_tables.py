@@ -149,7 +149,7 @@ class TestWriters:
         lines = tables.markdown(self.NASTY).splitlines()
         assert lines[0] == "**50 % of a_b & c**" and lines[-1] == "- a note with 10 % & <tags>"
         rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
-        cells = [[cell.strip().replace(r"\|", "|") for cell in row] for row in rows]
+        cells = [[cell.strip().replace(r"\|", "|").replace(r"\$", "$") for cell in row] for row in rows]
         assert cells == [list(self.NASTY.view.columns), ["---", "---"], *self.NASTY.view.to_numpy().tolist()]
 
     @pytest.mark.parametrize(
