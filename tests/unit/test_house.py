@@ -71,7 +71,7 @@ def test_the_house_is_small():
     assert not {path.name: count for path, count in lines.items() if count > 400}
     assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 10, "at most ten files directly in ratlip/"
     others = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix in (".yaml", ".j2", ".md")]
-    assert sum(lines.values()) + sum(len(path.read_text().splitlines()) for path in others) <= 17_400
+    assert sum(lines.values()) + sum(len(path.read_text().splitlines()) for path in others) <= 17_500
 
 
 @pytest.mark.parametrize("command", ["ruff format --check .", "ruff check .", "mypy"])
