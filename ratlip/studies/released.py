@@ -94,7 +94,7 @@ def release(workspace: Workspace, folder: str | Path, group: str = "study") -> P
         end = {"step": kept[run.name]["steps"], **numbers(scores)}
         visits += [own | row for row in [*(row for row in rows if row["step"] < end["step"]), end]]
         losses += [own | row for row in read_rows(home / "metrics.jsonl")]
-        write_text(target / "settings" / f"{run.name}.yaml", run.settings.to_yaml())
+        write_text(target / "settings" / f"{run.name}.yaml", (home / "config.yaml").read_text("utf-8"))
     for name, each in {"runs": about, "visits": visits, "losses": losses}.items():
         table = pd.DataFrame(each)
         if before is not None and there:

@@ -34,6 +34,7 @@ def made_up(run, root, commit="a" * 40, dirty=False):
     folder = run.folder(root)
     about = dict(steps=800, training_seconds=300.0, commit=commit, uncommitted_changes=dirty, processor="none")
     write_json(folder / "provenance.json", about)
+    write_text(folder / "config.yaml", run.settings.to_yaml())
     rows = [{"step": step, "judge_all": share(run.label, run.seed, step), "judge.size": 0.5} for step in STEPS[:-1]]
     write_text(folder / "visits.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_text(folder / "metrics.jsonl", "".join(json.dumps({"step": s, "g_total": 1 / s}) + "\n" for s in (25, 50)))
