@@ -14,10 +14,10 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from ratlip.progress import bar
 from ratlip.provenance import describe
 from ratlip.settings import Settings, TrainingSettings, load_settings
 from ratlip.training.log import Log, Losses, Visits, check_visits
-from ratlip.training.processes import agreed, largest, launched
+from ratlip.training.processes import agreed, asked, largest, launched
 from ratlip.training.session import Session
 from ratlip.training.step import sample_latents, training_step
 
@@ -126,15 +126,13 @@ def train(
         with bar(total=steps, initial=run.step, unit="step", desc=folder.name, enabled=progress and first) as meter:
             if (scale := state_scale(run)) and progress and first:
                 meter.write(f"{folder.name}: RAT's states are multiplied by {scale:.3f}, computed at the start")
-            # One process alone: several would have to agree on the step first
-            signals: Any = stop_signals() if fabric.world_size == 1 else nullcontext([])
-            with signals as came:
+            with stop_signals() as came:
                 _sitting(run, loader, steps, samples, visits, meter, still_ours, end, came)
         peak = largest(fabric, peak_memory_mib(run.device))
         if first and run.step == steps:
             write_json(folder / "provenance.json", _provenance(run, prepared, peak))
         fabric.barrier()
-    if came:
+    if came and first:
         said = f"{signal.Signals(came[0]).name}: stopped after step {run.step} of {steps}, which is saved"
         raise Stopped(came[0], f"{folder}: {said}; the same command goes on")
     return folder
@@ -149,7 +147,7 @@ def _sitting(
     meter: tqdm,
     still_ours: Callable[[], None],
     end: float | None,
-    came: Sized,
+    came: list[int],
 ) -> None:
     """All steps up to `steps`, those until the time `end` or until a signal `came`, with what is written at some."""
     t, first, losses = run.settings.training, run.fabric.is_global_zero, Losses(run.fabric, run.folder)
@@ -160,7 +158,7 @@ def _sitting(
             meter.update()
             last, visited = run.step == steps, visits.due(run.step)
             late = end is not None and agreed(run.fabric, time.monotonic() >= end)
-            stopped = bool(len(came)) or late
+            stopped = asked(run.fabric, run.step, came) or late
             every = (t.log_every, t.sample_every, t.checkpoint_every)
             logs, draws, saves = (last or run.step % number == 0 for number in every)
             if logs or draws or saves or visited or stopped:

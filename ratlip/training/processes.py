@@ -75,6 +75,19 @@ def agreed(fabric: Fabric, answer: bool) -> bool:
     return bool(fabric.broadcast(answer)) if fabric.world_size > 1 else answer
 
 
+def asked(fabric: Fabric, step: int, came: list[int]) -> bool:
+    """Whether a signal `came` to one of the processes, which is then in all their lists, to stop after `step`.
+
+    Several processes ask each other at every eighth step alone: a GPU waits for the answer.
+    """
+    if fabric.world_size == 1:
+        return bool(came)
+    if step % 8 == 0 and (number := largest(fabric, came[0] if came else 0)):
+        came[:] = [number]
+        return True
+    return False
+
+
 def largest(fabric: Fabric, value: int) -> int:
     """The largest `value` of all processes."""
     found: Any = fabric.all_reduce(torch.tensor(value, device=fabric.device), reduce_op="max")

@@ -118,6 +118,22 @@ def test_a_process_that_is_killed_ends_the_run(start, victim):
         )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("receiver", ["first", "other"])
+def test_a_signal_to_one_process_ends_all_after_the_same_step(start, receiver):
+    process, runs = start("x", 2, "training.steps=100000", "training.checkpoint_every=100000")
+    while not (found := list(runs.glob("*/metrics.jsonl"))) or not found[0].read_text():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    (other,) = (int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    os.kill(other if receiver == "other" else process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    (sentence,) = (line for line in said.splitlines() if line.startswith("ratlip: "))
+    step = read_checkpoint(found[0].parent / "checkpoint.pt", "cpu")["step"]
+    assert process.returncode == 143 and f"SIGTERM: stopped after step {step} of 100000" in sentence
+    assert step % 8 == 0 and ended(other) and "Traceback" not in said
+
+
 def test_the_synced_norm_is_the_library_s(tmp_path):
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     try:
