@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -19,6 +20,9 @@ from typing import Any
 
 from ratlip.errors import BusyError, RunError
 
+# All that torch and safetensors say where a disk or a limit takes no more
+TORN = ("PytorchStreamWriter failed", "iostream error", "inline_container", "I/O error")
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
@@ -27,7 +31,27 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     What is written to the temporary path may be a file or a folder. A reader sees the old content or the new, never a
     part: the last step is a rename (of two where a folder replaces a folder, as no system call does that).
     """
-    path = Path(path)
+    with named(path), _draft(Path(path)) as draft:
+        yield draft
+
+
+@contextmanager
+def named(path: str | os.PathLike) -> Iterator[None]:
+    """An OSError of the block names `path` where it names no file; what torch raises on a full disk becomes one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if not any(sign in str(error) for sign in TORN):
+            raise
+        raise OSError(errno.ENOSPC, "only a part of it could be written", str(path)) from error
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     draft = holder / path.name

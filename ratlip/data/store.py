@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from filelock import FileLock
 
 from ratlip.cache import digest, file_digest
-from ratlip.files import read_json, write_json
+from ratlip.files import named, read_json, write_json
 from ratlip.progress import bar
 
 RECORD_EVERY = 8  # batches between two records of how far a Store is
@@ -54,7 +55,13 @@ class Store:
         (self.folder / "progress.json").unlink(missing_ok=True)
         create = np.lib.format.open_memmap
         files = {name: self.folder / f"{name}.npy" for name in self.columns}
-        return {n: create(files[n], "w+", dtype, (self.rows, *shape)) for n, (shape, dtype) in self.columns.items()}
+        with named(self.folder):
+            made = {n: create(files[n], "w+", dtype, (self.rows, *shape)) for n, (shape, dtype) in self.columns.items()}
+        if hasattr(os, "posix_fallocate"):  # a mapped file whose disk fills up later kills the process, without a word
+            for path in files.values():
+                with named(path), path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, max(1, path.stat().st_size))
+        return made
 
     def _changed(self) -> list[str]:
         """Files of a complete store that are not as they were written; none where none was noted (stores of before)."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ratlip.errors import RunError
-from ratlip.files import write_text
+from ratlip.files import named, write_text
 from ratlip.networks.losses import DiscriminatorLoss, GeneratorLoss
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ def read_rows(path: Path) -> list[dict]:
 
     A last line that a kill has cut short does not count. RunError names a line that is no row, or that runs backwards.
     """
-    text = path.read_text("utf-8") if path.is_file() else ""
+    text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
     found: list[dict] = []
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             break
         try:
             row = json.loads(line)
-            ahead = row["step"] > (found[-1]["step"] if found else 0)
+            ahead = type(row["step"]) is int and row["step"] > (found[-1]["step"] if found else 0)
         except (ValueError, TypeError, KeyError):
             ahead = False
         if not ahead:
@@ -59,7 +59,7 @@ def cut(path: Path, step: int) -> list[dict]:
 def append(path: Path, row: dict) -> None:
     """Write one row at the end of the file. ValueError where a number is not finite."""
     line = json.dumps(row, allow_nan=False) + "\n"
-    with path.open("a", encoding="utf-8") as file:
+    with named(path), path.open("a", encoding="utf-8") as file:
         file.write(line)
 
 

@@ -1,6 +1,8 @@
 """Atomic writes: whole or absent, and nothing left over."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -72,3 +74,44 @@ def test_folders_above_are_made_and_json_comes_back(tmp_path):
     assert read_json(path) == value and path.read_text().endswith("}\n")
     write_text(path, "[1]")
     assert json.loads(path.read_text()) == [1]
+
+
+FULL = """
+import resource, sys, numpy, torch
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+from pathlib import Path
+from ratlip import cli, files
+from ratlip.data.store import Store
+from ratlip.training import log
+
+def whole(path):
+    files.write_text(path, "x" * 2**18)
+
+def weights(path):
+    with files.atomic_path(path) as draft:
+        torch.save(torch.zeros(2**18), draft)
+
+def row(path):
+    log.append(path, {"x": "x" * 2**18})
+
+def store(path):
+    Store(path, "f", {}, 2**10, {"a": ((256,), "float32")}).fill(lambda n: {"a": numpy.ones((len(n), 256))}, 64)
+
+try:
+    globals()[sys.argv[1]](Path(sys.argv[2]))
+except OSError as error:
+    print(error.errno in cli.REFUSED, error.filename)
+"""
+
+
+@pytest.mark.parametrize("what", ["whole", "weights", "row", "store"])
+def test_a_file_that_may_grow_no_further_is_named_and_what_was_there_stays(tmp_path, what):
+    old = tmp_path / "x"
+    if what in ("whole", "weights"):
+        old.write_text("old")
+    words = [sys.executable, "-c", FULL, what, str(old)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"True {old}"), done.stdout
+    if what in ("whole", "weights"):
+        assert old.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -472,3 +472,11 @@ def test_a_workspace_scores_at_visits_as_it_does_at_the_end(smoke, tmp_path):
         (folder / "visits.jsonl").write_text(text)
         with pytest.raises(RunError, match=f"visits.jsonl: {said}"):
             grid.training_log(workspace, run, "visits.jsonl")
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe\n", b"[1]\n", b"null\n", b'{"step": "8"}\n', b'{"step": [9]}\n', b"{}\n"])
+def test_a_row_that_is_none_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 4}\n' + line)
+    with pytest.raises(RunError, match="metrics.jsonl: line 2 is no row"):
+        log.read_rows(path)
