@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ratlip.plots import style
 from ratlip.plots.pictures import as_pixels
-from ratlip.plots.style import COLOURS, GREY, LINES, MARKERS
+from ratlip.plots.style import COLOURS, GREY, LINES, MARKERS, one_panel, panels_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,22 +28,6 @@ if TYPE_CHECKING:
 Shares = dict[str, float]  # attribute -> 0 to 1
 sns.set_theme(**style.THEME)
 MULTIPLES = (0.1, 0.25, 0.5, 1, 2, 4, 10)  # ticks of `study_chart`
-
-
-def panels_of(content: dict, width: float, height: float, columns: int = 3, **options) -> tuple[Figure, list[tuple]]:
-    """A figure, and for each item of `content` a panel of a size in inches: (axes, key, value)."""
-    rows, columns = -(-len(content) // columns), min(len(content), columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
-    for ax in axes[len(content) :]:
-        ax.set_axis_off()
-    return figure, [(axes[i], *item) for i, item in enumerate(content.items())]
-
-
-def one_panel(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of a size in inches with one panel."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
 
 
 def _wrap(words: str) -> str:

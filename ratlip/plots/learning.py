@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from ratlip.plots import style
-from ratlip.plots.charts import one_panel, panels_of
-from ratlip.plots.style import COLOURS, GREY, LINES
+from ratlip.plots.style import COLOURS, GREY, LINES, one_panel, panels_of
 
 
 def learning_curves(visits: pd.DataFrame, column: str, name: str) -> Figure:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -30,8 +31,8 @@ VARIANTS = {
     "RAT": ("#E69F00", "D"),
     "RAT + SA": ("#D55E00", "^"),
     "RAT in the mapper + SA": ("#CC79A7", "v"),
-    "RAT scaled + SA": ("#882255", "v"),
-    "RAT scaled + norm": ("#E69F00", "D"),
+    "RAT scaled + SA": ("#AA3377", "v"),
+    "RAT scaled + norm": ("#8C564B", "p"),
     "published RAT": ("#5FD3B0", "P"),
     "published RAT + SA": ("#007A5A", "X"),
     "corrected": ("#332288", "o"),
@@ -70,6 +71,22 @@ def look(label: str) -> dict[str, Any]:
 def palette(labels: Iterable[str]) -> dict[str, str]:
     """{label: colour}, as seaborn takes it."""
     return {label: look(label)["color"] for label in labels}
+
+
+def panels_of(content: dict, width: float, height: float, columns: int = 3, **options) -> tuple[Figure, list[tuple]]:
+    """A figure, and for each item of `content` a panel of a size in inches: (axes, key, value)."""
+    rows, columns = -(-len(content) // columns), min(len(content), columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for ax in axes[len(content) :]:
+        ax.set_axis_off()
+    return figure, [(axes[i], *item) for i, item in enumerate(content.items())]
+
+
+def one_panel(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of a size in inches with one panel."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def write(figure: Figure, path: str | Path, dpi: int = 150) -> None:

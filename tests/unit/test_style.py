@@ -59,8 +59,10 @@ def test_a_sample_grid_is_the_same_with_and_without_the_theme_of_the_charts(tmp_
 
 def test_every_variant_of_the_grid_has_a_colour_and_a_marker_of_its_own():
     settings = load_settings("demo")
-    assert {*grid.variants(settings, "ablation"), *grid.variants(settings, "versus")} < {*style.VARIANTS}
-    assert len({*style.VARIANTS.values()}) == len({colour for colour, _ in style.VARIANTS.values()}) == 12
+    assert {name for group in ("ablation", "versus", "study") for name in grid.variants(settings, group)} < {
+        *style.VARIANTS
+    }
+    assert len({*style.VARIANTS.values()}) == len({colour for colour, _ in style.VARIANTS.values()}) == 14
     sizes = [style.look(label) for label in grid.variants(settings, "sweep")]
     light = [np.dot(to_rgb(each["color"]), (0.3, 0.6, 0.1)) for each in sizes]
     assert light == sorted(light) and len({each["color"] for each in sizes}) == len(sizes)  # a sequence
