@@ -12,8 +12,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ratlip.data.prepared import load_prepared
 from ratlip.errors import RunError
 from ratlip.files import atomic_path, read_json, write_text
@@ -23,6 +21,7 @@ from ratlip.report.tables import DATASETS, NONE, SCORES
 from ratlip.settings import Settings
 from ratlip.training import portable
 from ratlip.training.generation import Run
+from ratlip.training.loop import grid_captions
 
 CARD, SAMPLES = "README.md", "samples.png"
 FILES = {portable.WEIGHTS, portable.CONFIG, CARD, SAMPLES}
@@ -116,6 +115,4 @@ def _captions(opened: Run) -> list[str]:
     home = _beside(opened.folder, opened.settings)
     if not (home / "manifest.json").is_file():
         raise RunError(f"{home}: is not there, so no caption for the sample grid; give one or more with --caption")
-    test = load_prepared(home).test
-    chosen = np.linspace(0, len(test) - 1, min(opened.settings.evaluation.grid_captions, len(test))).astype(int)
-    return [test.captions[int(i)][0] for i in chosen]
+    return grid_captions(opened.settings, load_prepared(home).test)

@@ -13,6 +13,7 @@ from statistics import median
 from ratlip.files import read_json, repository
 from ratlip.settings import Settings
 from ratlip.studies.grid import Experiment
+from ratlip.training.loop import total_steps
 
 
 def forecast(settings: Settings, runs: Sequence[Experiment], root: Path, path: str | Path | None = None) -> list[str]:
@@ -35,12 +36,10 @@ def forecast(settings: Settings, runs: Sequence[Experiment], root: Path, path: s
 
 def steps(settings: Settings, root: Path) -> int | None:
     """Of one run; None where the budget is in epochs and the data are not prepared below `root`."""
-    t = settings.training
-    if t.steps is not None:
-        return t.steps
+    if settings.training.steps is not None:
+        return settings.training.steps
     manifest = root / f"prepared-{settings.data_hash}" / "manifest.json"
-    images = read_json(manifest)["counts"]["train"] if manifest.is_file() else None
-    return None if images is None else (t.epochs or 0) * -(-images // t.batch_size)
+    return total_steps(settings, read_json(manifest)["counts"]["train"]) if manifest.is_file() else None
 
 
 def measured(profile: str, batch: int, path: str | Path | None = None) -> dict[str, float]:

@@ -43,7 +43,7 @@ from ratlip.training.step import sample_latents, training_step
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-    from ratlip.data.prepared import Prepared
+    from ratlip.data.prepared import Prepared, Split
 
 
 def total_steps(settings: Settings, images: int) -> int:
@@ -230,13 +230,17 @@ def processes(accelerator: str, devices: int | str, settings: TrainingSettings) 
     return fabric
 
 
+def grid_captions(settings: Settings, test: Split) -> list[str]:
+    """The captions of sample grids: the first one of images that are evenly spaced over the test split."""
+    chosen = np.linspace(0, len(test) - 1, min(settings.evaluation.grid_captions, len(test))).astype(int)
+    return [test.captions[int(i)][0] for i in chosen]
+
+
 class SampleGrid:
     """The same captions and latents at every visit, so that one sees them become pictures."""
 
     def __init__(self, settings: Settings, prepared: Prepared, clip: FrozenClip, folder: Path):
-        e, test = settings.evaluation, prepared.test
-        chosen = np.linspace(0, len(test) - 1, min(e.grid_captions, len(test))).astype(int)
-        self.captions = [test.captions[int(i)][0] for i in chosen]
+        e, self.captions = settings.evaluation, grid_captions(settings, prepared.test)
         self.sentence = clip.embed_text(self.captions).repeat_interleave(e.grid_images, dim=0)
         latent = sample_latents(settings.seed, 0, len(self.sentence), settings.model.latent_size, rank=10**6)
         self.latent = latent.to(self.sentence.device)
