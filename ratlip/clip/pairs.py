@@ -131,13 +131,13 @@ class PairBatches:
                 self.made.pair(self.attributes[i], str(each), rng) for i, each in zip(chosen, changes, strict=True)
             ]
             captions = [pair.caption for pair in pairs] + [pair.changed for pair in pairs]
-            says = np.stack([pair.says for pair in pairs] + [pair.changed_says for pair in pairs])
-            return Batch(chosen, captions, facts.true_of(says, self.shows[chosen][:, None]), rng)
-        captions = [self.captions[i][rng.integers(len(self.captions[i]))] for i in chosen]
-        if self.says is None:
-            return Batch(chosen, captions, self.group[chosen][:, None] == self.group[chosen], rng)
-        says = np.stack([self.says[text] for text in captions])
-        return Batch(chosen, captions, facts.true_of(says, self.shows[chosen][:, None]), rng)
+            says = [pair.says for pair in pairs] + [pair.changed_says for pair in pairs]
+        else:
+            captions = [self.captions[i][rng.integers(len(self.captions[i]))] for i in chosen]
+            if self.says is None:
+                return Batch(chosen, captions, self.group[chosen][:, None] == self.group[chosen], rng)
+            says = [self.says[text] for text in captions]
+        return Batch(chosen, captions, facts.true_of(np.stack(says), self.shows[chosen][:, None]), rng)
 
 
 class _Neighbours:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,7 +34,7 @@ class GeneratedSet:
     resize: int
     values: dict[str, tuple[str, ...]]
 
-    @property
+    @cached_property
     def table(self) -> dict[str, tuple[str, ...]]:
         return facts.coding(self.values)
 
@@ -54,7 +55,7 @@ class GeneratedSet:
             images.append(centre_crop(pixels, crop).transpose(2, 0, 1))
         return to_network(torch.from_numpy(np.stack(images)), image_size), attributes
 
-    @property
+    @cached_property
     def changes(self) -> tuple[str, ...]:
         """What `pair` can change: each attribute, and, of two objects, "exchanged"."""
         return (*self.values, *(["exchanged"] if facts.two_objects(self.values) else []))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +28,31 @@ CONTRASTS = {  # the plan's: question -> the two variants, positive where the fi
     "the paper's form against the published code's": ("RAT + SA", "published RAT + SA"),
 }
 MEASURED = {"RAT as the paper writes it against CAT": ("RAT + SA", "CAT + SA")}  # beside the plan, without a verdict
-BESIDE = {  # reported beside the end points, at the end of the training: column -> (name, real images' value)
-    "judge_all": ("all named attributes right", "real.judge_all"),
-    "judge_new": ("of captions true of no training image", "real.judge_new"),
-    "fresh.generated.frechet_distance": ("FD to fresh renders (small CLIP)", None),
-    "diversity.ratio.entropy": ("entropy of what is not named / real", None),
-    "diversity.ratio.spread": ("spread inside a caption / real", None),
-    "independent_similarity": ("similarity, independent small CLIP", "real.independent_similarity"),
+BESIDE = {  # reported beside the end points, at the end of the training: column -> name
+    "judge_all": "all named attributes right",
+    "judge_new": "of captions true of no training image",
+    "fresh.generated.frechet_distance": "FD to fresh renders (small CLIP)",
+    "diversity.ratio.entropy": "entropy of what is not named / real",
+    "diversity.ratio.spread": "spread inside a caption / real",
+    "independent_similarity": "similarity, independent small CLIP",
 }
+POINTS = {"area": "faster (area)", "end": "better at the end"}  # end point -> its name in a table
+
+
+def _last(visits: pd.DataFrame) -> pd.DataFrame:
+    """The last visit of each run."""
+    return visits.sort_values("step").groupby(["label", "seed"], sort=False).tail(1)
 
 
 def end_points(found: Released) -> dict[str, pd.DataFrame]:
     """ "area": of the judged share over log steps; "end": the judged share of the last visit; a row a run each."""
-    last = found.visits.sort_values("step").groupby(["label", "seed"], sort=False).tail(1)
-    return {"area": statistics.areas(found.visits, SCORE), "end": last[["label", "seed", SCORE]]}
+    return {"area": statistics.areas(found.visits, SCORE), "end": _last(found.visits)[["label", "seed", SCORE]]}
 
 
 def contrasts(found: Released) -> dict[tuple[str, str, str], statistics.Contrast | None]:
     """All tests of the plan together, on the seeds of which all variants are there."""
     kept = found.visits[found.visits["seed"].isin(found.seeds)]
-    points = end_points(Released(found.runs, kept, found.losses, found.real, found.plan)) if len(kept) else {}
+    points = end_points(replace(found, visits=kept)) if len(kept) else {}
     keys = [(*pair, point) for pair in CONTRASTS.values() for point in statistics.END_POINTS]
     return statistics.contrasts({k: differences(points[k[2]], k[0], k[1], SCORE) if points else None for k in keys})
 
@@ -82,8 +88,7 @@ def measured(found: Released) -> pd.DataFrame:
 
 def variants(found: Released) -> pd.DataFrame:
     """One row a variant: mean and standard deviation over seeds of both end points and of what stands beside them."""
-    points = end_points(found)
-    last = found.visits.sort_values("step").groupby(["label", "seed"], sort=False).tail(1)
+    points, last = end_points(found), _last(found.visits)
     columns = {"area": points["area"].rename(columns={SCORE: "area"}), **dict.fromkeys(_beside(found), last)}
     rows = {}
     for label in found.plan["labels"]:
@@ -225,13 +230,12 @@ def write(folder: str | Path) -> Path:
 def _page(found: Released, said: pd.DataFrame, beside: pd.DataFrame, table: pd.DataFrame, after: list[str]) -> str:
     heads = ["question", "end point", "difference (points)", "95 % interval", "p (Holm)", "answer"]
     rows = [_answer_row(row) for row in said.to_dict("records")]
-    names = {"area": "area under the curve (%)", **{column: BESIDE[column][0] for column in _beside(found)}}
+    names = {"area": "area under the curve (%)", **{column: BESIDE[column] for column in _beside(found)}}
     more = [_variant_row(row, list(names)) for row in table.to_dict("records")]
-    points = {"area": "faster (area)", "end": "better at the end"}
     other = [
         [
             r["question"],
-            points[r["end_point"]],
+            POINTS[r["end_point"]],
             f"{r['mean']:+.1f}",
             f"{r['low']:+.1f} to {r['high']:+.1f}",
             str(r["seeds"]),
@@ -266,7 +270,7 @@ def _planned(found: Released) -> int:
 
 
 def _answer_row(row: dict[str, Any]) -> list[str]:
-    point = {"area": "faster (area)", "end": "better at the end"}[row["end_point"]]
+    point = POINTS[row["end_point"]]
     if row.get("mean") is None or not np.isfinite(row["mean"]):
         return [row["question"], point, "-", "-", "-", row["answer"]]
     reach = f"{row['low']:+.1f} to {row['high']:+.1f}" if np.isfinite(row["low"]) else "too few seeds"
